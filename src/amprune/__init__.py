@@ -1,0 +1,87 @@
+"""amprune makes open language models smaller and faster by removing attention heads and MLP neurons.
+
+The stages, each a module that reads and writes files (`pipeline.py` runs them in order):
+
+    MODEL -> score -> scores.safetensors -> make_plan -> plan.json -> apply_plan -> OUT -> verify
+
+The method is AMP: "Efficient LLMs with AMP: Attention Heads and MLP Pruning", arXiv 2504.21174.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from amprune.calibration import CalibrationSet, load_calibration
+    from amprune.errors import (
+        AmpruneError,
+        CalibrationError,
+        CheckpointError,
+        MissingDependencyError,
+        PlanError,
+        ScoresError,
+        UnsupportedModelError,
+        VerificationError,
+    )
+    from amprune.inspection import inspect
+    from amprune.pipeline import PrunedModel, apply_plan, prune, score, verify
+    from amprune.plan import PruningPlan, make_plan
+    from amprune.scores import ImportanceScores
+    from amprune.shape import ModelShape
+    from amprune.slicing import prune_model
+    from amprune.verification import VerificationReport
+
+_MODULES = {
+    "calibration": ("CalibrationSet", "load_calibration"),
+    "errors": (
+        "AmpruneError",
+        "CalibrationError",
+        "CheckpointError",
+        "MissingDependencyError",
+        "PlanError",
+        "ScoresError",
+        "UnsupportedModelError",
+        "VerificationError",
+    ),
+    "inspection": ("inspect",),
+    "pipeline": ("PrunedModel", "apply_plan", "prune", "score", "verify"),
+    "plan": ("PruningPlan", "make_plan"),
+    "scores": ("ImportanceScores",),
+    "shape": ("ModelShape",),
+    "slicing": ("prune_model",),
+    "verification": ("VerificationReport",),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = [
+    "AmpruneError",
+    "CalibrationError",
+    "CalibrationSet",
+    "CheckpointError",
+    "ImportanceScores",
+    "MissingDependencyError",
+    "ModelShape",
+    "PlanError",
+    "PrunedModel",
+    "PruningPlan",
+    "ScoresError",
+    "UnsupportedModelError",
+    "VerificationError",
+    "VerificationReport",
+    "apply_plan",
+    "inspect",
+    "load_calibration",
+    "make_plan",
+    "prune",
+    "prune_model",
+    "score",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name on first use, so that `import amprune` and `amprune --help` stay instant."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'amprune' has no attribute {name!r}")
+    return getattr(import_module(f"amprune.{_HOME[name]}"), name)

@@ -1,0 +1,96 @@
+"""A folder as a transformers model and tokenizer, always by the stock `from_pretrained`."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from amprune.architecture import quiet_transformers
+from amprune.errors import CheckpointError, ScoresError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@contextmanager
+def loaded_model(
+    folder: Path,
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
+) -> Iterator[tuple[PreTrainedModel, dict[str, Any]]]:
+    """Loads a model in evaluation mode, with transformers' report of missing, unexpected and mismatched tensors.
+
+    Args:
+        folder: a Hugging Face folder.
+        dtype: of the computation; auto is that of the checkpoint.
+        device: such as cpu or cuda:1; the default is cuda where there is one, else cpu.
+        device_map: `auto` spreads a model over devices, memory and disk; `disk` streams each layer from its file.
+        trust_remote_code: lets code that the folder carries run.
+
+    Raises:
+        CheckpointError: transformers cannot load it.
+    """
+    if dtype not in DTYPES:
+        raise CheckpointError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    with tempfile.TemporaryDirectory(prefix="amprune-offload-") as offload:
+        try:
+            with quiet_transformers():
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                    folder,
+                    dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+                    device_map={"": "disk"} if device_map == "disk" else device_map,
+                    offload_folder=offload,
+                    output_loading_info=True,
+                    trust_remote_code=trust_remote_code,
+                    local_files_only=True,
+                )
+        except (OSError, ValueError, RuntimeError, ImportError) as error:
+            raise CheckpointError(f"transformers cannot load {folder}: {error}") from error
+        model, info = loaded
+        if device_map is None:
+            model.to(device or default_device())
+        yield model.eval(), info
+
+
+def default_device() -> str:
+    """Returns cuda where there is one, else cpu."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Returns how many token ids the model embeds."""
+    embedding: Any = model.get_input_embeddings()
+    return int(embedding.num_embeddings)
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Returns where the model takes its input: for an offloaded model, where its embedding computes."""
+    embedding = model.get_input_embeddings()
+    hook = getattr(embedding, "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    return torch.device(device) if device is not None else next(embedding.parameters()).device
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """Loads the folder's tokenizer.
+
+    Raises:
+        ScoresError: there is none, or it cannot be loaded.
+    """
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json")
+    if not any((folder / name).is_file() for name in names):
+        raise ScoresError(
+            f"{folder} has no tokenizer (none of {', '.join(names)}); calibration text needs one: copy the tokenizer "
+            "files of the model into its folder"
+        )
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as error:  # tokenizers raise many types
+        raise ScoresError(f"the tokenizer in {folder} cannot be loaded: {error}") from error

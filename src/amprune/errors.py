@@ -1,0 +1,45 @@
+"""What can go wrong, as exceptions that a caller can tell apart.
+
+AmpruneError
+├── UnsupportedModelError    the architecture, or what was asked of it, is not supported
+├── CheckpointError          a checkpoint cannot be read or written
+├── CalibrationError         a calibration set cannot be read or is too small
+├── ScoresError              scores cannot be computed, read, or belong to another model
+├── PlanError                a plan cannot be made, read, or belongs to another model
+├── VerificationError        a written checkpoint is not the model that it should be
+└── MissingDependencyError   an optional package or file is not installed
+
+Every message says what failed, where, what was found against what was expected, and what to do next.
+"""
+
+
+class AmpruneError(Exception):
+    """Base of every error that amprune raises on purpose."""
+
+
+class UnsupportedModelError(AmpruneError):
+    """The architecture, or what was asked of it, is not supported."""
+
+
+class CheckpointError(AmpruneError):
+    """A checkpoint cannot be found, read or written."""
+
+
+class CalibrationError(AmpruneError):
+    """A calibration set cannot be read, or holds fewer samples than asked for."""
+
+
+class ScoresError(AmpruneError):
+    """Scores cannot be computed or read, or belong to another model."""
+
+
+class PlanError(AmpruneError):
+    """A plan cannot be made or read, or belongs to another model."""
+
+
+class VerificationError(AmpruneError):
+    """A written checkpoint is not the model that it should be."""
+
+
+class MissingDependencyError(AmpruneError):
+    """An optional package or file is not installed."""

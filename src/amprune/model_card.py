@@ -1,0 +1,69 @@
+"""The README.md of an output: front matter that the hub understands, how the model was made, its limits."""
+
+import re
+from pathlib import Path
+
+import yaml
+
+from amprune import __version__
+from amprune.checkpoint import Source
+from amprune.plan import PruningPlan
+from amprune.verification import VerificationReport
+
+
+def write_model_card(folder: Path, plan: PruningPlan, report: VerificationReport, *, source: Source) -> None:
+    """Writes `README.md`; the licence is carried over from the source's own card."""
+    front: dict[str, object] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["pruned", "amprune"],
+    }
+    carried = _front_matter(source.folder / "README.md")
+    front |= {key: carried[key] for key in ("license", "license_name", "license_link", "language") if key in carried}
+    if source.base_model is not None:
+        front["base_model"] = [source.base_model]
+    name = source.name
+    before, after = plan.shape_before, plan.shape_after
+    calibration = plan.provenance.get("calibration") or {}
+    text = f"""# {name}, {plan.ratio_actual:.1%} pruned
+
+Made from {name} by [AMP](https://arxiv.org/abs/2504.21174) structured pruning with amprune {__version__}: whole
+attention heads and MLP neurons were removed, the same number from every layer. It is an ordinary checkpoint.
+
+| | dense | pruned |
+|---|---|---|
+| parameters | {before.parameters:,} | {after.parameters:,} |
+| query heads per layer | {before.num_attention_heads} | {after.num_attention_heads} |
+| key-value heads per layer | {before.num_key_value_heads} | {after.num_key_value_heads} |
+| neurons per layer | {before.intermediate_size:,} | {after.intermediate_size:,} |
+
+- Scored by the criterion {plan.provenance.get("criterion")} on {calibration.get("samples")} samples
+  ({calibration.get("tokens")} tokens) of the calibration set {calibration.get("name")}.
+- Verified: logits equal those of the dense model with the removed units masked, within
+  {report.logit_difference:.1e} of their standard deviation.
+- `amprune/` holds the plan, the scores and the verification.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH_OR_ID")
+tokenizer = AutoTokenizer.from_pretrained("PATH_OR_ID")
+```
+
+## Limits
+
+Pruned without any training after it: quality is below that of the dense model and should be measured before use.
+Everything that the dense model's card says of its risks and licence holds here too.
+"""
+    (folder / "README.md").write_text(f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n{text}", encoding="utf-8")
+
+
+def _front_matter(card: Path) -> dict[str, object]:
+    if not card.is_file():
+        return {}
+    match = re.match(r"---\n(.*?)\n---\s*\n", card.read_text(encoding="utf-8", errors="replace"), flags=re.DOTALL)
+    try:
+        content = yaml.safe_load(match.group(1)) if match else None
+    except yaml.YAMLError:
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,174 @@
+"""The plan as a value and as a file: the units that each layer keeps, and the invariants that they obey."""
+
+import itertools
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from amprune.errors import PlanError
+from amprune.shape import ModelShape
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Units that one layer keeps, by their index in the dense model, ascending."""
+
+    query_heads: tuple[int, ...]
+    key_value_heads: tuple[int, ...]
+    neurons: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """What a whole model keeps; made by `make_plan`, checked by `check_plan`."""
+
+    ratio_target: float
+    ratio_actual: float
+    shape_before: ModelShape
+    shape_after: ModelShape
+    layers: tuple[LayerPlan, ...]
+    provenance: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Identifies the weights that the plan is for; None: any of this shape."""
+        return self.provenance.get("fingerprint")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes `plan.json`, one line a layer; the same plan gives the same bytes."""
+        path = Path(path)
+        head = {
+            "format": _FORMAT,
+            "ratio_target": self.ratio_target,
+            "ratio_actual": self.ratio_actual,
+            "shape_before": self.shape_before.to_dict(),
+            "shape_after": self.shape_after.to_dict(),
+            "provenance": self.provenance,
+        }
+        entries = [f"  {json.dumps(name)}: {json.dumps(value, sort_keys=True)}" for name, value in head.items()]
+        rows = ",\n".join("    " + json.dumps({k: list(v) for k, v in vars(layer).items()}) for layer in self.layers)
+        text = "{\n" + ",\n".join([*entries, f'  "layers": [\n{rows}\n  ]']) + "\n}\n"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise PlanError(f"cannot write {path}: {error}") from error
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "PruningPlan":
+        """Reads and checks a plan.
+
+        Raises:
+            PlanError: the file is missing, no plan, or edited into one that no model can keep.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise PlanError(f"cannot read the plan {path}: {error}") from error
+        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+            raise PlanError(f"{path} is no plan of amprune (format {_FORMAT}); make it with `amprune plan`")
+        where = str(path)
+        layers = content.get("layers")
+        if not isinstance(layers, list):
+            raise PlanError(f"{where}: layers is no list")
+        plan = cls(
+            ratio_target=_number(content, "ratio_target", where),
+            ratio_actual=_number(content, "ratio_actual", where),
+            shape_before=ModelShape.from_dict(content.get("shape_before", {}), where=where, error=PlanError),
+            shape_after=ModelShape.from_dict(content.get("shape_after", {}), where=where, error=PlanError),
+            layers=tuple(_read_layer(entry, index, where) for index, entry in enumerate(layers)),
+            provenance=dict(content.get("provenance") or {}),
+        )
+        check_plan(plan, where=where)
+        return plan
+
+
+def _number(content: Mapping[str, Any], name: str, where: str) -> float:
+    value = content.get(name)
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        raise PlanError(f"{where}: {name} is {value!r}, expected a number")
+    return float(value)
+
+
+def _read_layer(entry: object, index: int, where: str) -> LayerPlan:
+    kinds = ("query_heads", "key_value_heads", "neurons")
+    if not isinstance(entry, dict) or set(entry) != set(kinds):
+        raise PlanError(f"{where}: layer {index} is no object with exactly the lists {', '.join(kinds)}")
+    for kind in kinds:
+        values = entry[kind]
+        if not isinstance(values, list) or not all(type(value) is int for value in values):
+            raise PlanError(f"{where}: layer {index}, {kind} is no list of whole numbers")
+    return LayerPlan(**{kind: tuple(entry[kind]) for kind in kinds})
+
+
+def check_plan(plan: PruningPlan, *, where: str = "plan") -> None:
+    """Holds a plan to its invariants: sorted, in range, the same counts in every layer, groups intact.
+
+    Raises:
+        PlanError: names the layer and the unit.
+    """
+    before, after = plan.shape_before, plan.shape_after
+    if len(plan.layers) != before.num_layers:
+        raise PlanError(f"{where}: has {len(plan.layers)} layers, but the model has {before.num_layers}")
+    for index, layer in enumerate(plan.layers):
+        for kind, total, kept in (
+            ("query_heads", before.num_attention_heads, after.num_attention_heads),
+            ("key_value_heads", before.num_key_value_heads, after.num_key_value_heads),
+            ("neurons", before.intermediate_size, after.intermediate_size),
+        ):
+            _check_units(getattr(layer, kind), total, kept, f"{where}: layer {index}, {kind}")
+        _check_groups(layer, before.group_size, f"{where}: layer {index}")
+    expected = before.shrunk(
+        query_heads=after.num_attention_heads,
+        key_value_heads=after.num_key_value_heads,
+        neurons=after.intermediate_size,
+    )
+    if after != expected:
+        raise PlanError(f"{where}: shape_after disagrees with shape_before: {', '.join(after.differences(expected))}")
+    if after.num_attention_heads != before.num_attention_heads:
+        if before.heads_refused is not None:
+            raise PlanError(f"{where}: removes heads of a {before.model_type} model: {before.heads_refused}")
+        if after.num_attention_heads not in before.query_head_counts:
+            raise PlanError(
+                f"{where}: keeps {after.num_attention_heads} query heads, but transformers loads a {before.model_type} "
+                f"model of hidden size {before.hidden_size} only with {', '.join(map(str, before.query_head_counts))}"
+            )
+    actual = 1 - after.parameters / before.parameters
+    if abs(actual - plan.ratio_actual) > 1e-9:
+        raise PlanError(f"{where}: ratio_actual is {plan.ratio_actual}, but the kept units give {actual}")
+
+
+def _check_units(units: Sequence[int], total: int, kept: int, where: str) -> None:
+    if len(units) != kept:
+        raise PlanError(f"{where}: keeps {len(units)} units, but shape_after says {kept} in every layer")
+    if not units:
+        raise PlanError(f"{where}: keeps no unit; at least one must stay")
+    for left, right in itertools.pairwise(units):
+        if left >= right:
+            problem = "is listed twice" if left == right else f"comes after {left}; units must ascend"
+            raise PlanError(f"{where}: unit {right} {problem}")
+    if units[0] < 0 or units[-1] >= total:
+        wrong = units[0] if units[0] < 0 else units[-1]
+        raise PlanError(f"{where}: unit {wrong} is out of range, the model has 0 to {total - 1}")
+
+
+def _check_groups(layer: LayerPlan, group_size: int, where: str) -> None:
+    readers = dict.fromkeys(layer.key_value_heads, 0)
+    for head in layer.query_heads:
+        if head // group_size not in readers:
+            raise PlanError(
+                f"{where}: keeps query head {head} but not key-value head {head // group_size}, which it reads"
+            )
+        readers[head // group_size] += 1
+    fewest, most = min(readers, key=lambda k: readers[k]), max(readers, key=lambda k: readers[k])
+    if readers[fewest] != readers[most]:
+        raise PlanError(
+            f"{where}: keeps {readers[fewest]} query heads for key-value head {fewest} and {readers[most]} for "
+            f"key-value head {most}; grouped-query attention needs the same number in every group"
+        )

@@ -1,0 +1,242 @@
+r"""The exact budget: from a ratio to the numbers of heads and neurons that every layer keeps.
+
+Query heads over key-value heads, and what the two modes remove (9 query heads, 3 key-value heads, groups of 3):
+
+    query       0 1 2   3 4 5   6 7 8        groups: a key-value head and all       within: the same number of
+                \_|_/   \_|_/   \_|_/        query heads that read it               query heads in every group
+    key-value     0       1       2          . . .   3 4 5   6 7 8                  0 . 2   3 4 .   . 7 8
+                                               .       1       2                      0       1       2
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from amprune.errors import PlanError
+from amprune.shape import ModelShape
+
+Order = Literal["amp", "reversed", "random"]
+Only = Literal["heads", "neurons"]
+HeadsMode = Literal["groups", "within"]
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What a user may ask of a plan; `make_plan` documents each."""
+
+    ratio: float | None = None
+    order: Order = "amp"
+    only: Only | None = None
+    heads_mode: HeadsMode | None = None
+    heads_ratio: float | None = None
+    neurons_ratio: float | None = None
+    neuron_multiple: int = 1
+    head_multiple: int = 1
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Units that every layer keeps."""
+
+    heads_mode: HeadsMode
+    query_heads: int
+    key_value_heads: int
+    neurons: int
+
+
+@dataclass(frozen=True)
+class HeadChoices:
+    """The numbers of head units that can be removed from every layer, and what one costs."""
+
+    mode: HeadsMode
+    units: int
+    """Groups in a layer, or query heads in a group."""
+    cost: int
+    """Parameters of one unit, over all layers."""
+    removable: tuple[int, ...]
+
+
+def find_budget(shape: ModelShape, options: PlanOptions) -> Budget:
+    """Spends the ratio on heads, rounded to whole units, and on neurons, which make up the exact rest.
+
+    Raises:
+        PlanError: an option is wrong, the ratio is out of reach, or the family's heads cannot be removed.
+    """
+    check_options(shape, options)
+    choices = head_choices(shape, options)
+    if not choices.removable:
+        raise PlanError(
+            f"no number of heads is a multiple of {options.head_multiple}: the {shape.model_type} model has "
+            f"{shape.num_attention_heads} query and {shape.num_key_value_heads} key-value heads, and transformers "
+            f"accepts {', '.join(map(str, shape.query_head_counts)) or 'only these'} query heads"
+        )
+    removed, neurons = _spend(shape, choices, options)
+    query_heads, key_value_heads = _kept_heads(shape, choices.mode, removed)
+    return Budget(choices.mode, query_heads, key_value_heads, neurons)
+
+
+def check_options(shape: ModelShape, options: PlanOptions) -> None:
+    """Refuses options that are out of range, contradict each other or do not suit the family."""
+    for name, value, allowed in (
+        ("order", options.order, get_args(Order)),
+        ("only", options.only, (None, *get_args(Only))),
+        ("heads_mode", options.heads_mode, (None, *get_args(HeadsMode))),
+    ):
+        if value not in allowed:
+            raise PlanError(f"{name} is {value!r}, expected one of {', '.join(str(a) for a in allowed)}")
+    ratio, by_hand = options.ratio, (options.heads_ratio, options.neurons_ratio)
+    if ratio is None and None in by_hand:
+        raise PlanError("give a ratio, or both heads_ratio and neurons_ratio")
+    if ratio is not None and not 0 < ratio < 1:
+        raise PlanError(f"ratio is {ratio}, expected a number between 0 and 1, such as 0.2 for 20 % of the parameters")
+    for name, share in zip(("heads_ratio", "neurons_ratio"), by_hand, strict=True):
+        if share is not None and not 0 <= share < 1:
+            raise PlanError(f"{name} is {share}, expected at least 0 and less than 1")
+    _check_multiples(shape, options)
+    if shape.heads_refused is not None and (options.only == "heads" or options.heads_ratio):
+        raise PlanError(f"heads of a {shape.model_type} model cannot be removed: {shape.heads_refused}")
+    if (options.only == "neurons" and options.heads_ratio) or (options.only == "heads" and options.neurons_ratio):
+        raise PlanError(f"only={options.only} contradicts a share of the other kind set by hand; leave out one of them")
+
+
+def _check_multiples(shape: ModelShape, options: PlanOptions) -> None:
+    for name, multiple, total in (
+        ("neuron_multiple", options.neuron_multiple, shape.intermediate_size),
+        ("head_multiple", options.head_multiple, shape.num_attention_heads),
+    ):
+        if not 1 <= multiple <= total:
+            raise PlanError(f"{name} is {multiple}, expected 1 to {total}, the number that a layer has")
+
+
+def head_choices(shape: ModelShape, options: PlanOptions) -> HeadChoices:
+    """Lists what can be removed of heads; without a mode: groups, or within where there is one key-value head."""
+    mode = options.heads_mode or ("within" if shape.num_key_value_heads == 1 else "groups")
+    if shape.group_size == 1:
+        mode = "groups"
+    if mode == "groups":
+        units = shape.num_key_value_heads
+        cost = shape.group_size * shape.query_head_parameters + shape.key_value_head_parameters
+    else:
+        units, cost = shape.group_size, shape.num_key_value_heads * shape.query_head_parameters
+
+    def fits(removed: int) -> bool:
+        query_heads, key_value_heads = _kept_heads(shape, mode, removed)
+        counted = key_value_heads if mode == "groups" else query_heads
+        return (removed == 0 or query_heads in shape.query_head_counts) and counted % options.head_multiple == 0
+
+    prunable = options.only != "neurons" and shape.heads_refused is None
+    if not prunable:
+        # Heads that stay as they are need not obey a multiple.
+        return HeadChoices(mode, units, cost * shape.num_layers, (0,))
+    return HeadChoices(mode, units, cost * shape.num_layers, tuple(filter(fits, range(units))))
+
+
+def _kept_heads(shape: ModelShape, mode: HeadsMode, removed: int) -> tuple[int, int]:
+    """Returns the numbers of query and key-value heads that stay."""
+    if mode == "groups":
+        groups = shape.num_key_value_heads - removed
+        return groups * shape.group_size, groups
+    return shape.num_attention_heads - removed * shape.num_key_value_heads, shape.num_key_value_heads
+
+
+def largest_ratio(shape: ModelShape, options: PlanOptions) -> float:
+    """Returns the largest pruning ratio that leaves a head (or group) and a neuron (or multiple) in every layer."""
+    choices = head_choices(shape, options)
+    heads = max(choices.removable, default=0) * choices.cost
+    neurons = 0 if options.only == "heads" else shape.intermediate_size - options.neuron_multiple
+    return (heads + neurons * shape.neuron_parameters * shape.num_layers) / shape.parameters
+
+
+def _spend(shape: ModelShape, choices: HeadChoices, options: PlanOptions) -> tuple[int, int]:
+    """Returns the number of head units removed and of neurons kept in every layer."""
+    neuron_cost, width = shape.neuron_parameters * shape.num_layers, shape.intermediate_size
+    if options.only == "heads" or options.neurons_ratio is not None:
+        neurons = width
+        if options.neurons_ratio:
+            neurons = _to_multiple(width * (1 - options.neurons_ratio), options.neuron_multiple, width)
+        return _heads_for(shape, choices, options, (width - neurons) * neuron_cost), neurons
+    ratio = _ratio(options)
+    preferred = _preferred(shape, choices, options)
+    if (equal := _equal_shares(shape, choices, options, preferred)) is not None:
+        return equal
+    for removed in preferred:
+        wanted = width - (ratio * shape.parameters - removed * choices.cost) / neuron_cost
+        neurons = _to_multiple(wanted, options.neuron_multiple, width)
+        if abs(neurons - wanted) <= options.neuron_multiple / 2 + 1e-6:
+            return removed, neurons
+    raise _unreachable(shape, options)
+
+
+def _equal_shares(
+    shape: ModelShape, choices: HeadChoices, options: PlanOptions, preferred: Sequence[int]
+) -> tuple[int, int] | None:
+    """Returns the shape whose heads and neurons lose the same share, if its ratio is the one given, as it is written.
+
+    Published ratios are rounded: 21.02 % of LLaMA-2 7B stands for 7 of 32 heads and 7/32 of the neurons, although a
+    shape with one neuron more lies nearer to 0.2102. A ratio with more than four decimals is taken as exact.
+    """
+    ratio = _ratio(options)
+    if not preferred or round(ratio, 4) != ratio or (options.neuron_multiple, options.only) != (1, None):
+        return None
+    share = _prunable_share(shape, ratio)
+    neurons = _to_multiple(shape.intermediate_size * (1 - share), 1, shape.intermediate_size)
+    removed = preferred[0] * choices.cost
+    removed += (shape.intermediate_size - neurons) * shape.neuron_parameters * shape.num_layers
+    return (preferred[0], neurons) if round(removed / shape.parameters, 4) == ratio else None
+
+
+def _prunable_share(shape: ModelShape, ratio: float) -> float:
+    """Returns r = c * P / (A + M), the share that attention and MLPs must both lose."""
+    return ratio * shape.parameters / (shape.attention_parameters + shape.mlp_parameters)
+
+
+def _ratio(options: PlanOptions) -> float:
+    if options.ratio is None:
+        raise PlanError("give a ratio, or both heads_ratio and neurons_ratio")
+    return options.ratio
+
+
+def _heads_for(shape: ModelShape, choices: HeadChoices, options: PlanOptions, spent: int) -> int:
+    """Returns the head units to remove where the neurons are settled and have taken `spent` parameters."""
+    if options.heads_ratio is not None:
+        return _nearest(choices.removable, options.heads_ratio * choices.units)
+    wanted = (_ratio(options) * shape.parameters - spent) / choices.cost
+    if not -0.5 <= wanted <= max(choices.removable) + 0.5:
+        raise _unreachable(shape, options)
+    return _nearest(choices.removable, wanted)
+
+
+def _preferred(shape: ModelShape, choices: HeadChoices, options: PlanOptions) -> list[int]:
+    """Orders the numbers of head units to remove by how well they suit; the later ones serve extreme ratios."""
+    if choices.removable == (0,):
+        return [0]
+    if options.heads_ratio is not None:
+        return [_nearest(choices.removable, options.heads_ratio * choices.units)]
+    wanted = _prunable_share(shape, _ratio(options)) * shape.attention_parameters / choices.cost
+    if choices.mode == "groups" and shape.group_size > 1:
+        # Few groups: one too many costs far more quality than the same parameters in neurons.
+        whole = math.floor(wanted + 1e-9)
+        return sorted(choices.removable, key=lambda removed: (removed > whole, abs(removed - wanted)))
+    return sorted(choices.removable, key=lambda removed: (abs(removed - wanted), removed))
+
+
+def _nearest(allowed: Sequence[int], wanted: float) -> int:
+    return min(allowed, key=lambda value: (abs(value - wanted), value))
+
+
+def _to_multiple(wanted: float, multiple: int, most: int) -> int:
+    """Rounds to the nearest multiple, of at least one and of at most `most`."""
+    return multiple * min(max(round(wanted / multiple), 1), most // multiple)
+
+
+def _unreachable(shape: ModelShape, options: PlanOptions) -> PlanError:
+    multiple = options.neuron_multiple
+    left = "every neuron" if options.only == "heads" else "one neuron" if multiple == 1 else f"{multiple} neurons"
+    because = f" (heads cannot be removed: {shape.heads_refused})" if shape.heads_refused else ""
+    return PlanError(
+        f"a ratio of {options.ratio} cannot be reached with these options: the largest reachable is "
+        f"{math.floor(largest_ratio(shape, options) * 1e4) / 1e4}, which leaves {left} and the fewest heads possible "
+        f"in every layer{because}; embeddings and norms are never pruned"
+    )

@@ -1,0 +1,106 @@
+"""From scores and a ratio to a plan (Algorithm 1, lines 3 to 8)."""
+
+import random
+
+from amprune.errors import PlanError
+from amprune.plan.artefact import LayerPlan, PruningPlan, check_plan
+from amprune.plan.budget import Budget, HeadsMode, Only, Order, PlanOptions, find_budget
+from amprune.scores import ImportanceScores, LayerScores, Scores
+
+
+def make_plan(
+    scores: ImportanceScores,
+    *,
+    ratio: float | None = None,
+    order: Order = "amp",
+    only: Only | None = None,
+    heads_mode: HeadsMode | None = None,
+    heads_ratio: float | None = None,
+    neurons_ratio: float | None = None,
+    neuron_multiple: int = 1,
+    head_multiple: int = 1,
+    seed: int = 0,
+) -> PruningPlan:
+    """Chooses the units to keep so that the model loses `ratio` of its parameters.
+
+    Attention and MLPs both lose the share `ratio * P / (A + M)`: heads are rounded to whole units (down for key-value
+    groups, of which there are few), neurons make up the exact rest.
+
+    Args:
+        scores: of the model to be pruned.
+        ratio: `1 - Q/P`, in (0, 1); may be left out when both shares are given.
+        order: `amp` removes the least important, `reversed` the most important, `random` a seeded draw.
+        only: remove heads alone or neurons alone (the paper's ablation).
+        heads_mode: `groups` removes key-value heads with their readers; `within` removes as many query heads in every
+            group. The default is groups, and within for multi-query attention.
+        heads_ratio: share of the heads to remove, set by hand; neurons make up the rest of `ratio`.
+        neurons_ratio: share of the neurons to remove, set by hand; heads come as near to `ratio` as they can. With
+            both shares set, they alone decide.
+        neuron_multiple: keep a multiple of this many neurons (64, 128, 256 suit hardware).
+        head_multiple: keep a multiple of this many key-value heads (query heads when `within`), for tensor parallelism.
+        seed: of the random order.
+
+    Raises:
+        PlanError: the ratio is out of reach (says the largest), or the family's heads cannot be removed.
+    """
+    options = PlanOptions(
+        ratio=ratio,
+        order=order,
+        only=only,
+        heads_mode=heads_mode,
+        heads_ratio=heads_ratio,
+        neurons_ratio=neurons_ratio,
+        neuron_multiple=neuron_multiple,
+        head_multiple=head_multiple,
+        seed=seed,
+    )
+    shape = scores.shape
+    budget = find_budget(shape, options)
+    after = shape.shrunk(query_heads=budget.query_heads, key_value_heads=budget.key_value_heads, neurons=budget.neurons)
+    if after.parameters == shape.parameters:
+        raise PlanError(
+            f"a ratio of {ratio} removes nothing: the smallest step, one neuron in every layer, is "
+            f"{shape.neuron_parameters * shape.num_layers / shape.parameters:.2e} of the parameters"
+        )
+    actual = 1 - after.parameters / shape.parameters
+    plan = PruningPlan(
+        ratio_target=actual if ratio is None else ratio,
+        ratio_actual=actual,
+        shape_before=shape,
+        shape_after=after,
+        layers=tuple(_keep_layer(layer, index, budget, options) for index, layer in enumerate(scores.layers)),
+        provenance={
+            "fingerprint": scores.fingerprint,
+            "criterion": scores.criterion,
+            "calibration": scores.calibration,
+            "scoring": scores.settings,
+            "options": vars(options) | {"heads_mode": budget.heads_mode},
+        },
+    )
+    check_plan(plan)
+    return plan
+
+
+def _keep_layer(scores: LayerScores, index: int, budget: Budget, options: PlanOptions) -> LayerPlan:
+    generator = random.Random(f"{options.seed}/{index}") if options.order == "random" else None
+    group_size = len(scores.heads) // len(scores.groups)
+    groups = tuple(range(len(scores.groups)))
+    queries: list[int] = []
+    if budget.heads_mode == "groups":
+        groups = _keep(scores.groups, budget.key_value_heads, options.order, generator)
+    for group in groups:
+        members = range(group * group_size, (group + 1) * group_size)
+        kept = _keep(
+            scores.heads[members.start : members.stop], budget.query_heads // len(groups), options.order, generator
+        )
+        queries += [members[head] for head in kept]
+    return LayerPlan(tuple(queries), groups, _keep(scores.neurons, budget.neurons, options.order, generator))
+
+
+def _keep(scores: Scores, count: int, order: Order, generator: random.Random | None) -> tuple[int, ...]:
+    """Returns the indices to keep, ascending; of equal scores the lower index stays."""
+    indices = range(len(scores))
+    if generator is not None:
+        return tuple(sorted(generator.sample(indices, count)))
+    sign = 1 if order == "reversed" else -1
+    return tuple(sorted(sorted(indices, key=lambda index: (sign * scores[index], index))[:count]))

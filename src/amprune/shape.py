@@ -1,0 +1,98 @@
+"""The sizes of a model that pruning depends on, as plain numbers: no weights, no torch."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from amprune.errors import AmpruneError
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a decoder-only language model and what one unit of each kind costs.
+
+    `parameters` counts the whole model, tied embeddings once. The three `*_parameters` of units are per layer: weights
+    and biases that disappear with one query head, one key-value head, one neuron.
+    """
+
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    parameters: int
+    query_head_parameters: int
+    key_value_head_parameters: int
+    neuron_parameters: int
+    query_head_counts: tuple[int, ...]
+    """Numbers of query heads with which stock transformers accepts the config."""
+    heads_refused: str | None = None
+    """Why heads cannot be removed, or None when they can."""
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that read one key-value head (`num_key_value_groups` in transformers)."""
+        return self.num_attention_heads // self.num_key_value_heads
+
+    @property
+    def attention_parameters(self) -> int:
+        """A of the budget: what all attention modules hold in tensors that shrink with heads."""
+        heads = self.num_attention_heads * self.query_head_parameters
+        return self.num_layers * (heads + self.num_key_value_heads * self.key_value_head_parameters)
+
+    @property
+    def mlp_parameters(self) -> int:
+        """M of the budget: what all MLPs hold in tensors that shrink with neurons."""
+        return self.num_layers * self.intermediate_size * self.neuron_parameters
+
+    def shrunk(self, *, query_heads: int, key_value_heads: int, neurons: int) -> "ModelShape":
+        """Returns the shape with these numbers of units kept in every layer."""
+        removed = (self.num_attention_heads - query_heads) * self.query_head_parameters
+        removed += (self.num_key_value_heads - key_value_heads) * self.key_value_head_parameters
+        removed += (self.intermediate_size - neurons) * self.neuron_parameters
+        return replace(
+            self,
+            num_attention_heads=query_heads,
+            num_key_value_heads=key_value_heads,
+            intermediate_size=neurons,
+            parameters=self.parameters - self.num_layers * removed,
+            query_head_counts=tuple(count for count in self.query_head_counts if count <= query_heads),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the JSON form; `from_dict` is its inverse."""
+        return {**asdict(self), "query_head_counts": list(self.query_head_counts)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, where: str, error: type[AmpruneError]) -> "ModelShape":
+        """Reads the JSON form, raising `error` with the place `where` when a field is missing or of a wrong type."""
+        if not isinstance(values, Mapping):
+            raise error(f"{where}: the model shape is {values!r}, expected an object")
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise error(f"{where}: the model shape has unknown fields {unknown}")
+        optional_text = {"heads_refused"}
+        for name in sorted(known):
+            value = values.get(name)
+            if name == "model_type":
+                right = isinstance(value, str)
+            elif name in optional_text:
+                right = value is None or isinstance(value, str)
+            elif name == "query_head_counts":
+                right = isinstance(value, list) and all(type(count) is int for count in value)
+            else:
+                right = type(value) is int and value >= 0
+            if not right:
+                raise error(f"{where}: the model shape's field {name!r} is {value!r}; make the file again")
+        return cls(**{**values, "query_head_counts": tuple(values["query_head_counts"])})
+
+    def differences(self, other: "ModelShape") -> list[str]:
+        """Names every size in which two shapes differ, as `name mine != theirs`."""
+        names = (field.name for field in fields(self) if field.name not in ("heads_refused", "query_head_counts"))
+        return [
+            f"{name} {getattr(self, name)} != {getattr(other, name)}"
+            for name in names
+            if getattr(self, name) != getattr(other, name)
+        ]

@@ -1,0 +1,169 @@
+"""A plan and a family give, for every tensor, the indices that stay; and the config of the output."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from amprune.architecture import Architecture, config_with_heads, describe, make_config, unit_width
+from amprune.checkpoint import Checkpoint, TensorHeader, copy_sidecars, fingerprint, write_json, write_shards
+from amprune.errors import PlanError
+from amprune.families import Cut, Unit
+from amprune.plan import LayerPlan, PruningPlan, check_plan
+from amprune.progress import Progress, no_progress
+from amprune.shape import ModelShape
+
+
+def check_plan_fits(plan: PruningPlan, shape: ModelShape, weights_fingerprint: str, *, where: str) -> None:
+    """Refuses a plan that was made for another model: other sizes, or other weights.
+
+    Raises:
+        PlanError: says what differs.
+    """
+    if differences := plan.shape_before.differences(shape):
+        raise PlanError(
+            f"the plan is for another model than {where} (plan != model): {', '.join(differences)}; "
+            "score this model and plan again"
+        )
+    if plan.fingerprint is not None and plan.fingerprint != weights_fingerprint:
+        raise PlanError(
+            f"the plan is for other weights than those of {where}, of the same shape (fingerprint "
+            f"{plan.fingerprint[:12]} != {weights_fingerprint[:12]}); score this model and plan again"
+        )
+    check_plan(plan)
+
+
+def kept_indices(cut: Cut, layer: LayerPlan, shape: ModelShape) -> torch.Tensor:
+    """Returns the indices that stay along the cut's axis, ascending, for a layer of the dense `shape`."""
+    units = {
+        Unit.QUERY_HEAD: (layer.query_heads, shape.num_attention_heads),
+        Unit.KEY_VALUE_HEAD: (layer.key_value_heads, shape.num_key_value_heads),
+        Unit.NEURON: (layer.neurons, shape.intermediate_size),
+    }
+    blocks, offset = [], 0
+    for unit in cut.units:
+        kept, count = units[unit]
+        width = unit_width(cut, unit, shape.head_dim)
+        starts = torch.tensor(kept)[:, None] * width + torch.arange(width)
+        blocks.append(offset + starts.flatten())
+        offset += count * width
+    return torch.cat(blocks)
+
+
+def cuts_by_tensor(architecture: Architecture, plan: PruningPlan) -> dict[str, tuple[Cut, torch.Tensor]]:
+    """Maps each tensor that shrinks to its cut and the indices that stay; untouched tensors are absent."""
+    changes = {}
+    for index, layer in enumerate(plan.layers):
+        for cut, name in architecture.layer_tensors(index).items():
+            kept = kept_indices(cut, layer, plan.shape_before)
+            if len(kept) < architecture.tensors[name][cut.axis]:
+                changes[name] = (cut, kept)
+    return changes
+
+
+def sliced(name: str, tensor: torch.Tensor, changes: Mapping[str, tuple[Cut, torch.Tensor]]) -> torch.Tensor:
+    """Returns the tensor without its removed units; the same tensor when nothing of it is removed."""
+    if name not in changes:
+        return tensor
+    cut, kept = changes[name]
+    return tensor.index_select(cut.axis, kept.to(tensor.device))
+
+
+def output_config(raw: Mapping[str, Any], architecture: Architecture, plan: PruningPlan) -> dict[str, Any]:
+    """Returns the config.json of the output: the source's, with the new sizes under the family's own names."""
+    config = dict(raw)
+    if plan.shape_after.num_attention_heads != plan.shape_before.num_attention_heads:
+        config = config_with_heads(raw, architecture.family, plan.shape_after)
+    config[architecture.family.neurons_key] = plan.shape_after.intermediate_size
+    return config
+
+
+def write_pruned(
+    checkpoint: Checkpoint,
+    plan: PruningPlan,
+    folder: Path,
+    *,
+    max_shard_size: str = "5GB",
+    progress: Progress = no_progress,
+) -> None:
+    """Slices a checkpoint into a folder: config, shards, index and sidecar files, one shard in memory at a time.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    changes = cuts_by_tensor(checkpoint.architecture, plan)
+    headers = {name: _sliced_header(checkpoint.header(name), changes.get(name)) for name in checkpoint}
+    config = output_config(checkpoint.config, checkpoint.architecture, plan)
+    _check_against_meta(headers, describe(config, where="the output's config.json"))
+    write_json(folder / "config.json", config)
+    copy_sidecars(checkpoint.folder, folder)
+    stored = {checkpoint.stored_name(name): name for name in checkpoint}
+    with progress("Writing", sum(header.bytes for header in headers.values())) as advance:
+        write_shards(
+            folder,
+            {name: headers[loaded] for name, loaded in stored.items()},
+            lambda name: sliced(stored[name], checkpoint[stored[name]], changes),
+            max_shard_size=max_shard_size,
+            advance=advance,
+        )
+
+
+def _sliced_header(header: TensorHeader, change: tuple[Cut, torch.Tensor] | None) -> TensorHeader:
+    if change is None:
+        return header
+    cut, kept = change
+    shape = list(header.shape)
+    shape[cut.axis] = len(kept)
+    return TensorHeader(tuple(shape), header.dtype)
+
+
+def _check_against_meta(headers: Mapping[str, TensorHeader], output: Architecture) -> None:
+    """Holds planned shapes to those of the output's architecture, before anything is written."""
+    for name, header in headers.items():
+        expected = output.tensors.get(name)
+        if expected != header.shape:
+            raise PlanError(
+                f"tensor {name} would be written with shape {header.shape}, but the output's config asks for "
+                f"{expected}; the family entry forgets a cut: see docs/adding-a-model-family.md"
+            )
+
+
+def prune_model(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
+    """Prunes a model in memory and returns a new one; `model` is left as it was.
+
+    Raises:
+        PlanError: the plan is for another model.
+        UnsupportedModelError: the architecture is not supported.
+    """
+    raw = model.config.to_dict()
+    architecture = describe(raw, where=type(model).__name__)
+    state = model.state_dict()
+    own = fingerprint(lambda name, rows: state[name][rows], architecture)
+    check_plan_fits(plan, architecture.shape, own, where=f"this {type(model).__name__}")
+    changes = cuts_by_tensor(architecture, plan)
+    config = make_config(output_config(raw, architecture, plan), where="the output's config")
+    with init_empty_weights(include_buffers=False):
+        pruned: Any = AutoModelForCausalLM.from_config(config)
+    pruned.load_state_dict({name: sliced(name, state[name], changes).clone() for name in state}, assign=True)
+    pruned.tie_weights()
+    pruned.generation_config = copy.deepcopy(model.generation_config)
+    pruned.to(model.device).train(model.training)
+    return cast(PreTrainedModel, pruned)
+
+
+def masks(plan: PruningPlan, architecture: Architecture) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields each output projection's module name and the (features,) mask, one where an input feature stays."""
+    family, shape = architecture.family, plan.shape_before
+    for index, layer in enumerate(plan.layers):
+        prefix = family.layer_prefix.format(layer=index)
+        for module, unit, count in (
+            (family.attention_output, Unit.QUERY_HEAD, shape.num_attention_heads * shape.head_dim),
+            (family.mlp_output, Unit.NEURON, shape.intermediate_size),
+        ):
+            mask = torch.zeros(count)
+            mask[kept_indices(Cut(module, 0, (unit,)), layer, shape)] = 1
+            yield prefix + module, mask

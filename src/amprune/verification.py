@@ -1,0 +1,227 @@
+"""Proof that a written checkpoint is the dense model without the removed units, and nothing else."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from amprune.architecture import quiet_transformers
+from amprune.checkpoint import RECORDS, Checkpoint, read_checkpoint
+from amprune.checkpoint.loading import input_device, load_tokenizer, loaded_model, vocabulary_size
+from amprune.errors import AmpruneError, VerificationError
+from amprune.plan import PruningPlan, check_plan
+from amprune.progress import Progress, no_progress
+from amprune.slicing import masks, output_config
+
+TOLERANCE = 1e-4
+"""Largest allowed difference of any logit, as a share of the logits' standard deviation, in float32."""
+_SEQUENCES, _LENGTH = 2, 48
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was held to be true, and what was found."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class VerificationReport:
+    """Every check, with the measured difference of the logits in units of their standard deviation."""
+
+    checks: tuple[Check, ...]
+    logit_difference: float | None
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed."""
+        return all(check.passed for check in self.checks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the JSON form."""
+        return {
+            "passed": self.passed,
+            "logit_difference": self.logit_difference,
+            "tolerance": TOLERANCE,
+            "checks": [asdict(check) for check in self.checks],
+        }
+
+    def require(self) -> None:
+        """Raises VerificationError, naming each failed check, unless all passed."""
+        if not self.passed:
+            failed = "; ".join(f"{check.name}: {check.detail}" for check in self.checks if not check.passed)
+            raise VerificationError(f"verification failed: {failed}")
+
+
+def verify_checkpoint(
+    folder: Path,
+    dense: Checkpoint,
+    plan: PruningPlan,
+    *,
+    trust_remote_code: bool = False,
+    progress: Progress = no_progress,
+) -> VerificationReport:
+    """Holds an output to the four invariants: it reloads, it equals the masked dense model, groups and files are whole.
+
+    Both models are streamed layer by layer from their files and computed in float32 whatever dtype is stored, so that
+    memory stays small and one tolerance serves every dtype.
+    """
+    checks: list[Check] = []
+    difference: float | None = None
+
+    def run(name: str, check: Callable[[], str]) -> None:
+        try:
+            checks.append(Check(name, True, check()))
+        except AmpruneError as error:
+            checks.append(Check(name, False, str(error)))
+
+    def compare_logits() -> str:
+        nonlocal difference
+        difference = _logit_difference(folder, dense, plan, trust_remote_code=trust_remote_code, advance=advance)
+        if not difference <= TOLERANCE:
+            raise VerificationError(
+                f"logits differ from those of the masked dense model by {difference:.1e} of their standard deviation, "
+                f"more than {TOLERANCE:.0e}"
+            )
+        return f"within {difference:.1e} of the logits' standard deviation (tolerance {TOLERANCE:.0e}, float32)"
+
+    with progress("Verifying", 2) as advance:
+        run("groups", lambda: _check_plan(folder, plan))
+        run("config", lambda: _check_config(folder, dense, plan))
+        run("dtype and ties", lambda: _check_tensors(folder, dense))
+        run("files", lambda: _check_files(folder, dense.folder))
+        run("tokenizer", lambda: _check_tokenizer(folder, dense.folder, trust_remote_code=trust_remote_code))
+        run("reload and logits", compare_logits)
+    return VerificationReport(tuple(checks), difference)
+
+
+def _check_plan(folder: Path, plan: PruningPlan) -> str:
+    check_plan(plan)
+    after = plan.shape_after
+    return f"every kept key-value head keeps its {after.group_size} query heads, in order"
+
+
+def _check_config(folder: Path, dense: Checkpoint, plan: PruningPlan) -> str:
+    output = read_checkpoint(folder)
+    expected = output_config(dense.config, dense.architecture, plan)
+    if output.config != expected:
+        keys = sorted(key for key in output.config.keys() | expected if output.config.get(key) != expected.get(key))
+        raise VerificationError(f"config.json differs from the dense one in more than the new sizes: {', '.join(keys)}")
+    before, after = output.shape.parameters, plan.shape_after.parameters
+    if before != after:
+        raise VerificationError(f"has {before:,} parameters, expected {after:,}")
+    return f"{after:,} parameters, {plan.ratio_actual:.2%} fewer"
+
+
+def _check_tensors(folder: Path, dense: Checkpoint) -> str:
+    output = read_checkpoint(folder)
+    if set(output) != set(dense):
+        different = sorted(set(output) ^ set(dense))
+        raise VerificationError(f"the set of tensors differs from the dense model's, such as {different[0]}")
+    for name in dense:
+        if output.header(name).dtype != dense.header(name).dtype:
+            raise VerificationError(f"{name} is {output.header(name).dtype}, was {dense.header(name).dtype}")
+    if set(output.architecture.tied) != set(dense.architecture.tied):
+        raise VerificationError("tied embeddings are no longer tied, or are tied now")
+    dtypes = sorted({str(dense.header(name).dtype).removeprefix("torch.") for name in dense})
+    return f"{', '.join(dtypes)}; {'tied' if dense.architecture.tied else 'separate'} embeddings"
+
+
+def _check_files(folder: Path, source: Path) -> str:
+    """Compares byte by byte what must survive: generation config, chat template, tokenizer files."""
+    names = ["generation_config.json", "chat_template.jinja", "special_tokens_map.json", "tokenizer_config.json"]
+    names += ["tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json"]
+    present = [name for name in names if (source / name).is_file()]
+    for name in present:
+        if not (folder / name).is_file():
+            raise VerificationError(f"{name} of the dense model is missing")
+        if _sha256(folder / name) != _sha256(source / name):
+            raise VerificationError(f"{name} differs from the dense model's")
+    return ", ".join(present) or "the dense model has none"
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+_PROBE = "The quick brown fox: naïve café, 12,345.67 € — 你好!\n\tdef f(x): return x**2"
+
+
+def _check_tokenizer(folder: Path, source: Path, *, trust_remote_code: bool) -> str:
+    """Loads both tokenizers, since AutoTokenizer may choose by the config's model_type."""
+    if not (source / "tokenizer_config.json").is_file() and not (source / "tokenizer.json").is_file():
+        return "the dense model has none"
+    ours, theirs = (load_tokenizer(place, trust_remote_code=trust_remote_code) for place in (folder, source))
+    if ours(_PROBE)["input_ids"] != theirs(_PROBE)["input_ids"]:
+        raise VerificationError("the tokenizer of the output gives other tokens than the dense model's")
+    if ours.chat_template != theirs.chat_template:
+        raise VerificationError("the chat template differs from the dense model's")
+    return f"{type(ours).__name__}, same tokens and chat template"
+
+
+def _logit_difference(
+    folder: Path,
+    dense: Checkpoint,
+    plan: PruningPlan,
+    *,
+    trust_remote_code: bool,
+    advance: Callable[[int], None],
+) -> float:
+    """Returns the largest difference of any logit, in units of the masked dense model's standard deviation."""
+    with _streamed(folder, trust_remote_code=trust_remote_code) as (model, info):
+        problems = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
+        if problems:
+            kind, names = next(iter(problems.items()))
+            raise VerificationError(
+                f"from_pretrained reports {len(names)} {kind.replace('_', ' ')}, such as {names[0]}"
+            )
+        pruned = _logits(model)
+    advance(1)
+    with (
+        _streamed(dense.folder, trust_remote_code=trust_remote_code) as (model, _),
+        _masked(model, dict(masks(plan, dense.architecture))),
+    ):
+        expected = _logits(model)
+    advance(1)
+    for name, logits in (("the masked dense model", expected), ("the pruned model", pruned)):
+        if not torch.isfinite(logits).all():
+            raise VerificationError(f"{name} gives logits that are not finite")
+    return float((pruned - expected).abs().max() / expected.std())
+
+
+def _streamed(folder: Path, *, trust_remote_code: bool) -> Any:
+    return loaded_model(folder, dtype="float32", device_map="disk", trust_remote_code=trust_remote_code)
+
+
+def _logits(model: PreTrainedModel) -> torch.Tensor:
+    """Computes (2, 48, vocabulary) logits of seeded random tokens."""
+    vocabulary = vocabulary_size(model)
+    ids = torch.randint(vocabulary, (_SEQUENCES, _LENGTH), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode(), quiet_transformers():
+        logits: torch.Tensor = model(input_ids=ids.to(input_device(model)), use_cache=False).logits
+    return logits.cpu().float()
+
+
+@contextmanager
+def _masked(model: PreTrainedModel, by_module: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Zeroes the inputs of output projections where units are removed; the same as zeroing their columns."""
+    with ExitStack() as stack:
+        for name, mask in by_module.items():
+            hook = lambda _, inputs, mask=mask: (inputs[0] * mask.to(inputs[0].device), *inputs[1:])  # noqa: E731
+            stack.callback(model.get_submodule(name).register_forward_pre_hook(hook).remove)
+        yield
+
+
+def read_plan(folder: Path) -> PruningPlan:
+    """Reads the plan that an output carries."""
+    path = folder / RECORDS / "plan.json"
+    if not path.is_file():
+        raise VerificationError(f"{path} is missing; {folder} was not made by amprune, or its records were removed")
+    return PruningPlan.load(path)
