@@ -94,23 +94,25 @@ def load_calibration(
     render = _renderer(tokenizer, prompts_only=prompts_only)
     usable = [(where, record) for where, record in records if not _blank(record)]
     if len(usable) < samples:
+        smaller = f"--samples {len(usable)} or " if usable else ""
         raise CalibrationError(
-            f"{name} holds {len(usable)} samples, but {samples} were asked for; give --samples {max(len(usable), 1)} "
-            "or a larger set"
+            f"{name} holds {len(usable)} samples, but {samples} were asked for; give {smaller}a larger set"
         )
-    drawn = random.Random(seed).sample(usable, samples)
-    encoded = (_encode(tokenizer, render(record, f"{name}, {where}"), max_length) for where, record in drawn)
-    tokens = tuple(encoded)
-    if empty := [where for (where, _), ids in zip(drawn, tokens, strict=True) if not ids]:
-        raise CalibrationError(f"{name}, {empty[0]}: the tokenizer makes no token of this sample")
+    places = [(f"{name}, {where}", record) for where, record in random.Random(seed).sample(usable, samples)]
+    tokens = tuple(_encode(tokenizer, render(record, where), max_length, where) for where, record in places)
     return CalibrationSet(name=name, samples=tokens, seed=seed, max_length=max_length, prompts_only=prompts_only)
 
 
-def _encode(tokenizer: Any, text: tuple[str, bool], max_length: int) -> tuple[int, ...]:
+def _encode(tokenizer: Any, text: tuple[str, bool], max_length: int, where: str) -> tuple[int, ...]:
     """Tokenises one text; a chat template has put in its own special tokens."""
-    content, add_special_tokens = text
-    ids = tokenizer(content, add_special_tokens=add_special_tokens, truncation=True, max_length=max_length)["input_ids"]
-    return tuple(ids)
+    content, special = text
+    try:
+        ids = tokenizer(content, add_special_tokens=special, truncation=True, max_length=max_length)["input_ids"]
+    except Exception as error:  # tokenizers raise many types, for a lone surrogate for instance
+        raise CalibrationError(f"{where}: the tokenizer refuses this sample: {error}") from error
+    if not ids:
+        raise CalibrationError(f"{where}: the tokenizer makes no token of this sample")
+    return tuple(ids[:max_length])  # some tokenizers do not truncate to fewer than their special tokens
 
 
 _Record = tuple[str, Mapping[str, Any]]
@@ -132,7 +134,7 @@ def _read(source: str | os.PathLike[str] | Sequence[str]) -> tuple[str, list[_Re
     readers: dict[str, Callable[[Path], list[_Record]]] = {
         ".jsonl": lambda file: _parse_lines(_text(file), str(file)),
         ".json": _read_json,
-        ".txt": lambda file: [(f"line {n}", {"text": line}) for n, line in enumerate(_text(file).splitlines(), 1)],
+        ".txt": lambda file: [(place, {"text": line}) for place, line in _lines(_text(file))],
         ".parquet": _read_parquet,
     }
     if path.suffix.lower() not in readers:
@@ -150,16 +152,19 @@ def _text(path: Path) -> str:
         raise CalibrationError(f"{path} cannot be read as UTF-8 text: {error}") from error
 
 
+def _lines(text: str) -> Iterable[tuple[str, str]]:
+    """Yields the place and content of each line that is not blank; `str.splitlines` would also cut at form feeds."""
+    return ((f"line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+
+
 def _parse_lines(text: str, where: str) -> list[_Record]:
     records = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
+    for place, line in _lines(text):
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise CalibrationError(f"{where}, line {number}: broken JSON ({error.msg}, column {error.colno})") from None
-        records.append((f"line {number}", _as_record(record, f"{where}, line {number}")))
+            raise CalibrationError(f"{where}, {place}: broken JSON ({error.msg}, column {error.colno})") from None
+        records.append((place, _as_record(record, f"{where}, {place}")))
     return records
 
 
@@ -179,7 +184,9 @@ def _read_json(path: Path) -> list[_Record]:
         raise CalibrationError(f"{path}, line {error.lineno}: broken JSON ({error.msg}); is it JSON lines? "
                                "Then name it .jsonl") from None  # fmt: skip
     if not isinstance(content, list):
-        raise CalibrationError(f"{path} holds a {type(content).__name__}, expected a list of records")
+        raise CalibrationError(
+            f"{path} holds a {type(content).__name__}, expected a list of records; if it is JSON lines, name it .jsonl"
+        )
     return [(f"record {n}", _as_record(record, f"{path}, record {n}")) for n, record in enumerate(content, 1)]
 
 
@@ -237,7 +244,8 @@ def _field(record: Mapping[str, Any], name: str, where: str, *, default: str | N
     if value is None and default is not None:
         return default
     if not isinstance(value, str):
-        found = "is missing" if name not in record else f"is a {type(value).__name__}"
+        kind = "null" if value is None else f"a {type(value).__name__}"
+        found = f"is {kind}" if name in record else "is missing"
         raise CalibrationError(f"{where}: field {name!r} {found}, expected text")
     return value
 
@@ -250,15 +258,21 @@ def _alpaca_text(record: Mapping[str, Any], where: str, *, prompts_only: bool) -
 
 
 def _chat(tokenizer: Any, messages: object, where: str, *, prompts_only: bool) -> str:
-    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
-        raise CalibrationError(f"{where}: messages is no list of objects with role and content")
+    if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
+        raise CalibrationError(f"{where}: messages is no list of objects with role and content, each a text")
     if getattr(tokenizer, "chat_template", None) is None:
         raise CalibrationError(
             f"{where}: has messages, but the model's tokenizer has no chat template; use text instead"
         )
     if prompts_only and messages[-1].get("role") == "assistant":
         messages = messages[:-1]
+    if not messages:
+        raise CalibrationError(f"{where}: prompts_only leaves nothing of messages that are one assistant turn")
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompts_only))
     except Exception as error:  # templates raise what they like
         raise CalibrationError(f"{where}: the chat template refuses these messages: {error}") from error
+
+
+def _is_message(message: object) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(name), str) for name in ("role", "content"))

@@ -37,7 +37,7 @@ Model = Annotated[
 ]
 Out = Annotated[Path, typer.Argument(help="Folder to write; appears whole or not at all.", metavar="OUT")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let code in the checkpoint run.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let a tokenizer's own code run.")]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
     typer.Option(help="Dtype of the computation; a GGUF file is dequantised to it (auto: bfloat16)."),

@@ -80,7 +80,7 @@ def score(
         device_map: `auto` spreads a large model over devices, memory and disk; `disk` streams each layer.
         batch_tokens: most tokens in a batch; changes no score beyond rounding.
         revision: of a hub id.
-        trust_remote_code: lets code that the checkpoint carries run.
+        trust_remote_code: lets a tokenizer's own code run; model code never does.
         progress: told how far it is.
 
     Raises:
@@ -98,13 +98,12 @@ def score(
             prompts_only=prompts_only,
             seed=seed,
         )
-    loading: dict[str, Any] = {"dtype": dtype, "device": device, "device_map": device_map}
-    with loaded_model(source.folder, **loading, trust_remote_code=trust_remote_code) as (loaded, _):
+    with loaded_model(checkpoint, dtype=dtype, device=device, device_map=device_map) as loaded:
         layers = score_layers(
             loaded, checkpoint.architecture, calibration, batch_tokens=batch_tokens, progress=progress
         )
         settings = {
-            "dtype": str(loaded.dtype).removeprefix("torch."),
+            "dtype": dtype if dtype != "auto" else str(checkpoint.dtype).removeprefix("torch."),
             "device": input_device(loaded).type,
             "amprune": __version__,
             "torch": torch.__version__,
@@ -151,7 +150,7 @@ def apply_plan(
         overwrite: replace an OUT that is a checkpoint.
         dtype: that a GGUF file is dequantised to; other checkpoints keep theirs.
         revision: of a hub id.
-        trust_remote_code: lets code that the checkpoint carries run.
+        trust_remote_code: lets a tokenizer's own code run; model code never does.
         progress: told how far it is.
 
     Raises:

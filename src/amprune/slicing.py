@@ -54,7 +54,11 @@ def kept_indices(cut: Cut, layer: LayerPlan, shape: ModelShape) -> torch.Tensor:
     return torch.cat(blocks)
 
 
-def cuts_by_tensor(architecture: Architecture, plan: PruningPlan) -> dict[str, tuple[Cut, torch.Tensor]]:
+Changes = dict[str, tuple[Cut, torch.Tensor]]
+"""Tensors that shrink, with their cut and the indices that stay."""
+
+
+def cuts_by_tensor(architecture: Architecture, plan: PruningPlan) -> Changes:
     """Maps each tensor that shrinks to its cut and the indices that stay; untouched tensors are absent."""
     changes = {}
     for index, layer in enumerate(plan.layers):
@@ -63,14 +67,6 @@ def cuts_by_tensor(architecture: Architecture, plan: PruningPlan) -> dict[str, t
             if len(kept) < architecture.tensors[name][cut.axis]:
                 changes[name] = (cut, kept)
     return changes
-
-
-def sliced(name: str, tensor: torch.Tensor, changes: Mapping[str, tuple[Cut, torch.Tensor]]) -> torch.Tensor:
-    """Returns the tensor without its removed units; the same tensor when nothing of it is removed."""
-    if name not in changes:
-        return tensor
-    cut, kept = changes[name]
-    return tensor.index_select(cut.axis, kept.to(tensor.device))
 
 
 def output_config(raw: Mapping[str, Any], architecture: Architecture, plan: PruningPlan) -> dict[str, Any]:
@@ -106,10 +102,17 @@ def write_pruned(
         write_shards(
             folder,
             {name: headers[loaded] for name, loaded in stored.items()},
-            lambda name: sliced(stored[name], checkpoint[stored[name]], changes),
+            lambda name: _read_sliced(checkpoint, stored[name], changes),
             max_shard_size=max_shard_size,
             advance=advance,
         )
+
+
+def _read_sliced(checkpoint: Checkpoint, name: str, changes: Changes) -> torch.Tensor:
+    if name not in changes:
+        return checkpoint[name]
+    cut, kept = changes[name]
+    return checkpoint.select(name, cut.axis, kept)
 
 
 def _sliced_header(header: TensorHeader, change: tuple[Cut, torch.Tensor] | None) -> TensorHeader:
@@ -148,7 +151,10 @@ def prune_model(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     config = make_config(output_config(raw, architecture, plan), where="the output's config")
     with init_empty_weights(include_buffers=False):
         pruned: Any = AutoModelForCausalLM.from_config(config)
-    pruned.load_state_dict({name: sliced(name, state[name], changes).clone() for name in state}, assign=True)
+    for name, (cut, kept) in changes.items():
+        state[name] = state[name].index_select(cut.axis, kept.to(state[name].device))
+    owned = {name: tensor if name in changes else tensor.clone() for name, tensor in state.items()}
+    pruned.load_state_dict(owned, assign=True)
     pruned.tie_weights()
     pruned.generation_config = copy.deepcopy(model.generation_config)
     pruned.to(model.device).train(model.training)

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from amprune.architecture import quiet_transformers
 from amprune.checkpoint import RECORDS, Checkpoint, read_checkpoint
-from amprune.checkpoint.loading import input_device, load_tokenizer, loaded_model, vocabulary_size
+from amprune.checkpoint.loading import load_tokenizer, loading_problems, vocabulary_size
+from amprune.checkpoint.streaming import streamed_model
 from amprune.errors import AmpruneError, VerificationError
 from amprune.plan import PruningPlan, check_plan
 from amprune.progress import Progress, no_progress
@@ -84,7 +85,7 @@ def verify_checkpoint(
 
     def compare_logits() -> str:
         nonlocal difference
-        difference = _logit_difference(folder, dense, plan, trust_remote_code=trust_remote_code, advance=advance)
+        difference = _logit_difference(folder, dense, plan, advance)
         if not difference <= TOLERANCE:
             raise VerificationError(
                 f"logits differ from those of the masked dense model by {difference:.1e} of their standard deviation, "
@@ -98,7 +99,8 @@ def verify_checkpoint(
         run("dtype and ties", lambda: _check_tensors(folder, dense))
         run("files", lambda: _check_files(folder, dense.folder))
         run("tokenizer", lambda: _check_tokenizer(folder, dense.folder, trust_remote_code=trust_remote_code))
-        run("reload and logits", compare_logits)
+        run("reload", lambda: _check_reload(folder))
+        run("logits", compare_logits)
     return VerificationReport(tuple(checks), difference)
 
 
@@ -166,28 +168,18 @@ def _check_tokenizer(folder: Path, source: Path, *, trust_remote_code: bool) -> 
     return f"{type(ours).__name__}, same tokens and chat template"
 
 
-def _logit_difference(
-    folder: Path,
-    dense: Checkpoint,
-    plan: PruningPlan,
-    *,
-    trust_remote_code: bool,
-    advance: Callable[[int], None],
-) -> float:
+def _check_reload(folder: Path) -> str:
+    for kind, names in loading_problems(folder).items():
+        raise VerificationError(f"from_pretrained reports {len(names)} {kind.replace('_', ' ')}, such as {names[0]}")
+    return "AutoModelForCausalLM takes every tensor: none missing, unexpected or mismatched"
+
+
+def _logit_difference(folder: Path, dense: Checkpoint, plan: PruningPlan, advance: Callable[[int], None]) -> float:
     """Returns the largest difference of any logit, in units of the masked dense model's standard deviation."""
-    with _streamed(folder, trust_remote_code=trust_remote_code) as (model, info):
-        problems = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
-        if problems:
-            kind, names = next(iter(problems.items()))
-            raise VerificationError(
-                f"from_pretrained reports {len(names)} {kind.replace('_', ' ')}, such as {names[0]}"
-            )
-        pruned = _logits(model)
+    pruned = _logits(streamed_model(read_checkpoint(folder), torch.float32))
     advance(1)
-    with (
-        _streamed(dense.folder, trust_remote_code=trust_remote_code) as (model, _),
-        _masked(model, dict(masks(plan, dense.architecture))),
-    ):
+    model = streamed_model(dense, torch.float32)
+    with _masked(model, dict(masks(plan, dense.architecture))):
         expected = _logits(model)
     advance(1)
     for name, logits in (("the masked dense model", expected), ("the pruned model", pruned)):
@@ -196,17 +188,13 @@ def _logit_difference(
     return float((pruned - expected).abs().max() / expected.std())
 
 
-def _streamed(folder: Path, *, trust_remote_code: bool) -> Any:
-    return loaded_model(folder, dtype="float32", device_map="disk", trust_remote_code=trust_remote_code)
-
-
 def _logits(model: PreTrainedModel) -> torch.Tensor:
     """Computes (2, 48, vocabulary) logits of seeded random tokens."""
     vocabulary = vocabulary_size(model)
     ids = torch.randint(vocabulary, (_SEQUENCES, _LENGTH), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode(), quiet_transformers():
-        logits: torch.Tensor = model(input_ids=ids.to(input_device(model)), use_cache=False).logits
-    return logits.cpu().float()
+        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits
 
 
 @contextmanager
@@ -214,7 +202,7 @@ def _masked(model: PreTrainedModel, by_module: dict[str, torch.Tensor]) -> Itera
     """Zeroes the inputs of output projections where units are removed; the same as zeroing their columns."""
     with ExitStack() as stack:
         for name, mask in by_module.items():
-            hook = lambda _, inputs, mask=mask: (inputs[0] * mask.to(inputs[0].device), *inputs[1:])  # noqa: E731
+            hook = lambda _, inputs, mask=mask: (inputs[0] * mask, *inputs[1:])  # noqa: E731
             stack.callback(model.get_submodule(name).register_forward_pre_hook(hook).remove)
         yield
 

@@ -10,6 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from amprune.architecture import quiet_transformers
+from amprune.checkpoint.reader import Checkpoint
+from amprune.checkpoint.streaming import streamed_model
 from amprune.errors import CheckpointError, ScoresError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -17,45 +19,64 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 @contextmanager
 def loaded_model(
-    folder: Path,
-    *,
-    dtype: str = "auto",
-    device: str | None = None,
-    device_map: str | None = None,
-    trust_remote_code: bool = False,
-) -> Iterator[tuple[PreTrainedModel, dict[str, Any]]]:
-    """Loads a model in evaluation mode, with transformers' report of missing, unexpected and mismatched tensors.
+    checkpoint: Checkpoint, *, dtype: str = "auto", device: str | None = None, device_map: str | None = None
+) -> Iterator[PreTrainedModel]:
+    """Loads a model in evaluation mode, always as the stock class: code that a checkpoint carries never runs.
 
     Args:
-        folder: a Hugging Face folder.
+        checkpoint: an opened folder.
         dtype: of the computation; auto is that of the checkpoint.
         device: such as cpu or cuda:1; the default is cuda where there is one, else cpu.
-        device_map: `auto` spreads a model over devices, memory and disk; `disk` streams each layer from its file.
-        trust_remote_code: lets code that the folder carries run.
+        device_map: `auto` spreads a model over devices, memory and disk; `disk` streams each module from its file.
 
     Raises:
-        CheckpointError: transformers cannot load it.
+        CheckpointError: transformers cannot load it, or an option is wrong.
     """
     if dtype not in DTYPES:
         raise CheckpointError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    if device_map is not None and device is not None:
+        raise CheckpointError("give a device or a device_map, not both")
+    if device_map == "disk":
+        yield streamed_model(checkpoint, checkpoint.dtype if dtype == "auto" else getattr(torch, dtype))
+        return
     with tempfile.TemporaryDirectory(prefix="amprune-offload-") as offload:
-        try:
-            with quiet_transformers():
-                loaded: Any = AutoModelForCausalLM.from_pretrained(
-                    folder,
-                    dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-                    device_map={"": "disk"} if device_map == "disk" else device_map,
-                    offload_folder=offload,
-                    output_loading_info=True,
-                    trust_remote_code=trust_remote_code,
-                    local_files_only=True,
-                )
-        except (OSError, ValueError, RuntimeError, ImportError) as error:
-            raise CheckpointError(f"transformers cannot load {folder}: {error}") from error
-        model, info = loaded
+        model, _ = _from_pretrained(
+            checkpoint.folder,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            device_map=device_map,
+            offload_folder=offload,
+        )
         if device_map is None:
-            model.to(device or default_device())
-        yield model.eval(), info
+            _move(model, device or default_device())
+        yield model.eval()
+
+
+def loading_problems(folder: Path) -> dict[str, list[str]]:
+    """Lists what stock `from_pretrained` reports of a folder (missing, unexpected, mismatched), loading no weights."""
+    _, report = _from_pretrained(folder, device_map={"": "meta"})
+    return {kind: sorted(map(str, names)) for kind, names in report.items() if names}
+
+
+def _from_pretrained(folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
+    try:
+        with quiet_transformers():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, output_loading_info=True, local_files_only=True, **options
+            )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise CheckpointError(f"transformers cannot load {folder}: {error}") from error
+    model, report = loaded
+    return model, report
+
+
+def _move(model: Any, device: str) -> None:
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise CheckpointError(
+            f"the model cannot be moved to the device {device!r} ({' '.join(str(error).split())}); choose another "
+            "--device, or --device-map auto or disk for a model larger than its memory"
+        ) from error
 
 
 def default_device() -> str:

@@ -5,12 +5,13 @@ import json
 import logging
 import math
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,11 +36,11 @@ class TensorHeader:
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None
-    """None for a type that is not floating-point: masks of old checkpoints, quantised weights."""
+    """None for a type that no model computes in: masks of old checkpoints, quantised weights."""
 
     @property
     def bytes(self) -> int:
-        """Size of a floating-point tensor on disk."""
+        """Size on disk; 0 for a tensor of another type."""
         return math.prod(self.shape) * (self.dtype.itemsize if self.dtype else 0)
 
 
@@ -62,6 +63,15 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         """The sizes that config.json gives."""
         return self.architecture.shape
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of most parameters."""
+        counts: dict[torch.dtype, int] = {}
+        for tensor in self._stored.values():
+            if tensor.header.dtype is not None:
+                counts[tensor.header.dtype] = counts.get(tensor.header.dtype, 0) + math.prod(tensor.header.shape)
+        return max(counts, key=lambda dtype: counts[dtype])
+
     def header(self, name: str) -> TensorHeader:
         """Returns the shape and dtype of a tensor without reading it."""
         return self._stored[name].header
@@ -79,7 +89,27 @@ class Checkpoint(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         tensor = self._stored[name]
         with _opened(tensor.file) as file:
-            return torch.clone(file.get_tensor(tensor.name))
+            return torch.clone(file.get_tensor(tensor.name), memory_format=torch.contiguous_format)
+
+    def mapped(self, name: str) -> torch.Tensor:
+        """Returns a tensor backed by its file: pages are read when touched. Read-only: never write to it."""
+        tensor = self._stored[name]
+        with _opened(tensor.file) as file:
+            return cast(torch.Tensor, file.get_tensor(tensor.name))
+
+    def resolve(self, name: str) -> str:
+        """Returns the tensor of the checkpoint that a name of the model stands for, itself or the one it is tied to."""
+        if name in self._stored:
+            return name
+        partners = [source for target, source in self.architecture.tied.items() if target == name]
+        partners += [target for target, source in self.architecture.tied.items() if source == name]
+        return next(partner for partner in partners if partner in self._stored)
+
+    def select(self, name: str, axis: int, indices: torch.Tensor) -> torch.Tensor:
+        """Reads a tensor's slices along an axis, without a copy of the whole tensor."""
+        tensor = self._stored[name]
+        with _opened(tensor.file) as file:
+            return cast(torch.Tensor, file.get_tensor(tensor.name).index_select(axis, indices))
 
     def rows(self, name: str, indices: list[int]) -> torch.Tensor:
         """Reads single rows of a tensor."""
@@ -141,15 +171,15 @@ def _matched(stored: Mapping[str, StoredTensor], architecture: Architecture, fol
             logger.info("%s: tensor %s is not part of the architecture and is left out", folder, name)
             continue
         expected = architecture.tensors[full]
+        if tensor.header.dtype is None:
+            raise UnsupportedModelError(
+                f"{tensor.file}: tensor {name} is neither {_names(_SAFETENSORS_DTYPES.values())}; a quantised "
+                "checkpoint cannot be pruned: prune the original checkpoint first and quantise the result"
+            )
         if tensor.header.shape != expected:
             raise CheckpointError(
                 f"{tensor.file}: tensor {name} has shape {tensor.header.shape}, but config.json asks for {expected}; "
                 "config and weights disagree"
-            )
-        if tensor.header.dtype is None:
-            raise UnsupportedModelError(
-                f"{tensor.file}: tensor {name} is not floating-point; a quantised checkpoint cannot be pruned: prune "
-                "the original checkpoint first and quantise the result"
             )
         matched[full] = tensor
     covered = set(matched)
@@ -164,13 +194,17 @@ def _matched(stored: Mapping[str, StoredTensor], architecture: Architecture, fol
     return matched
 
 
+def _names(dtypes: Iterable[torch.dtype]) -> str:
+    return " nor ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
 def read_json(file: Path, *, hint: str = "") -> dict[str, Any]:
     """Reads a JSON object, with an error that names the file."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing{hint}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} holds a {type(content).__name__}, expected a JSON object")
@@ -178,8 +212,11 @@ def read_json(file: Path, *, hint: str = "") -> dict[str, Any]:
 
 
 def _what_else(folder: Path) -> str:
+    """Says what a folder without config.json or weights is instead."""
     if (folder / "adapter_config.json").is_file():
         return "; the folder holds a PEFT adapter: merge it into its base model first"
+    if files := sorted(folder.glob("*.gguf")):
+        return f"; the folder holds a GGUF file: give {files[0]} itself as MODEL"
     return f"; {folder} is no transformers checkpoint"
 
 
@@ -195,7 +232,7 @@ def _weight_files(folder: Path) -> list[tuple[Path, list[str] | None]]:
             return _indexed(folder, folder / index)
     raise CheckpointError(
         f"{folder} holds no weights: expected model.safetensors, model.safetensors.index.json, pytorch_model.bin or "
-        "pytorch_model.bin.index.json"
+        f"pytorch_model.bin.index.json{_what_else(folder)}"
     )
 
 
@@ -208,7 +245,7 @@ def _indexed(folder: Path, index: Path) -> list[tuple[Path, list[str] | None]]:
         by_file.setdefault(file, []).append(name)
     for file in by_file:
         if Path(file).name != file:
-            raise CheckpointError(f"{index} names the file {file!r}, which lies outside of the folder")
+            raise CheckpointError(f"{index} names the file {file!r}, which is no file of this folder")
         if not (folder / file).is_file():
             raise CheckpointError(f"{index} names the file {file}, which is missing; download the checkpoint again")
     return [(folder / file, names) for file, names in sorted(by_file.items())]
@@ -237,8 +274,9 @@ def _opened(file: Path) -> Iterator[Any]:
 def _read_headers(file: Path) -> dict[str, TensorHeader]:
     if file.suffix == ".safetensors":
         return dict(_safetensors_headers(file))
+    known = _SAFETENSORS_DTYPES.values()
     return {
-        name: TensorHeader(tuple(tensor.shape), tensor.dtype if tensor.is_floating_point() else None)
+        name: TensorHeader(tuple(tensor.shape), tensor.dtype if tensor.dtype in known else None)
         for name, tensor in _load_pickle(file).items()
     }
 
@@ -262,22 +300,32 @@ def _unpickled(file: Path, _changed: int) -> dict[str, torch.Tensor]:
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # files written before torch 1.6 cannot be mapped
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # a damaged pickle raises many types
         raise CheckpointError(
-            f"{file} cannot be loaded as plain weights ({reason}); a damaged file, or a pickle that holds more than "
-            "tensors, which is refused because loading it could run code"
+            f"{file} cannot be loaded as plain weights ({_pickle_problem(error)}); it is damaged, or a pickle that "
+            "holds more than tensors, which is refused because loading it could run code. Download it again, or use "
+            "the model's safetensors files"
         ) from error
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+    tensors = isinstance(content, dict) and all(isinstance(value, torch.Tensor) for value in content.values())
+    if not tensors or not all(isinstance(name, str) for name in content):
         raise CheckpointError(f"{file} does not hold a mapping from names to tensors")
-    return content
+    return cast(dict[str, torch.Tensor], content)
+
+
+def _pickle_problem(error: Exception) -> str:
+    """Returns the gist of what torch says; its advice to load the pickle with code and all is not passed on."""
+    if refused := re.search(r"GLOBAL (\S+)", str(error)):
+        return f"it refers to {refused[1]}"
+    if isinstance(error, pickle.UnpicklingError) or not str(error).strip():
+        return "no valid pickle"
+    return str(error).strip().splitlines()[0]
 
 
 def fingerprint(rows: Callable[[str, list[int]], torch.Tensor], architecture: Architecture) -> str:
     """Hashes the prunable tensors by their shapes and a sample of rows, rounded to bfloat16.
 
-    `rows(name, indices)` reads rows of a tensor. Two checkpoints of the same weights agree whatever their sharding or
-    their dtype; a fine-tuned copy differs.
+    `rows(name, indices)` reads rows of a tensor. Two checkpoints of the same weights agree whatever their sharding,
+    one in float32 and one in bfloat16 too; a fine-tuned copy differs.
     """
     digest = hashlib.sha256()
     for name in architecture.cut_tensors():

@@ -125,7 +125,7 @@ def _download(name: str, revision: str | None, *, config_only: bool) -> Path:
 
 def _cache_folder() -> Path:
     base = os.environ.get("AMPRUNE_CACHE")
-    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "amprune"
+    return Path(base or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "amprune").expanduser()
 
 
 def _dequantised(gguf: Path, dtype: str) -> Path:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,25 +24,31 @@ RECORDS = "amprune"
 _WEIGHT_SUFFIXES = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".tflite", ".npz",
 }  # fmt: skip
+_WEIGHT_INDEX = re.compile(r"\.index(\.[\w-]+)?\.json$")
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 @contextmanager
 def staged_folder(out: Path, *, overwrite: bool = False, protected: tuple[Path, ...] = ()) -> Iterator[Path]:
     """Yields `OUT.partial`; renames it to OUT when the block succeeds and removes it when the block raises.
 
-    A killed process leaves the `.partial` folder, which the next run removes; OUT is whole or absent.
+    A killed process leaves the `.partial` folder, which the next run removes; OUT is whole or absent. Where OUT is a
+    symlink, the folder that it points to is written.
 
     Raises:
         CheckpointError: OUT exists and `overwrite` is off, or OUT lies in, or holds, one of the `protected` paths.
     """
     check_output(out, overwrite=overwrite, protected=protected)
+    out = out.resolve()
     partial = out.with_name(f"{out.name}.partial")
-    _remove_stale(partial)
+    with _write_errors(partial):
+        _remove_stale(partial)
     try:
         with _write_errors(partial):
             (partial / RECORDS).mkdir(parents=True)
             yield partial
             _sync(partial)
+            check_output(out, overwrite=overwrite, protected=protected)  # it may have appeared in the meantime
             if out.exists():
                 _replace(partial, out)
             else:
@@ -61,17 +68,22 @@ def check_output(out: Path, *, overwrite: bool, protected: tuple[Path, ...]) -> 
         return
     if not overwrite:
         raise CheckpointError(f"OUT {out} exists; choose another folder, or give --overwrite to replace it")
-    if not out.is_dir() or not (list(out.iterdir()) == [] or (out / "config.json").is_file()):
+    if not out.is_dir() or not (_is_checkpoint(out) or not any(out.iterdir())):
         raise CheckpointError(
             f"OUT {out} exists and is no checkpoint folder; it is not overwritten: remove it yourself"
         )
 
 
+def _is_checkpoint(folder: Path) -> bool:
+    weights = any(file.suffix in _WEIGHT_SUFFIXES for file in folder.iterdir())
+    return weights and (folder / "config.json").is_file()
+
+
 def _remove_stale(partial: Path) -> None:
     """Removes what a killed run left; anything else under that name is the user's."""
-    if not partial.exists():
+    if not os.path.lexists(partial):
         return
-    if not (partial / RECORDS).is_dir():
+    if partial.is_symlink() or not (partial / RECORDS).is_dir():
         raise CheckpointError(f"{partial} is in the way and was not made by amprune; move it and run again")
     logger.info("removing %s, left by an interrupted run", partial)
     shutil.rmtree(partial)
@@ -113,6 +125,19 @@ def _sync(folder: Path) -> None:
             os.close(descriptor)
 
 
+def parse_size(size: str | int) -> int:
+    """Returns the bytes of a size such as 200MB, 5GB or 5000000.
+
+    Raises:
+        CheckpointError: it is no size, or none above 0.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?B)?\s*", str(size), flags=re.IGNORECASE)
+    found = int(float(match[1]) * _UNITS[(match[2] or "B").upper()]) if match else 0
+    if found < 1:
+        raise CheckpointError(f"max_shard_size is {size!r}, expected a size above 0 such as 200MB or 5GB")
+    return found
+
+
 def write_shards(
     folder: Path,
     headers: Mapping[str, TensorHeader],
@@ -130,15 +155,12 @@ def write_shards(
         CheckpointError: a size that cannot be parsed, or too little space on the disk.
     """
     sizes = {name: header.bytes for name, header in headers.items()}
-    try:
-        split = split_state_dict_into_shards_factory(
-            sizes,
-            get_storage_size=lambda size: size,
-            filename_pattern="model{suffix}.safetensors",
-            max_shard_size=max_shard_size,
-        )
-    except ValueError as error:
-        raise CheckpointError(f"max_shard_size {max_shard_size!r} is no size such as 200MB or 5GB: {error}") from None
+    split = split_state_dict_into_shards_factory(
+        sizes,
+        get_storage_size=lambda size: size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=parse_size(max_shard_size),
+    )
     total = sum(sizes.values())
     if (free := shutil.disk_usage(folder).free) < total:
         raise CheckpointError(
@@ -172,7 +194,7 @@ def copy_sidecars(source: Path, target: Path) -> list[str]:
         relative = file.relative_to(source)
         if not file.is_file() or any(part.startswith(".") for part in relative.parts) or relative.parts[0] == RECORDS:
             continue
-        if file.suffix in _WEIGHT_SUFFIXES or file.name.endswith((".index.json", ".bin.index.json")):
+        if file.suffix in _WEIGHT_SUFFIXES or _WEIGHT_INDEX.search(file.name):
             continue
         if str(relative) in ("config.json", "README.md"):
             continue
