@@ -112,7 +112,7 @@ def _read_sliced(checkpoint: Checkpoint, name: str, changes: Changes) -> torch.T
     if name not in changes:
         return checkpoint[name]
     cut, kept = changes[name]
-    return checkpoint.select(name, cut.axis, kept)
+    return checkpoint[name].index_select(cut.axis, kept)
 
 
 def _sliced_header(header: TensorHeader, change: tuple[Cut, torch.Tensor] | None) -> TensorHeader:

@@ -91,12 +91,6 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         with _opened(tensor.file) as file:
             return torch.clone(file.get_tensor(tensor.name), memory_format=torch.contiguous_format)
 
-    def mapped(self, name: str) -> torch.Tensor:
-        """Returns a tensor backed by its file: pages are read when touched. Read-only: never write to it."""
-        tensor = self._stored[name]
-        with _opened(tensor.file) as file:
-            return cast(torch.Tensor, file.get_tensor(tensor.name))
-
     def resolve(self, name: str) -> str:
         """Returns the tensor of the checkpoint that a name of the model stands for, itself or the one it is tied to."""
         if name in self._stored:
@@ -105,11 +99,13 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         partners += [target for target, source in self.architecture.tied.items() if source == name]
         return next(partner for partner in partners if partner in self._stored)
 
-    def select(self, name: str, axis: int, indices: torch.Tensor) -> torch.Tensor:
-        """Reads a tensor's slices along an axis, without a copy of the whole tensor."""
+    def slabs(self, name: str, size: int) -> Iterator[torch.Tensor]:
+        """Reads a tensor a few rows at a time."""
         tensor = self._stored[name]
-        with _opened(tensor.file) as file:
-            return cast(torch.Tensor, file.get_tensor(tensor.name).index_select(axis, indices))
+        rows = tensor.header.shape[0]
+        for start in range(0, rows, size):
+            with _opened(tensor.file) as file:
+                yield file.get_slice(tensor.name)[start : min(start + size, rows)]
 
     def rows(self, name: str, indices: list[int]) -> torch.Tensor:
         """Reads single rows of a tensor."""
@@ -255,15 +251,16 @@ class _PickledFile:
     """A `.bin` file with the two ways of reading that safetensors has."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        self.get_tensor = tensors.__getitem__
         self.get_slice = tensors.__getitem__
+        self.get_tensor = lambda name: torch.clone(tensors[name])
 
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
     try:
         if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as shard:
+            # By pread: pages of a mapped file would count as memory of this process for as long as they are cached.
+            with safe_open(file, framework="pt", backend="pread") as shard:
                 yield shard
         else:
             yield _PickledFile(_load_pickle(file))

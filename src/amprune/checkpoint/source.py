@@ -71,11 +71,12 @@ def open_source(
             raise CheckpointError(f"{path} is a local folder; --revision is for models of the hub")
         return Source(path, (path,), path.resolve().name, None)
     if path.suffix.lower() == ".gguf" or path.is_file():
-        return Source(_dequantised(path, dtype), (path,), path.stem, None)
+        folder = _dequantised(path, dtype)
+        return Source(folder, (path, folder), path.stem, None)
     if name in ALIASES:
         gguf = _alias_file(name, ALIASES[name])
-        base_model = ALIASES[name].base_model
-        return Source(_dequantised(gguf, dtype), (gguf,), base_model, base_model)
+        folder, base_model = _dequantised(gguf, dtype), ALIASES[name].base_model
+        return Source(folder, (gguf, folder), base_model, base_model)
     if not _HUB_ID.fullmatch(name):
         raise CheckpointError(
             f"no model {name!r}: it is no folder, no .gguf file, no hub id of the form owner/name and none of the "

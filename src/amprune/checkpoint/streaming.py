@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from amprune.architecture import make_config, quiet_transformers
 from amprune.checkpoint.reader import Checkpoint
 
-_HEAD_ROWS = 4096
+_HEAD_ROWS = 2048
 
 
 def streamed_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     """Builds the stock model of a checkpoint, on the CPU and in evaluation mode, computing in `dtype`.
 
-    Vocabulary-sized tensors are never held whole: embeddings are read row by row, the language-model head in slabs.
+    The language-model head, often the largest tensor of all, is read and applied in slabs.
     """
     config = make_config(checkpoint.config, where=str(checkpoint.folder))
     with quiet_transformers(), init_empty_weights(include_buffers=False):
@@ -28,18 +28,16 @@ def streamed_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedMode
     head = model.get_output_embeddings()
     in_turn = []
     for module, names in _modules(model, checkpoint):
-        if isinstance(module, torch.nn.Embedding):
-            _map_embedding(module, checkpoint, names, dtype)
-        elif module is head:
+        if module is head:
             _compute_in_slabs(module, checkpoint, names, dtype)
         else:
             in_turn.append((module, names))
-    sizes = (sum(parameter.numel() for parameter in module.parameters(recurse=False)) for module, _ in in_turn)
-    buffer = torch.empty(max(sizes), dtype=dtype)
+    # Modules that hold other modules would lose the shared buffer to them; there are hardly any.
+    leaves = [module for module, _ in in_turn if not _looks_up(module) and not list(module.children())]
+    sizes = (sum(parameter.numel() for parameter in module.parameters(recurse=False)) for module in leaves)
+    shared = torch.empty(max(sizes), dtype=dtype)
     for module, names in in_turn:
-        # A module that holds both weights and other modules would lose its weights when their turn comes.
-        own = buffer if not list(module.children()) else torch.empty_like(buffer)
-        _read_in_turn(module, checkpoint, names, own)
+        _read_in_turn(module, checkpoint, names, dtype, shared if module in leaves else None)
     return cast(PreTrainedModel, model.eval())
 
 
@@ -57,37 +55,46 @@ def _modules(model: torch.nn.Module, checkpoint: Checkpoint) -> Iterator[tuple[t
             yield module, names
 
 
-def _map_embedding(
-    module: torch.nn.Embedding, checkpoint: Checkpoint, names: dict[str, str], dtype: torch.dtype
-) -> None:
-    """Backs an embedding by its file, so that only rows that are looked up are read; its output is cast."""
-    module.weight = torch.nn.Parameter(checkpoint.mapped(names["weight"]), requires_grad=False)
-    module.register_forward_hook(lambda _module, _inputs, output: output.to(dtype))
-
-
 def _compute_in_slabs(module: Any, checkpoint: Checkpoint, names: dict[str, str], dtype: torch.dtype) -> None:
     def forward(hidden: torch.Tensor) -> torch.Tensor:
-        slabs = torch.split(checkpoint.mapped(names["weight"]), _HEAD_ROWS)
+        slabs = checkpoint.slabs(names["weight"], _HEAD_ROWS)
         logits = torch.cat([linear(hidden, slab.to(dtype)) for slab in slabs], dim=-1)
         return logits + checkpoint[names["bias"]].to(dtype) if "bias" in names else logits
 
     module.forward = forward
 
 
-def _read_in_turn(module: torch.nn.Module, checkpoint: Checkpoint, names: dict[str, str], buffer: torch.Tensor) -> None:
-    """Reads the module's weights into the buffer before it runs and lets go of them after."""
+def _looks_up(module: torch.nn.Module) -> bool:
+    return isinstance(module, torch.nn.Embedding)
+
+
+def _read_in_turn(
+    module: torch.nn.Module,
+    checkpoint: Checkpoint,
+    names: dict[str, str],
+    dtype: torch.dtype,
+    buffer: torch.Tensor | None,
+) -> None:
+    """Reads the module's weights before it runs, into the buffer where there is one, and lets go of them after.
+
+    An embedding keeps the stored dtype, and its output is cast, which is the same and takes less memory.
+    """
     empty = dict(module.named_parameters(recurse=False))
 
     def before(_module: torch.nn.Module, _inputs: object) -> None:
         used = 0
         for name, tensor in names.items():
-            size, shape = empty[name].numel(), empty[name].shape
-            values = buffer[used : used + size].view(shape).copy_(checkpoint.mapped(tensor))
+            values = checkpoint[tensor]
+            if buffer is not None:
+                values = buffer[used : used + values.numel()].view(values.shape).copy_(values)
+                used += values.numel()
+            elif not _looks_up(module):
+                values = values.to(dtype)
             module._parameters[name] = torch.nn.Parameter(values, requires_grad=False)
-            used += size
 
-    def after(_module: torch.nn.Module, _inputs: object, _output: object) -> None:
+    def after(_module: torch.nn.Module, _inputs: object, output: torch.Tensor) -> torch.Tensor:
         module._parameters.update(empty)
+        return output.to(dtype) if _looks_up(module) else output
 
     module.register_forward_pre_hook(before)
     module.register_forward_hook(after)

@@ -68,6 +68,8 @@ def check_output(out: Path, *, overwrite: bool, protected: tuple[Path, ...]) -> 
         return
     if not overwrite:
         raise CheckpointError(f"OUT {out} exists; choose another folder, or give --overwrite to replace it")
+    if target == Path.cwd() or target in Path.cwd().parents:
+        raise CheckpointError(f"OUT {out} is the current folder, or holds it; change to another folder and run again")
     if not out.is_dir() or not (_is_checkpoint(out) or not any(out.iterdir())):
         raise CheckpointError(
             f"OUT {out} exists and is no checkpoint folder; it is not overwritten: remove it yourself"
@@ -83,7 +85,8 @@ def _remove_stale(partial: Path) -> None:
     """Removes what a killed run left; anything else under that name is the user's."""
     if not os.path.lexists(partial):
         return
-    if partial.is_symlink() or not (partial / RECORDS).is_dir():
+    ours = partial.is_dir() and not partial.is_symlink()
+    if not ours or not ((partial / RECORDS).is_dir() or not any(partial.iterdir())):
         raise CheckpointError(f"{partial} is in the way and was not made by amprune; move it and run again")
     logger.info("removing %s, left by an interrupted run", partial)
     shutil.rmtree(partial)
@@ -126,13 +129,14 @@ def _sync(folder: Path) -> None:
 
 
 def parse_size(size: str | int) -> int:
-    """Returns the bytes of a size such as 200MB, 5GB or 5000000.
+    """Returns the bytes of a size such as 200MB or 5GB; a number is one of bytes.
 
     Raises:
         CheckpointError: it is no size, or none above 0.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?B)?\s*", str(size), flags=re.IGNORECASE)
-    found = int(float(match[1]) * _UNITS[(match[2] or "B").upper()]) if match else 0
+    text = f"{size}B" if isinstance(size, int) else str(size)
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d+)?)\s*([KMGT]?B)\s*", text, flags=re.IGNORECASE)
+    found = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
     if found < 1:
         raise CheckpointError(f"max_shard_size is {size!r}, expected a size above 0 such as 200MB or 5GB")
     return found
