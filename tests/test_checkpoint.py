@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -652,7 +653,7 @@ def test_the_current_folder_is_not_replaced(model: Path, plan: PruningPlan, monk
 
 def test_a_path_that_cannot_be_made_is_reported(model: Path, plan: PruningPlan) -> None:
     write(model.parent / "file", "mine")
-    with refused(model, CheckpointError, r"cannot write .*out\.partial: .*Not a directory") as _:
+    with refused(model, CheckpointError, r"cannot write .*out\.partial: .*Not a directory"):
         apply_plan(model, plan, model.parent / "file" / "out")
 
 
@@ -739,7 +740,7 @@ def test_a_full_disk_leaves_nothing(
 def test_too_little_space_is_noticed_before_the_first_byte(
     model: Path, plan: PruningPlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1))
     monkeypatch.setattr(writer, "save_file", None)
     with refused(
         model, CheckpointError, r"out\.partial needs 0\.00 GB, but only 0\.00 GB are free on that disk"

@@ -78,10 +78,18 @@ def make_config(config: Mapping[str, Any], *, where: str) -> PreTrainedConfig:
         raise UnsupportedModelError(f"{where}: transformers refuses this config.json: {reason}") from error
 
 
-def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """Builds the model on the meta device: names and shapes, no memory."""
-    with quiet_transformers(), torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+def meta_model(config: PreTrainedConfig, *, where: str) -> PreTrainedModel:
+    """Builds the model on the meta device: names and shapes, no memory.
+
+    Raises:
+        UnsupportedModelError: transformers cannot build it; the message carries its reason.
+    """
+    try:
+        with quiet_transformers(), torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # each architecture fails in its own way
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UnsupportedModelError(f"{where}: transformers cannot build this config.json: {reason}") from error
     return model
 
 
@@ -143,7 +151,8 @@ def describe(raw: Mapping[str, Any], *, where: str = "config.json") -> Architect
     """
     family = check_supported(raw, where=where)
     config = make_config(raw, where=where)
-    model = meta_model(config)
+    _check_sizes(config, where)
+    model = meta_model(config, where=where)
     parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     shape = _bare_shape(
         config, family, sum(map(math.prod, parameters.values())), neurons=_neurons(parameters, family, where)
@@ -170,6 +179,18 @@ def describe(raw: Mapping[str, Any], *, where: str = "config.json") -> Architect
         buffers=frozenset(name for name, _ in model.named_buffers()),
         base_prefix=model.base_model_prefix,
     )
+
+
+def _check_sizes(config: PreTrainedConfig, where: str) -> None:
+    heads, key_value_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None) or 1
+    for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"):
+        value = getattr(config, name, None)
+        if not isinstance(value, int) or value < 1:
+            raise UnsupportedModelError(f"{where}: {name} is {value!r}, expected a whole number of at least 1")
+    if heads % key_value_heads:
+        raise UnsupportedModelError(
+            f"{where}: {heads} query heads cannot be shared out evenly among {key_value_heads} key-value heads"
+        )
 
 
 def measure_shape(raw: Mapping[str, Any], *, where: str = "config.json") -> ModelShape:

@@ -21,6 +21,7 @@ from amprune.checkpoint import (
     Checkpoint,
     check_output,
     open_source,
+    parse_size,
     read_checkpoint,
     staged_folder,
     write_json,
@@ -257,6 +258,7 @@ def prune(
     }
     source = open_source(model, revision=revision, dtype=dtype)
     check_output(Path(out).expanduser(), overwrite=overwrite, protected=source.protected)
+    parse_size(max_shard_size)
     find_budget(read_checkpoint(source.folder).shape, PlanOptions(**choice))
     scores = score(
         model,

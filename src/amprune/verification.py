@@ -1,6 +1,5 @@
 """Proof that a written checkpoint is the dense model without the removed units, and nothing else."""
 
-import gc
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,6 +15,7 @@ from amprune.checkpoint import RECORDS, Checkpoint, read_checkpoint
 from amprune.checkpoint.loading import load_tokenizer, loading_problems, vocabulary_size
 from amprune.checkpoint.streaming import streamed_model
 from amprune.errors import AmpruneError, VerificationError
+from amprune.memory import release_memory
 from amprune.plan import PruningPlan, check_plan
 from amprune.progress import Progress, no_progress
 from amprune.slicing import masks, output_config
@@ -171,7 +171,7 @@ def _check_tokenizer(folder: Path, source: Path, *, trust_remote_code: bool) -> 
 
 def _check_reload(folder: Path) -> str:
     for kind, names in loading_problems(folder).items():
-        raise VerificationError(f"from_pretrained reports {len(names)} {kind.replace('_', ' ')}, such as {names[0]}")
+        raise VerificationError(f"from_pretrained finds {len(names)} {kind.replace('_', ' ')}, such as {names[0]}")
     return "AutoModelForCausalLM takes every tensor: none missing, unexpected or mismatched"
 
 
@@ -195,7 +195,7 @@ def _logits(checkpoint: Checkpoint, by_module: dict[str, torch.Tensor]) -> torch
     with torch.inference_mode(), quiet_transformers(), _masked(model, by_module):
         logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
     del model
-    gc.collect()  # Modules and their hooks refer to each other; the next model must not stand beside this one.
+    release_memory()  # Modules and their hooks refer to each other; the next model must not stand beside this one.
     return logits
 
 

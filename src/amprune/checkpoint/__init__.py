@@ -1,13 +1,23 @@
 """Checkpoints on disk: find and open a source, read it tensor by tensor, write a new one by one rename.
 
 source.py   MODEL -> a local Hugging Face folder (folder, hub id, GGUF file, alias)
+files.py    the folder's files: which hold weights, their headers, how to open one
 reader.py   a folder -> a lazy mapping from names to tensors, checked before anything is computed
 writer.py   names, shapes and a way to get each tensor -> shards, index, sidecar files
 """
 
-from amprune.checkpoint.reader import Checkpoint, TensorHeader, fingerprint, read_checkpoint, read_json
+from amprune.checkpoint.files import TensorHeader, read_json
+from amprune.checkpoint.reader import Checkpoint, fingerprint, read_checkpoint
 from amprune.checkpoint.source import ALIASES, Source, open_source
-from amprune.checkpoint.writer import RECORDS, check_output, copy_sidecars, staged_folder, write_json, write_shards
+from amprune.checkpoint.writer import (
+    RECORDS,
+    check_output,
+    copy_sidecars,
+    parse_size,
+    staged_folder,
+    write_json,
+    write_shards,
+)
 
 __all__ = [
     "ALIASES",
@@ -19,6 +29,7 @@ __all__ = [
     "copy_sidecars",
     "fingerprint",
     "open_source",
+    "parse_size",
     "read_checkpoint",
     "read_json",
     "staged_folder",

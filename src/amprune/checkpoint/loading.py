@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from amprune.architecture import quiet_transformers
+from amprune.checkpoint.files import stored_tensors
 from amprune.checkpoint.reader import Checkpoint
 from amprune.checkpoint.streaming import streamed_model
 from amprune.errors import CheckpointError, ScoresError
@@ -40,33 +41,46 @@ def loaded_model(
         yield streamed_model(checkpoint, checkpoint.dtype if dtype == "auto" else getattr(torch, dtype))
         return
     with tempfile.TemporaryDirectory(prefix="amprune-offload-") as offload:
-        model, _ = _from_pretrained(
-            checkpoint.folder,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            device_map=device_map,
-            offload_folder=offload,
-        )
+        try:
+            with quiet_transformers():
+                model: Any = AutoModelForCausalLM.from_pretrained(
+                    checkpoint.folder,
+                    dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+                    device_map=device_map,
+                    offload_folder=offload,
+                    local_files_only=True,
+                )
+        except (OSError, ValueError, RuntimeError, ImportError) as error:
+            raise CheckpointError(f"transformers cannot load {checkpoint.folder}: {error}") from error
         if device_map is None:
             _move(model, device or default_device())
         yield model.eval()
 
 
 def loading_problems(folder: Path) -> dict[str, list[str]]:
-    """Lists what stock `from_pretrained` reports of a folder (missing, unexpected, mismatched), loading no weights."""
-    _, report = _from_pretrained(folder, device_map={"": "meta"})
-    return {kind: sorted(map(str, names)) for kind, names in report.items() if names}
+    """Lists what stock `from_pretrained` finds missing, unexpected or mismatched in a folder.
 
-
-def _from_pretrained(folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
+    It is given the stored names and shapes without their data, so that a check of any size costs no memory.
+    """
+    tensors = {
+        name: torch.empty(tensor.header.shape, dtype=tensor.header.dtype, device="meta")
+        for name, tensor in stored_tensors(folder).items()
+    }
     try:
         with quiet_transformers():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder, output_loading_info=True, local_files_only=True, **options
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            _, report = model_class.from_pretrained(
+                None,
+                config=config,
+                state_dict=tensors,
+                device_map={"": "meta"},
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
             )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise CheckpointError(f"transformers cannot load {folder}: {error}") from error
-    model, report = loaded
-    return model, report
+    return {kind: sorted(map(str, names)) for kind, names in report.items() if names}
 
 
 def _move(model: Any, device: str) -> None:

@@ -20,24 +20,27 @@ _HEAD_ROWS = 2048
 def streamed_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     """Builds the stock model of a checkpoint, on the CPU and in evaluation mode, computing in `dtype`.
 
-    The language-model head, often the largest tensor of all, is read and applied in slabs.
+    Vocabulary-sized tensors are never held whole: of the input embedding only the rows at hand are read, and the
+    language-model head is applied in slabs.
     """
     config = make_config(checkpoint.config, where=str(checkpoint.folder))
     with quiet_transformers(), init_empty_weights(include_buffers=False):
         model: Any = AutoModelForCausalLM.from_config(config)
-    head = model.get_output_embeddings()
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     in_turn = []
     for module, names in _modules(model, checkpoint):
         if module is head:
             _compute_in_slabs(module, checkpoint, names, dtype)
+        elif module is embedding:
+            _look_up_rows(module, checkpoint, names, dtype)
         else:
             in_turn.append((module, names))
     # Modules that hold other modules would lose the shared buffer to them; there are hardly any.
-    leaves = [module for module, _ in in_turn if not _looks_up(module) and not list(module.children())]
+    leaves = [module for module, _ in in_turn if not list(module.children())]
     sizes = (sum(parameter.numel() for parameter in module.parameters(recurse=False)) for module in leaves)
     shared = torch.empty(max(sizes), dtype=dtype)
     for module, names in in_turn:
-        _read_in_turn(module, checkpoint, names, dtype, shared if module in leaves else None)
+        _read_in_turn(module, checkpoint, names, shared if module in leaves else torch.empty_like(shared))
     return cast(PreTrainedModel, model.eval())
 
 
@@ -55,6 +58,23 @@ def _modules(model: torch.nn.Module, checkpoint: Checkpoint) -> Iterator[tuple[t
             yield module, names
 
 
+def _look_up_rows(module: Any, checkpoint: Checkpoint, names: dict[str, str], dtype: torch.dtype) -> None:
+    """Reads only the rows of the tokens at hand: a small embedding, and ids that point into it."""
+    empty = module.weight
+
+    def before(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        ids, positions = torch.unique(inputs[0], return_inverse=True)
+        rows = checkpoint.rows(names["weight"], ids.tolist())
+        module.weight = torch.nn.Parameter(rows.to(dtype), requires_grad=False)
+        return (positions, *inputs[1:])
+
+    def after(_module: torch.nn.Module, _inputs: object, _output: object) -> None:
+        module.weight = empty
+
+    module.register_forward_pre_hook(before)
+    module.register_forward_hook(after)
+
+
 def _compute_in_slabs(module: Any, checkpoint: Checkpoint, names: dict[str, str], dtype: torch.dtype) -> None:
     def forward(hidden: torch.Tensor) -> torch.Tensor:
         slabs = checkpoint.slabs(names["weight"], _HEAD_ROWS)
@@ -64,37 +84,20 @@ def _compute_in_slabs(module: Any, checkpoint: Checkpoint, names: dict[str, str]
     module.forward = forward
 
 
-def _looks_up(module: torch.nn.Module) -> bool:
-    return isinstance(module, torch.nn.Embedding)
-
-
-def _read_in_turn(
-    module: torch.nn.Module,
-    checkpoint: Checkpoint,
-    names: dict[str, str],
-    dtype: torch.dtype,
-    buffer: torch.Tensor | None,
-) -> None:
-    """Reads the module's weights before it runs, into the buffer where there is one, and lets go of them after.
-
-    An embedding keeps the stored dtype, and its output is cast, which is the same and takes less memory.
-    """
+def _read_in_turn(module: torch.nn.Module, checkpoint: Checkpoint, names: dict[str, str], buffer: torch.Tensor) -> None:
+    """Reads the module's weights into the buffer before it runs and lets go of them after."""
     empty = dict(module.named_parameters(recurse=False))
 
     def before(_module: torch.nn.Module, _inputs: object) -> None:
         used = 0
         for name, tensor in names.items():
             values = checkpoint[tensor]
-            if buffer is not None:
-                values = buffer[used : used + values.numel()].view(values.shape).copy_(values)
-                used += values.numel()
-            elif not _looks_up(module):
-                values = values.to(dtype)
-            module._parameters[name] = torch.nn.Parameter(values, requires_grad=False)
+            part = buffer[used : used + values.numel()].view(values.shape)
+            module._parameters[name] = torch.nn.Parameter(part.copy_(values), requires_grad=False)
+            used += values.numel()
 
-    def after(_module: torch.nn.Module, _inputs: object, output: torch.Tensor) -> torch.Tensor:
+    def after(_module: torch.nn.Module, _inputs: object, _output: object) -> None:
         module._parameters.update(empty)
-        return output.to(dtype) if _looks_up(module) else output
 
     module.register_forward_pre_hook(before)
     module.register_forward_hook(after)

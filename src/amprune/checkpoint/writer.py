@@ -14,8 +14,9 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from amprune.checkpoint.reader import TensorHeader
+from amprune.checkpoint.files import TensorHeader
 from amprune.errors import AmpruneError, CheckpointError
+from amprune.memory import release_memory
 
 logger = logging.getLogger(__name__)
 
@@ -173,6 +174,7 @@ def write_shards(
     for file, names in split.filename_to_tensors.items():
         save_file({name: get(name) for name in names}, folder / file, metadata={"format": "pt"})
         (folder / file).chmod(0o666 & ~_umask())
+        release_memory()
         advance(sum(sizes[name] for name in names))
     if split.is_sharded:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(split.tensor_to_filename.items()))}

@@ -1,0 +1,189 @@
+"""The files of a Hugging Face folder: which hold weights, what their headers say, how to open one."""
+
+import json
+import math
+import pickle
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from amprune.errors import CheckpointError
+
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """What a weight file says of a tensor before its data is read."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+    """None for a type that no model computes in: masks of old checkpoints, quantised weights."""
+
+    @property
+    def bytes(self) -> int:
+        """Size on disk; 0 for a tensor of another type."""
+        return math.prod(self.shape) * (self.dtype.itemsize if self.dtype else 0)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: file and its name there, which may lack the base model's prefix."""
+
+    file: Path
+    name: str
+    header: TensorHeader
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Reads the header of every weight file that transformers would load.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or malformed; the message names it.
+    """
+    stored = {}
+    for file, names in _weight_files(folder):
+        found = _read_headers(file)
+        if names is not None and (absent := sorted(set(names) - set(found))):
+            raise CheckpointError(
+                f"{file} lacks {len(absent)} tensors that the index places in it, such as {absent[0]}"
+            )
+        for name in names if names is not None else found:
+            stored[name] = StoredTensor(file, name, found[name])
+    return stored
+
+
+def read_json(file: Path, *, hint: str = "") -> dict[str, Any]:
+    """Reads a JSON object, with an error that names the file."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is missing{hint}") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} holds a {type(content).__name__}, expected a JSON object")
+    return content
+
+
+def what_else(folder: Path) -> str:
+    """Says what a folder without config.json or weights is instead."""
+    if (folder / "adapter_config.json").is_file():
+        return "; the folder holds a PEFT adapter: merge it into its base model first"
+    if files := sorted(folder.glob("*.gguf")):
+        return f"; the folder holds a GGUF file: give {files[0]} itself as MODEL"
+    return f"; {folder} is no transformers checkpoint"
+
+
+def _weight_files(folder: Path) -> list[tuple[Path, list[str] | None]]:
+    """Lists the weight files that transformers would load, with the names an index places in each (None: all)."""
+    for single, index in (
+        ("model.safetensors", "model.safetensors.index.json"),
+        ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+    ):
+        if (folder / single).is_file():
+            return [(folder / single, None)]
+        if (folder / index).is_file():
+            return _indexed(folder, folder / index)
+    raise CheckpointError(
+        f"{folder} holds no weights: expected model.safetensors, model.safetensors.index.json, pytorch_model.bin or "
+        f"pytorch_model.bin.index.json{what_else(folder)}"
+    )
+
+
+def _indexed(folder: Path, index: Path) -> list[tuple[Path, list[str] | None]]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(f"{index} has no weight_map from tensor names to file names")
+    by_file: dict[str, list[str]] = {}
+    for name, file in weight_map.items():
+        by_file.setdefault(file, []).append(name)
+    for file in by_file:
+        if Path(file).name != file:
+            raise CheckpointError(f"{index} names the file {file!r}, which is no file of this folder")
+        if not (folder / file).is_file():
+            raise CheckpointError(f"{index} names the file {file}, which is missing; download the checkpoint again")
+    return [(folder / file, names) for file, names in sorted(by_file.items())]
+
+
+class _PickledFile:
+    """A `.bin` file with the two ways of reading that safetensors has."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.get_slice = tensors.__getitem__
+        self.get_tensor = lambda name: torch.clone(tensors[name], memory_format=torch.contiguous_format)
+
+
+@contextmanager
+def opened(file: Path, *, backend: str = "pread") -> Iterator[Any]:
+    """Opens a weight file for whole tensors; the backend mmap serves slices, for which pread reads the whole tensor."""
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt", backend=backend) as shard:
+                yield shard
+        else:
+            yield _PickledFile(_load_pickle(file))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} is truncated or damaged ({error}); download the checkpoint again") from error
+
+
+def _read_headers(file: Path) -> dict[str, TensorHeader]:
+    if file.suffix == ".safetensors":
+        return dict(_safetensors_headers(file))
+    known = SAFETENSORS_DTYPES.values()
+    return {
+        name: TensorHeader(tuple(tensor.shape), tensor.dtype if tensor.dtype in known else None)
+        for name, tensor in _load_pickle(file).items()
+    }
+
+
+def _safetensors_headers(file: Path) -> Iterator[tuple[str, TensorHeader]]:
+    with opened(file) as shard:
+        for name in shard.keys():  # noqa: SIM118  (safe_open is no mapping)
+            part = shard.get_slice(name)
+            yield name, TensorHeader(tuple(part.get_shape()), SAFETENSORS_DTYPES.get(part.get_dtype()))
+
+
+def _load_pickle(file: Path) -> dict[str, torch.Tensor]:
+    return _unpickled(file, file.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def _unpickled(file: Path, _changed: int) -> dict[str, torch.Tensor]:
+    """Loads a `.bin` file with `weights_only`, memory-mapped where its format allows."""
+    try:
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # files written before torch 1.6 cannot be mapped
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle raises many types
+        raise CheckpointError(
+            f"{file} cannot be loaded as plain weights ({_pickle_problem(error)}); it is damaged, or a pickle that "
+            "holds more than tensors, which is refused because loading it could run code. Download it again, or use "
+            "the model's safetensors files"
+        ) from error
+    tensors = isinstance(content, dict) and all(isinstance(value, torch.Tensor) for value in content.values())
+    if not tensors or not all(isinstance(name, str) for name in content):
+        raise CheckpointError(f"{file} does not hold a mapping from names to tensors")
+    return cast(dict[str, torch.Tensor], content)
+
+
+def _pickle_problem(error: Exception) -> str:
+    """Returns the gist of what torch says; its advice to load the pickle with code and all is not passed on."""
+    if refused := re.search(r"GLOBAL (\S+)", str(error)):
+        return f"it refers to {refused[1]}"
+    if isinstance(error, pickle.UnpicklingError) or not str(error).strip():
+        return "no valid pickle"
+    return str(error).strip().splitlines()[0]
