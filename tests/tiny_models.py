@@ -51,6 +51,7 @@ PRUNABLE_HEADS: list[Tiny] = [
     *_attentions("llama"),
     Tiny("llama", "mqa", {**MQA, "head_dim": 16}),
     Tiny("llama", "biases", {**GQA, "head_dim": 16, "attention_bias": True, "mlp_bias": True}),
+    Tiny("llama", "large-pad-id", {**GQA, "head_dim": 16, "pad_token_id": VOCABULARY - 1}),
     Tiny("llama", "tied", {**GQA, "head_dim": 16, "tie_word_embeddings": True}),
     Tiny("llama", "derived-head-dim", {"num_attention_heads": 12, "num_key_value_heads": 4}),
     *_attentions("mistral"),

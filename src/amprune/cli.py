@@ -419,9 +419,7 @@ def _show_plan(plan: "PruningPlan", title: str, sizes: tuple[int, int] | None = 
         table.add_row("weights", *(f"{size / 1e6:,.1f} MB" for size in sizes), f"{1 - sizes[1] / sizes[0]:.2%}")
     stdout.print(table)
     if abs(plan.ratio_actual - plan.ratio_target) > 5e-4:
-        stdout.print(
-            f"Asked for {plan.ratio_target:.2%}; multiples and shares set by hand give {plan.ratio_actual:.2%}."
-        )
+        stdout.print(f"Asked for {plan.ratio_target:.2%}; the nearest with these options is {plan.ratio_actual:.2%}.")
 
 
 def _show_result(result: "PrunedModel") -> None:

@@ -6,29 +6,39 @@ from pathlib import Path
 import yaml
 
 from amprune import __version__
-from amprune.checkpoint import Source
+from amprune.checkpoint import RECORDS, Source
 from amprune.plan import PruningPlan
 from amprune.verification import VerificationReport
 
 
 def write_model_card(folder: Path, plan: PruningPlan, report: VerificationReport, *, source: Source) -> None:
     """Writes `README.md`; the licence is carried over from the source's own card."""
-    front: dict[str, object] = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["pruned", "amprune"],
-    }
+    front: dict[str, object] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    front["tags"] = ["pruned", "amprune"]
     carried = _front_matter(source.folder / "README.md")
+    if source.license is not None:
+        front["license"] = source.license
     front |= {key: carried[key] for key in ("license", "license_name", "license_link", "language") if key in carried}
     if source.base_model is not None:
         front["base_model"] = [source.base_model]
-    name = source.name
-    before, after = plan.shape_before, plan.shape_after
-    calibration = plan.provenance.get("calibration") or {}
-    text = f"""# {name}, {plan.ratio_actual:.1%} pruned
+    before, after, made = plan.shape_before, plan.shape_after, plan.provenance
+    removed = [
+        name
+        for name, kept, had in (
+            ("attention heads", after.num_attention_heads, before.num_attention_heads),
+            ("MLP neurons", after.intermediate_size, before.intermediate_size),
+        )
+        if kept < had
+    ]
+    calibration = made.get("calibration") or {}
+    order = made.get("options", {}).get("order", "amp")
+    rule = {"amp": "least important", "reversed": "most important", "random": "randomly drawn"}.get(order, order)
+    records = ", ".join(sorted(path.name for path in (folder / RECORDS).iterdir()))
+    text = f"""# {source.name}, {plan.ratio_actual:.1%} pruned
 
-Made from {name} by [AMP](https://arxiv.org/abs/2504.21174) structured pruning with amprune {__version__}: whole
-attention heads and MLP neurons were removed, the same number from every layer. It is an ordinary checkpoint.
+Made from {source.name} by structured pruning with amprune {__version__}: the {rule} {" and ".join(removed)} were
+removed, as many from every layer, by the criterion of [AMP](https://arxiv.org/abs/2504.21174). It is an ordinary
+checkpoint.
 
 | | dense | pruned |
 |---|---|---|
@@ -37,11 +47,11 @@ attention heads and MLP neurons were removed, the same number from every layer. 
 | key-value heads per layer | {before.num_key_value_heads} | {after.num_key_value_heads} |
 | neurons per layer | {before.intermediate_size:,} | {after.intermediate_size:,} |
 
-- Scored by the criterion {plan.provenance.get("criterion")} on {calibration.get("samples")} samples
+- Scored by the criterion `{made.get("criterion")}` on {calibration.get("samples")} samples
   ({calibration.get("tokens")} tokens) of the calibration set {calibration.get("name")}.
 - Verified: logits equal those of the dense model with the removed units masked, within
   {report.logit_difference:.1e} of their standard deviation.
-- `amprune/` holds the plan, the scores and the verification.
+- `{RECORDS}/` holds how it was made: {records}.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

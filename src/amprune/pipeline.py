@@ -27,6 +27,7 @@ from amprune.checkpoint import (
     write_json,
 )
 from amprune.checkpoint.loading import input_device, load_tokenizer, loaded_model
+from amprune.errors import ScoresError
 from amprune.model_card import write_model_card
 from amprune.plan import HeadsMode, Only, Order, PlanOptions, PruningPlan, find_budget, make_plan
 from amprune.progress import Progress, no_progress
@@ -99,6 +100,12 @@ def score(
             prompts_only=prompts_only,
             seed=seed,
         )
+    longest = max(map(len, calibration.samples), default=0)
+    if checkpoint.positions is not None and longest > checkpoint.positions:
+        raise ScoresError(
+            f"a sample of {calibration.name} has {longest} tokens, but the model has {checkpoint.positions} positions; "
+            "cut the samples"
+        )
     with loaded_model(checkpoint, dtype=dtype, device=device, device_map=device_map) as loaded:
         layers = score_layers(
             loaded, checkpoint.architecture, calibration, batch_tokens=batch_tokens, progress=progress
@@ -121,7 +128,7 @@ def score(
 
 
 def _shortest(max_length: int, checkpoint: Checkpoint) -> int:
-    positions = checkpoint.config.get("max_position_embeddings") or checkpoint.config.get("n_positions") or max_length
+    positions = checkpoint.positions or max_length
     if positions < max_length:
         logger.info("samples are cut at %d tokens, the model's positions, instead of %d", positions, max_length)
     return int(min(max_length, positions))

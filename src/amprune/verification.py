@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from amprune.architecture import quiet_transformers
 from amprune.checkpoint import RECORDS, Checkpoint, read_checkpoint
-from amprune.checkpoint.loading import load_tokenizer, loading_problems, vocabulary_size
+from amprune.checkpoint.loading import has_tokenizer, load_tokenizer, loading_problems, vocabulary_size
 from amprune.checkpoint.streaming import streamed_model
 from amprune.errors import AmpruneError, VerificationError
 from amprune.memory import release_memory
@@ -159,7 +159,7 @@ _PROBE = "The quick brown fox: naïve café, 12,345.67 € — 你好!\n\tdef f(
 
 def _check_tokenizer(folder: Path, source: Path, *, trust_remote_code: bool) -> str:
     """Loads both tokenizers, since AutoTokenizer may choose by the config's model_type."""
-    if not (source / "tokenizer_config.json").is_file() and not (source / "tokenizer.json").is_file():
+    if not has_tokenizer(source):
         return "the dense model has none"
     ours, theirs = (load_tokenizer(place, trust_remote_code=trust_remote_code) for place in (folder, source))
     if ours(_PROBE)["input_ids"] != theirs(_PROBE)["input_ids"]:
@@ -188,10 +188,11 @@ def _logit_difference(folder: Path, dense: Checkpoint, plan: PruningPlan, advanc
 
 
 def _logits(checkpoint: Checkpoint, by_module: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Computes (2, 48, vocabulary) logits of seeded random tokens, with the modules' inputs masked."""
+    """Computes (2, length, vocabulary) logits of seeded random tokens, with the modules' inputs masked."""
     model = streamed_model(checkpoint, torch.float64)
     vocabulary = vocabulary_size(model)
-    ids = torch.randint(vocabulary, (_SEQUENCES, _LENGTH), generator=torch.Generator().manual_seed(0))
+    length = min(_LENGTH, checkpoint.positions or _LENGTH)
+    ids = torch.randint(vocabulary, (_SEQUENCES, length), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode(), quiet_transformers(), _masked(model, by_module):
         logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
     del model

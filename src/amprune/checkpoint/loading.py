@@ -15,6 +15,9 @@ from amprune.checkpoint.reader import Checkpoint
 from amprune.checkpoint.streaming import streamed_model
 from amprune.errors import CheckpointError, ScoresError
 
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json",
+)  # fmt: skip
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -112,17 +115,21 @@ def input_device(model: PreTrainedModel) -> torch.device:
     return torch.device(device) if device is not None else next(embedding.parameters()).device
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Tells whether a folder holds any tokenizer file."""
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
+
+
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """Loads the folder's tokenizer.
 
     Raises:
         ScoresError: there is none, or it cannot be loaded.
     """
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json")
-    if not any((folder / name).is_file() for name in names):
+    if not has_tokenizer(folder):
         raise ScoresError(
-            f"{folder} has no tokenizer (none of {', '.join(names)}); calibration text needs one: copy the tokenizer "
-            "files of the model into its folder"
+            f"{folder} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}); calibration text needs one: copy the "
+            "tokenizer files of the model into its folder"
         )
     try:
         with quiet_transformers():

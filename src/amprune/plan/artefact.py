@@ -130,7 +130,8 @@ def check_plan(plan: PruningPlan, *, where: str = "plan") -> None:
         neurons=after.intermediate_size,
     )
     if after != expected:
-        raise PlanError(f"{where}: shape_after disagrees with shape_before: {', '.join(after.differences(expected))}")
+        what = after.differences(expected) or ["query_head_counts or heads_refused"]
+        raise PlanError(f"{where}: shape_after disagrees with shape_before: {', '.join(what)}")
     if after.num_attention_heads != before.num_attention_heads:
         if before.heads_refused is not None:
             raise PlanError(f"{where}: removes heads of a {before.model_type} model: {before.heads_refused}")

@@ -62,7 +62,8 @@ def find_budget(shape: ModelShape, options: PlanOptions) -> Budget:
     """Spends the ratio on heads, rounded to whole units, and on neurons, which make up the exact rest.
 
     Raises:
-        PlanError: an option is wrong, the ratio is out of reach, or the family's heads cannot be removed.
+        PlanError: an option is wrong, the ratio is out of reach or too small to remove anything, or the family's heads
+            cannot be removed.
     """
     check_options(shape, options)
     choices = head_choices(shape, options)
@@ -73,6 +74,8 @@ def find_budget(shape: ModelShape, options: PlanOptions) -> Budget:
             f"accepts {', '.join(map(str, shape.query_head_counts)) or 'only these'} query heads"
         )
     removed, neurons = _spend(shape, choices, options)
+    if (removed, neurons) == (0, shape.intermediate_size):
+        raise _removes_nothing(shape, choices, options)
     query_heads, key_value_heads = _kept_heads(shape, choices.mode, removed)
     return Budget(choices.mode, query_heads, key_value_heads, neurons)
 
@@ -86,19 +89,36 @@ def check_options(shape: ModelShape, options: PlanOptions) -> None:
     ):
         if value not in allowed:
             raise PlanError(f"{name} is {value!r}, expected one of {', '.join(str(a) for a in allowed)}")
-    ratio, by_hand = options.ratio, (options.heads_ratio, options.neurons_ratio)
-    if ratio is None and None in by_hand:
-        raise PlanError("give a ratio, or both heads_ratio and neurons_ratio")
-    if ratio is not None and not 0 < ratio < 1:
-        raise PlanError(f"ratio is {ratio}, expected a number between 0 and 1, such as 0.2 for 20 % of the parameters")
-    for name, share in zip(("heads_ratio", "neurons_ratio"), by_hand, strict=True):
-        if share is not None and not 0 <= share < 1:
-            raise PlanError(f"{name} is {share}, expected at least 0 and less than 1")
+    _check_shares(options)
     _check_multiples(shape, options)
     if shape.heads_refused is not None and (options.only == "heads" or options.heads_ratio):
         raise PlanError(f"heads of a {shape.model_type} model cannot be removed: {shape.heads_refused}")
     if (options.only == "neurons" and options.heads_ratio) or (options.only == "heads" and options.neurons_ratio):
         raise PlanError(f"only={options.only} contradicts a share of the other kind set by hand; leave out one of them")
+    _check_decided_once(shape, options)
+
+
+def _check_shares(options: PlanOptions) -> None:
+    ratio = options.ratio
+    if ratio is not None and not 0 < ratio < 1:
+        raise PlanError(f"ratio is {ratio}, expected a number between 0 and 1, such as 0.2 for 20 % of the parameters")
+    for name, share in (("heads_ratio", options.heads_ratio), ("neurons_ratio", options.neurons_ratio)):
+        if share is not None and not 0 <= share < 1:
+            raise PlanError(f"{name} is {share}, expected at least 0 and less than 1")
+
+
+def _check_decided_once(shape: ModelShape, options: PlanOptions) -> None:
+    """Wants a ratio where a share is open, and none where both are settled: it would be ignored."""
+    heads_stay = options.only == "neurons" or shape.heads_refused is not None
+    open_heads = options.heads_ratio is None and not heads_stay
+    open_neurons = options.neurons_ratio is None and options.only != "heads"
+    if options.ratio is None and (open_heads or open_neurons):
+        raise PlanError("give a ratio, or both heads_ratio and neurons_ratio")
+    if options.ratio is not None and not (open_heads or open_neurons):
+        raise PlanError(
+            f"ratio {options.ratio} has nothing to decide: the shares of heads and neurons are both settled by the "
+            "other options; leave out the ratio, heads_ratio or neurons_ratio"
+        )
 
 
 def _check_multiples(shape: ModelShape, options: PlanOptions) -> None:
@@ -106,7 +126,7 @@ def _check_multiples(shape: ModelShape, options: PlanOptions) -> None:
         ("neuron_multiple", options.neuron_multiple, shape.intermediate_size),
         ("head_multiple", options.head_multiple, shape.num_attention_heads),
     ):
-        if not 1 <= multiple <= total:
+        if not isinstance(multiple, int) or not 1 <= multiple <= total:
             raise PlanError(f"{name} is {multiple}, expected 1 to {total}, the number that a layer has")
 
 
@@ -142,20 +162,40 @@ def _kept_heads(shape: ModelShape, mode: HeadsMode, removed: int) -> tuple[int, 
 
 
 def largest_ratio(shape: ModelShape, options: PlanOptions) -> float:
-    """Returns the largest pruning ratio that leaves a head (or group) and a neuron (or multiple) in every layer."""
-    choices = head_choices(shape, options)
-    heads = max(choices.removable, default=0) * choices.cost
-    neurons = 0 if options.only == "heads" else shape.intermediate_size - options.neuron_multiple
-    return (heads + neurons * shape.neuron_parameters * shape.num_layers) / shape.parameters
+    """Returns the largest pruning ratio that the options leave, with a head (or group) and a neuron in every layer."""
+    return max((high for _, high in _reachable(shape, head_choices(shape, options), options)), default=0.0)
+
+
+def _reachable(shape: ModelShape, choices: HeadChoices, options: PlanOptions) -> list[tuple[float, float]]:
+    """Lists the lowest and highest ratio for each number of heads that can be removed; there may be gaps between."""
+    removable, width, multiple = choices.removable, shape.intermediate_size, options.neuron_multiple
+    if removable and options.heads_ratio is not None:
+        removable = (_nearest(removable, options.heads_ratio * choices.units),)
+    if options.only == "heads" or options.neurons_ratio is not None:
+        most = fewest = _neurons_by_hand(shape, options)
+    else:
+        most, fewest = width // multiple * multiple, multiple
+
+    def ratio(removed: int, neurons: int) -> float:
+        spent = removed * choices.cost + (width - neurons) * shape.neuron_parameters * shape.num_layers
+        return spent / shape.parameters
+
+    return [(ratio(removed, most), ratio(removed, fewest)) for removed in removable]
+
+
+def _neurons_by_hand(shape: ModelShape, options: PlanOptions) -> int:
+    """Returns the neurons kept where `neurons_ratio` or `only` settles them."""
+    if not options.neurons_ratio:
+        return shape.intermediate_size
+    wanted = shape.intermediate_size * (1 - options.neurons_ratio)
+    return _to_multiple(wanted, options.neuron_multiple, shape.intermediate_size)
 
 
 def _spend(shape: ModelShape, choices: HeadChoices, options: PlanOptions) -> tuple[int, int]:
     """Returns the number of head units removed and of neurons kept in every layer."""
     neuron_cost, width = shape.neuron_parameters * shape.num_layers, shape.intermediate_size
     if options.only == "heads" or options.neurons_ratio is not None:
-        neurons = width
-        if options.neurons_ratio:
-            neurons = _to_multiple(width * (1 - options.neurons_ratio), options.neuron_multiple, width)
+        neurons = _neurons_by_hand(shape, options)
         return _heads_for(shape, choices, options, (width - neurons) * neuron_cost), neurons
     ratio = _ratio(options)
     preferred = _preferred(shape, choices, options)
@@ -166,7 +206,7 @@ def _spend(shape: ModelShape, choices: HeadChoices, options: PlanOptions) -> tup
         neurons = _to_multiple(wanted, options.neuron_multiple, width)
         if abs(neurons - wanted) <= options.neuron_multiple / 2 + 1e-6:
             return removed, neurons
-    raise _unreachable(shape, options)
+    raise _unreachable(shape, choices, options)
 
 
 def _equal_shares(
@@ -200,11 +240,11 @@ def _ratio(options: PlanOptions) -> float:
 
 def _heads_for(shape: ModelShape, choices: HeadChoices, options: PlanOptions, spent: int) -> int:
     """Returns the head units to remove where the neurons are settled and have taken `spent` parameters."""
-    if options.heads_ratio is not None:
-        return _nearest(choices.removable, options.heads_ratio * choices.units)
-    wanted = (_ratio(options) * shape.parameters - spent) / choices.cost
-    if not -0.5 <= wanted <= max(choices.removable) + 0.5:
-        raise _unreachable(shape, options)
+    if options.ratio is None or options.heads_ratio is not None:
+        return _nearest(choices.removable, (options.heads_ratio or 0) * choices.units)
+    wanted = (options.ratio * shape.parameters - spent) / choices.cost
+    if not min(choices.removable) - 0.5 <= wanted <= max(choices.removable) + 0.5:
+        raise _unreachable(shape, choices, options)
     return _nearest(choices.removable, wanted)
 
 
@@ -231,12 +271,34 @@ def _to_multiple(wanted: float, multiple: int, most: int) -> int:
     return multiple * min(max(round(wanted / multiple), 1), most // multiple)
 
 
-def _unreachable(shape: ModelShape, options: PlanOptions) -> PlanError:
-    multiple = options.neuron_multiple
-    left = "every neuron" if options.only == "heads" else "one neuron" if multiple == 1 else f"{multiple} neurons"
+def _unreachable(shape: ModelShape, choices: HeadChoices, options: PlanOptions) -> PlanError:
+    ratio, ranges = _ratio(options), _reachable(shape, choices, options)
+    below, above = [high for _, high in ranges if high < ratio], [low for low, _ in ranges if low > ratio]
     because = f" (heads cannot be removed: {shape.heads_refused})" if shape.heads_refused else ""
+    if not above:
+        what = f"the largest reachable is {_floor(max(below, default=0.0))}"
+    elif not below:
+        what = f"the smallest reachable is {_ceil(min(above))}"
+    else:
+        what = f"heads come in whole units, and the nearest reachable are {_floor(max(below))} and {_ceil(min(above))}"
     return PlanError(
-        f"a ratio of {options.ratio} cannot be reached with these options: the largest reachable is "
-        f"{math.floor(largest_ratio(shape, options) * 1e4) / 1e4}, which leaves {left} and the fewest heads possible "
-        f"in every layer{because}; embeddings and norms are never pruned"
+        f"a ratio of {ratio} cannot be reached with these options: {what}{because}; every layer must keep a head and "
+        f"{options.neuron_multiple} of its neurons, and embeddings and norms are never pruned"
     )
+
+
+def _removes_nothing(shape: ModelShape, choices: HeadChoices, options: PlanOptions) -> PlanError:
+    asked = "heads_ratio and neurons_ratio together" if options.ratio is None else f"a ratio of {options.ratio}"
+    steps = [low for low, _ in _reachable(shape, choices, options) if low > 0]
+    if options.only != "heads" and options.neurons_ratio is None:
+        steps.append(options.neuron_multiple * shape.neuron_parameters * shape.num_layers / shape.parameters)
+    smallest = f"the smallest step of these options is {min(steps):.2e} of the parameters" if steps else "ask for more"
+    return PlanError(f"{asked} would remove nothing, as units are whole; {smallest}")
+
+
+def _floor(ratio: float) -> float:
+    return math.floor(ratio * 1e4) / 1e4
+
+
+def _ceil(ratio: float) -> float:
+    return math.ceil(ratio * 1e4) / 1e4

@@ -28,20 +28,21 @@ def make_plan(
 
     Args:
         scores: of the model to be pruned.
-        ratio: `1 - Q/P`, in (0, 1); may be left out when both shares are given.
+        ratio: `1 - Q/P`, in (0, 1); left out when both shares are given.
         order: `amp` removes the least important, `reversed` the most important, `random` a seeded draw.
         only: remove heads alone or neurons alone (the paper's ablation).
         heads_mode: `groups` removes key-value heads with their readers; `within` removes as many query heads in every
             group. The default is groups, and within for multi-query attention.
         heads_ratio: share of the heads to remove, set by hand; neurons make up the rest of `ratio`.
         neurons_ratio: share of the neurons to remove, set by hand; heads come as near to `ratio` as they can. With
-            both shares set, they alone decide.
+            both shares set, they alone decide, and `ratio` must be left out.
         neuron_multiple: keep a multiple of this many neurons (64, 128, 256 suit hardware).
         head_multiple: keep a multiple of this many key-value heads (query heads when `within`), for tensor parallelism.
         seed: of the random order.
 
     Raises:
-        PlanError: the ratio is out of reach (says the largest), or the family's heads cannot be removed.
+        PlanError: the ratio is out of reach (says the nearest) or removes nothing, options contradict each other, or
+            the family's heads cannot be removed.
     """
     options = PlanOptions(
         ratio=ratio,
@@ -57,11 +58,6 @@ def make_plan(
     shape = scores.shape
     budget = find_budget(shape, options)
     after = shape.shrunk(query_heads=budget.query_heads, key_value_heads=budget.key_value_heads, neurons=budget.neurons)
-    if after.parameters == shape.parameters:
-        raise PlanError(
-            f"a ratio of {ratio} removes nothing: the smallest step, one neuron in every layer, is "
-            f"{shape.neuron_parameters * shape.num_layers / shape.parameters:.2e} of the parameters"
-        )
     actual = 1 - after.parameters / shape.parameters
     plan = PruningPlan(
         ratio_target=actual if ratio is None else ratio,
