@@ -1,7 +1,26 @@
+import gc
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tests run side by side: threads of several processes that wait for each other cost far more than they gain.
+os.environ["OMP_NUM_THREADS"] = "1"
+# The user's cache is neither read nor filled; processes that tests start inherit this folder.
+os.environ["AMPRUNE_CACHE"] = tempfile.mkdtemp(prefix="amprune-tests-")
 sys.path.insert(0, str(Path(__file__).parent))
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+# What the imports made need not be searched for garbage again and again.
+gc.freeze()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    import shutil
+
+    shutil.rmtree(os.environ["AMPRUNE_CACHE"], ignore_errors=True)

@@ -10,7 +10,7 @@ from amprune.checkpoint.loading import load_tokenizer, loaded_model
 from amprune.progress import Progress, no_progress
 
 MODEL = "smollm2-135m"
-QUESTION = "What is gravity?"
+QUESTION = "Describe a forest."
 
 
 def answers(pruned: Path, *, question: str = QUESTION, progress: Progress = no_progress) -> tuple[str, str]:
@@ -31,5 +31,7 @@ def _answer(folder: Path, question: str) -> str:
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
     with loaded_model(read_checkpoint(folder), device="cpu") as model, torch.inference_mode():
         generate: Any = model.generate
-        output = generate(**inputs, max_new_tokens=48, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        output = generate(
+            **inputs, max_new_tokens=48, do_sample=False, no_repeat_ngram_size=3, pad_token_id=tokenizer.pad_token_id
+        )
     return str(tokenizer.decode(output[0][inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()

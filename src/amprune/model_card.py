@@ -13,23 +13,9 @@ from amprune.verification import VerificationReport
 
 def write_model_card(folder: Path, plan: PruningPlan, report: VerificationReport, *, source: Source) -> None:
     """Writes `README.md`; the licence is carried over from the source's own card."""
-    front: dict[str, object] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    front["tags"] = ["pruned", "amprune"]
-    carried = _front_matter(source.folder / "README.md")
-    if source.license is not None:
-        front["license"] = source.license
-    front |= {key: carried[key] for key in ("license", "license_name", "license_link", "language") if key in carried}
-    if source.base_model is not None:
-        front["base_model"] = [source.base_model]
     before, after, made = plan.shape_before, plan.shape_after, plan.provenance
-    removed = [
-        name
-        for name, kept, had in (
-            ("attention heads", after.num_attention_heads, before.num_attention_heads),
-            ("MLP neurons", after.intermediate_size, before.intermediate_size),
-        )
-        if kept < had
-    ]
+    removed = ["attention heads"] if after.num_attention_heads < before.num_attention_heads else []
+    removed += ["MLP neurons"] if after.intermediate_size < before.intermediate_size else []
     calibration = made.get("calibration") or {}
     order = made.get("options", {}).get("order", "amp")
     rule = {"amp": "least important", "reversed": "most important", "random": "randomly drawn"}.get(order, order)
@@ -65,10 +51,24 @@ tokenizer = AutoTokenizer.from_pretrained("PATH_OR_ID")
 Pruned without any training after it: quality is below that of the dense model and should be measured before use.
 Everything that the dense model's card says of its risks and licence holds here too.
 """
-    (folder / "README.md").write_text(f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n{text}", encoding="utf-8")
+    (folder / "README.md").write_text(
+        f"---\n{yaml.safe_dump(_front_matter(source), sort_keys=False)}---\n\n{text}", encoding="utf-8"
+    )
 
 
-def _front_matter(card: Path) -> dict[str, object]:
+def _front_matter(source: Source) -> dict[str, object]:
+    front: dict[str, object] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    front["tags"] = ["pruned", "amprune"]
+    carried = _carried(source.folder / "README.md")
+    if source.license is not None:
+        front["license"] = source.license
+    front |= {key: carried[key] for key in ("license", "license_name", "license_link", "language") if key in carried}
+    if source.base_model is not None:
+        front["base_model"] = [source.base_model]
+    return front
+
+
+def _carried(card: Path) -> dict[str, object]:
     if not card.is_file():
         return {}
     match = re.match(r"---\n(.*?)\n---\s*\n", card.read_text(encoding="utf-8", errors="replace"), flags=re.DOTALL)

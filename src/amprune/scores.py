@@ -16,6 +16,7 @@ from amprune.shape import ModelShape
 
 Scores = npt.NDArray[np.float32]
 _FORMAT = 1
+_FIELDS = {"fingerprint": str, "criterion": str, "calibration": dict, "settings": dict}
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class ImportanceScores:
         tensors = {}
         for index, layer in enumerate(self.layers):
             for name in ("heads", "groups", "neurons"):
-                tensors[f"layers.{index}.{name}"] = np.ascontiguousarray(getattr(layer, name))
+                tensors[f"layers.{index}.{name}"] = np.ascontiguousarray(getattr(layer, name), dtype=np.float32)
         header = {
             "format": _FORMAT,
             "shape": self.shape.to_dict(),
@@ -74,26 +75,30 @@ class ImportanceScores:
         """
         try:
             with safe_open(path, framework="numpy") as file:
-                metadata = file.metadata() or {}
+                header = _header(file.metadata() or {}, path)
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise ScoresError(f"cannot read the scores {path}: {error}") from error
-        try:
-            header = json.loads(metadata["amprune"])
-            known = header["format"] == _FORMAT
-        except (KeyError, TypeError, json.JSONDecodeError):
-            known = False
-        if not known:
-            raise ScoresError(f"{path} is no score file of amprune (format {_FORMAT}); make it with `amprune score`")
-        shape = ModelShape.from_dict(header.get("shape"), where=str(path), error=ScoresError)
+        except (OSError, SafetensorError, TypeError) as error:  # numpy has no bfloat16
+            raise ScoresError(f"cannot read the scores {path}: {error}; make them with `amprune score`") from error
+        shape = ModelShape.from_dict(header["shape"], where=str(path), error=ScoresError)
         return cls(
             layers=tuple(_layer(tensors, index, shape, path) for index in range(shape.num_layers)),
             shape=shape,
-            fingerprint=str(header.get("fingerprint")),
-            criterion=str(header.get("criterion")),
-            calibration=dict(header.get("calibration") or {}),
-            settings=dict(header.get("settings") or {}),
+            **{name: header[name] for name in _FIELDS},
         )
+
+
+def _header(metadata: dict[str, str], path: str | os.PathLike[str]) -> dict[str, Any]:
+    try:
+        header: dict[str, Any] = json.loads(metadata["amprune"])
+        known = header["format"] == _FORMAT
+    except (KeyError, TypeError, ValueError, RecursionError):
+        known = False
+    if not known:
+        raise ScoresError(f"{path} is no score file of amprune (format {_FORMAT}); make it with `amprune score`")
+    for name, kind in (("shape", dict), *_FIELDS.items()):
+        if not isinstance(header.get(name), kind):
+            raise ScoresError(f"{path}: the field {name} of its metadata is missing or damaged; score again")
+    return header
 
 
 def _layer(tensors: dict[str, Any], index: int, shape: ModelShape, path: str | os.PathLike[str]) -> LayerScores:
@@ -105,9 +110,9 @@ def _layer(tensors: dict[str, Any], index: int, shape: ModelShape, path: str | o
     for name, size in sizes.items():
         key = f"layers.{index}.{name}"
         found = tensors.get(key)
-        if found is None or found.shape != (size,):
-            state = "is missing" if found is None else f"has shape {found.shape}"
-            raise ScoresError(f"{path}: {key} {state}, expected ({size},); the file is damaged: score again")
+        if found is None or found.shape != (size,) or found.dtype != np.float32:
+            state = "is missing" if found is None else f"is {found.dtype} of shape {found.shape}"
+            raise ScoresError(f"{path}: {key} {state}, expected float32 of shape ({size},); score again")
         if not np.isfinite(found).all():
             raise ScoresError(f"{path}: {key} holds values that are not finite; score again")
     return LayerScores(**{name: tensors[f"layers.{index}.{name}"] for name in sizes})

@@ -46,13 +46,15 @@ def score_layers(
     batch, padding included, and changes no score beyond rounding.
 
     Raises:
-        ScoresError: an activation is not finite (names the layer), or a token id is outside of the vocabulary.
+        ScoresError: an activation is not finite (names the layer), a token id is outside of the vocabulary, or a
+            sample is longer than the model's positions.
     """
     if batch_tokens < 1:
         raise ScoresError(f"batch_tokens is {batch_tokens}, expected at least 1")
     if not calibration.samples or not all(calibration.samples):
         raise ScoresError(f"the calibration set {calibration.name!r} is empty or holds an empty sample")
     _check_ids(calibration, vocabulary_size(model))
+    _check_lengths(calibration, getattr(model.config, "max_position_embeddings", None))
     state = _Pass()
     with (
         torch.inference_mode(),
@@ -69,11 +71,20 @@ def score_layers(
 
 
 def _check_ids(calibration: CalibrationSet, vocabulary: int) -> None:
-    largest = max(map(max, calibration.samples))
-    if largest >= vocabulary:
+    for extreme in (min(map(min, calibration.samples)), max(map(max, calibration.samples))):
+        if not 0 <= extreme < vocabulary:
+            raise ScoresError(
+                f"the calibration set {calibration.name!r} holds token id {extreme}, but the model embeds the ids 0 to "
+                f"{vocabulary - 1}; use the tokenizer of this very model"
+            )
+
+
+def _check_lengths(calibration: CalibrationSet, positions: int | None) -> None:
+    longest = max(map(len, calibration.samples))
+    if positions is not None and longest > positions:
         raise ScoresError(
-            f"the calibration set holds token id {largest}, but the model embeds {vocabulary} tokens; the tokenizer "
-            "belongs to another model"
+            f"the calibration set {calibration.name!r} holds a sample of {longest} tokens, but the model has "
+            f"{positions} positions; cut the samples at {positions} tokens"
         )
 
 

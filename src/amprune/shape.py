@@ -74,6 +74,7 @@ class ModelShape:
         if unknown := sorted(set(values) - known):
             raise error(f"{where}: the model shape has unknown fields {unknown}")
         optional_text = {"heads_refused"}
+        costs = {"query_head_parameters", "key_value_head_parameters", "neuron_parameters"}
         for name in sorted(known):
             value = values.get(name)
             if name == "model_type":
@@ -83,10 +84,26 @@ class ModelShape:
             elif name == "query_head_counts":
                 right = isinstance(value, list) and all(type(count) is int for count in value)
             else:
-                right = type(value) is int and value >= 0
+                # Units that cannot be removed cost nothing.
+                right = type(value) is int and value >= (0 if name in costs else 1)
             if not right:
                 raise error(f"{where}: the model shape's field {name!r} is {value!r}; make the file again")
-        return cls(**{**values, "query_head_counts": tuple(values["query_head_counts"])})
+        shape = cls(**{**values, "query_head_counts": tuple(values["query_head_counts"])})
+        shape._check_sums(where, error)
+        return shape
+
+    def _check_sums(self, where: str, error: type[AmpruneError]) -> None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise error(
+                f"{where}: {self.num_attention_heads} query heads cannot be shared out evenly among "
+                f"{self.num_key_value_heads} key-value heads; make the file again"
+            )
+        units = self.attention_parameters + self.mlp_parameters
+        if self.parameters < units:
+            raise error(
+                f"{where}: parameters is {self.parameters}, but heads and neurons alone have {units}; make the file "
+                "again"
+            )
 
     def differences(self, other: "ModelShape") -> list[str]:
         """Names every size in which two shapes differ, as `name mine != theirs`."""

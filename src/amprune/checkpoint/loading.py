@@ -112,7 +112,9 @@ def input_device(model: PreTrainedModel) -> torch.device:
     embedding = model.get_input_embeddings()
     hook = getattr(embedding, "_hf_hook", None)
     device = getattr(hook, "execution_device", None)
-    return torch.device(device) if device is not None else next(embedding.parameters()).device
+    found = torch.device(device) if device is not None else next(embedding.parameters()).device
+    # A streamed model, whose weights are on no device between their turns, computes on the CPU.
+    return torch.device("cpu") if found.type == "meta" else found
 
 
 def has_tokenizer(folder: Path) -> bool:

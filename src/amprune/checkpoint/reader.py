@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 
-from amprune.architecture import Architecture, describe
+from amprune.architecture import Architecture, describe, make_config
 from amprune.checkpoint.files import (
     SAFETENSORS_DTYPES,
     StoredTensor,
@@ -49,7 +49,8 @@ class Checkpoint(Mapping[str, torch.Tensor]):
     @property
     def positions(self) -> int | None:
         """The longest sequence that the model was made for, where the config says."""
-        return self.config.get("max_position_embeddings") or self.config.get("n_positions")
+        config = make_config(self.config, where=str(self.folder))
+        return getattr(config, "max_position_embeddings", None)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -25,7 +25,7 @@ def streamed_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedMode
     """
     config = make_config(checkpoint.config, where=str(checkpoint.folder))
     with quiet_transformers(), init_empty_weights(include_buffers=False):
-        model: Any = AutoModelForCausalLM.from_config(config)
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     in_turn = []
     for module, names in _modules(model, checkpoint):

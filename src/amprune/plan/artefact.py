@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ from amprune.errors import PlanError
 from amprune.shape import ModelShape
 
 _FORMAT = 1
+_FIELDS = ("format", "ratio_target", "ratio_actual", "shape_before", "shape_after", "provenance", "layers")
+_KINDS = ("query_heads", "key_value_heads", "neurons")
 
 
 @dataclass(frozen=True)
@@ -69,42 +70,64 @@ class PruningPlan:
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise PlanError(f"cannot read the plan {path}: {error}") from error
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             raise PlanError(f"{path} is no plan of amprune (format {_FORMAT}); make it with `amprune plan`")
         where = str(path)
-        layers = content.get("layers")
+        _check_fields(content, _FIELDS, where)
+        layers = content["layers"]
         if not isinstance(layers, list):
-            raise PlanError(f"{where}: layers is no list")
+            raise PlanError(f"{where}: layers is {_short(layers)}, expected a list with an object for each layer")
         plan = cls(
             ratio_target=_number(content, "ratio_target", where),
             ratio_actual=_number(content, "ratio_actual", where),
-            shape_before=ModelShape.from_dict(content.get("shape_before", {}), where=where, error=PlanError),
-            shape_after=ModelShape.from_dict(content.get("shape_after", {}), where=where, error=PlanError),
+            shape_before=ModelShape.from_dict(content["shape_before"], where=f"{where}: shape_before", error=PlanError),
+            shape_after=ModelShape.from_dict(content["shape_after"], where=f"{where}: shape_after", error=PlanError),
             layers=tuple(_read_layer(entry, index, where) for index, entry in enumerate(layers)),
-            provenance=dict(content.get("provenance") or {}),
+            provenance=_read_provenance(content["provenance"], where),
         )
         check_plan(plan, where=where)
         return plan
 
 
+def _check_fields(content: Mapping[str, Any], expected: Sequence[str], where: str) -> None:
+    if missing := [name for name in expected if name not in content]:
+        raise PlanError(f"{where}: lacks the field {missing[0]}; make it with `amprune plan`")
+    if unknown := sorted(set(content) - set(expected)):
+        raise PlanError(f"{where}: has the unknown field {unknown[0]}, expected only {', '.join(expected)}")
+
+
 def _number(content: Mapping[str, Any], name: str, where: str) -> float:
-    value = content.get(name)
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-        raise PlanError(f"{where}: {name} is {value!r}, expected a number")
+    value = content[name]
+    if type(value) not in (int, float) or not 0 <= value < 1:
+        raise PlanError(f"{where}: {name} is {_short(value)}, expected a number of at least 0 and less than 1")
     return float(value)
 
 
+def _read_provenance(value: object, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict) or not isinstance(value.get("fingerprint"), (str, type(None))):
+        raise PlanError(f"{where}: provenance is {_short(value)}, expected an object whose fingerprint is text or null")
+    return value
+
+
 def _read_layer(entry: object, index: int, where: str) -> LayerPlan:
-    kinds = ("query_heads", "key_value_heads", "neurons")
-    if not isinstance(entry, dict) or set(entry) != set(kinds):
-        raise PlanError(f"{where}: layer {index} is no object with exactly the lists {', '.join(kinds)}")
-    for kind in kinds:
-        values = entry[kind]
-        if not isinstance(values, list) or not all(type(value) is int for value in values):
-            raise PlanError(f"{where}: layer {index}, {kind} is no list of whole numbers")
-    return LayerPlan(**{kind: tuple(entry[kind]) for kind in kinds})
+    where = f"{where}: layer {index}"
+    if not isinstance(entry, dict):
+        raise PlanError(f"{where} is {_short(entry)}, expected an object with the lists {', '.join(_KINDS)}")
+    _check_fields(entry, _KINDS, where)
+    for kind in _KINDS:
+        if not isinstance(entry[kind], list):
+            raise PlanError(f"{where}, {kind} is {_short(entry[kind])}, expected a list of the units that stay")
+        for unit in entry[kind]:
+            if type(unit) is not int:
+                raise PlanError(f"{where}, {kind}: unit {_short(unit)} is no whole number")
+    return LayerPlan(**{kind: tuple(entry[kind]) for kind in _KINDS})
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def check_plan(plan: PruningPlan, *, where: str = "plan") -> None:
@@ -130,8 +153,12 @@ def check_plan(plan: PruningPlan, *, where: str = "plan") -> None:
         neurons=after.intermediate_size,
     )
     if after != expected:
-        what = after.differences(expected) or ["query_head_counts or heads_refused"]
-        raise PlanError(f"{where}: shape_after disagrees with shape_before: {', '.join(what)}")
+        found, wanted = after.to_dict(), expected.to_dict()
+        name = next(name for name in wanted if found[name] != wanted[name])
+        raise PlanError(
+            f"{where}: shape_after disagrees with shape_before and the kept units: {name} is {_short(found[name])}, "
+            f"expected {_short(wanted[name])}"
+        )
     if after.num_attention_heads != before.num_attention_heads:
         if before.heads_refused is not None:
             raise PlanError(f"{where}: removes heads of a {before.model_type} model: {before.heads_refused}")

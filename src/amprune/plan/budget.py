@@ -95,7 +95,7 @@ def check_options(shape: ModelShape, options: PlanOptions) -> None:
         raise PlanError(f"heads of a {shape.model_type} model cannot be removed: {shape.heads_refused}")
     if (options.only == "neurons" and options.heads_ratio) or (options.only == "heads" and options.neurons_ratio):
         raise PlanError(f"only={options.only} contradicts a share of the other kind set by hand; leave out one of them")
-    _check_decided_once(shape, options)
+    _check_decided(shape, options)
 
 
 def _check_shares(options: PlanOptions) -> None:
@@ -107,18 +107,13 @@ def _check_shares(options: PlanOptions) -> None:
             raise PlanError(f"{name} is {share}, expected at least 0 and less than 1")
 
 
-def _check_decided_once(shape: ModelShape, options: PlanOptions) -> None:
-    """Wants a ratio where a share is open, and none where both are settled: it would be ignored."""
+def _check_decided(shape: ModelShape, options: PlanOptions) -> None:
+    """Wants a ratio where a share is open. Where both are settled by hand, they decide and the ratio is the target."""
     heads_stay = options.only == "neurons" or shape.heads_refused is not None
     open_heads = options.heads_ratio is None and not heads_stay
     open_neurons = options.neurons_ratio is None and options.only != "heads"
     if options.ratio is None and (open_heads or open_neurons):
         raise PlanError("give a ratio, or both heads_ratio and neurons_ratio")
-    if options.ratio is not None and not (open_heads or open_neurons):
-        raise PlanError(
-            f"ratio {options.ratio} has nothing to decide: the shares of heads and neurons are both settled by the "
-            "other options; leave out the ratio, heads_ratio or neurons_ratio"
-        )
 
 
 def _check_multiples(shape: ModelShape, options: PlanOptions) -> None:
@@ -255,8 +250,8 @@ def _preferred(shape: ModelShape, choices: HeadChoices, options: PlanOptions) ->
     if options.heads_ratio is not None:
         return [_nearest(choices.removable, options.heads_ratio * choices.units)]
     wanted = _prunable_share(shape, _ratio(options)) * shape.attention_parameters / choices.cost
-    if choices.mode == "groups" and shape.group_size > 1:
-        # Few groups: one too many costs far more quality than the same parameters in neurons.
+    if shape.group_size > 1:
+        # Few and large units: one too many costs far more quality than the same parameters in neurons.
         whole = math.floor(wanted + 1e-9)
         return sorted(choices.removable, key=lambda removed: (removed > whole, abs(removed - wanted)))
     return sorted(choices.removable, key=lambda removed: (abs(removed - wanted), removed))
@@ -282,8 +277,8 @@ def _unreachable(shape: ModelShape, choices: HeadChoices, options: PlanOptions) 
     else:
         what = f"heads come in whole units, and the nearest reachable are {_floor(max(below))} and {_ceil(min(above))}"
     return PlanError(
-        f"a ratio of {ratio} cannot be reached with these options: {what}{because}; every layer must keep a head and "
-        f"{options.neuron_multiple} of its neurons, and embeddings and norms are never pruned"
+        f"a ratio of {ratio} cannot be reached with these options: {what}{because}; every layer keeps at least one "
+        f"head and {options.neuron_multiple} of its neurons, and embeddings and norms are never pruned"
     )
 
 

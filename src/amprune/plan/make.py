@@ -2,7 +2,6 @@
 
 import random
 
-from amprune.errors import PlanError
 from amprune.plan.artefact import LayerPlan, PruningPlan, check_plan
 from amprune.plan.budget import Budget, HeadsMode, Only, Order, PlanOptions, find_budget
 from amprune.scores import ImportanceScores, LayerScores, Scores

@@ -1,0 +1,5 @@
+"""`python -m amprune`."""
+
+from amprune.cli import app
+
+app()

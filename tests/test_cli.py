@@ -1,0 +1,164 @@
+"""The command line, as a user meets it: help, summaries, errors in one paragraph, exit codes."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny_models import find, make_model
+from tiny_tokenizer import make_tokenizer
+from typer.testing import CliRunner
+
+from amprune.cli import app
+
+COMMANDS = ("inspect", "score", "plan", "apply", "verify", "prune", "demo")
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "dense"
+    make_model(find("llama-gqa")).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scores(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("scores") / "scores.safetensors"
+    code, _, errors = run("score", dense, "-o", file, "--calibration", "builtin", "--samples", 6)
+    assert code == 0, errors
+    return file
+
+
+def test_help_is_instant_and_imports_nothing_heavy() -> None:
+    code = "import sys, amprune.cli; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    start = time.perf_counter()
+    shown = subprocess.run([sys.executable, "-m", "amprune", "--help"], check=True, capture_output=True, text=True)
+    assert time.perf_counter() - start < 1.5
+    assert all(command in shown.stdout for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_its_options(command: str) -> None:
+    code, output, _ = run(command, "--help")
+    assert code == 0
+    assert "--json" in output
+    assert "--debug" in output
+
+
+def test_inspect(dense: Path) -> None:
+    code, output, _ = run("inspect", dense, "--json")
+    found = json.loads(output)
+    assert code == 0
+    assert sum(found["parameters_by_part"].values()) == found["shape"]["parameters"]
+    assert [mode["mode"] for mode in found["modes"]] == ["groups", "within"]
+    assert "groups of 3" in run("inspect", dense)[1]
+
+
+def test_stage_by_stage(dense: Path, scores: Path, tmp_path: Path) -> None:
+    plan, out = tmp_path / "plan.json", tmp_path / "out"
+    code, output, _ = run("plan", scores, "--ratio", 0.2, "-o", plan, "--json")
+    assert code == 0
+    assert abs(json.loads(output)["ratio_actual"] - 0.2) < 0.005
+    code, output, _ = run("apply", dense, plan, out, "--max-shard-size", "20KB", "--json")
+    assert code == 0
+    assert json.loads(output)["verification"]["passed"]
+    assert (out / "model.safetensors.index.json").is_file()
+    code, output, _ = run("verify", out, "--dense", dense, "--json")
+    assert code == 0
+    assert json.loads(output)["passed"]
+
+
+def test_prune_in_one_go_shows_what_happened(dense: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["prune", dense, out, "--ratio", 0.2, "--calibration", "builtin", "--samples", 6]
+    code, output, errors = run(*arguments)
+    assert code == 0, errors
+    assert "Verified" in output
+    assert str(out.name) in output
+    assert {path.name for path in (out / "amprune").iterdir()} == {
+        "plan.json",
+        "scores.safetensors",
+        "verification.json",
+    }
+    code, _, errors = run(*arguments)
+    assert code == 1
+    assert "--overwrite" in errors
+    assert run(*arguments, "--overwrite")[0] == 0
+
+
+def test_prune_gives_the_same_as_the_stages(dense: Path, scores: Path, tmp_path: Path) -> None:
+    run("plan", scores, "--ratio", 0.2, "-o", tmp_path / "plan.json")
+    run("apply", dense, tmp_path / "plan.json", tmp_path / "a")
+    run("prune", dense, tmp_path / "b", "--ratio", 0.2, "--calibration", "builtin", "--samples", 6)
+    for name in ("model.safetensors", "config.json", "amprune/plan.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_tampered_output_is_not_verified(dense: Path, scores: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    run("plan", scores, "--ratio", 0.2, "-o", tmp_path / "plan.json")
+    run("apply", dense, tmp_path / "plan.json", tmp_path / "out")
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][0, 0] += 0.5
+    save_file(weights, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
+    code, output, errors = run("verify", tmp_path / "out", "--dense", dense)
+    assert code == 1
+    assert "BAD logits" in output
+    assert "logits differ" in errors
+
+
+def failing(dense: Path, tmp_path: Path) -> dict[str, tuple[list[object], str]]:
+    out = tmp_path / "out"
+    quick = ["--calibration", "builtin", "--samples", 2]
+    return {
+        "ratio zero": (["prune", dense, out, "--ratio", 0, *quick], "between 0 and 1"),
+        "ratio one": (["prune", dense, out, "--ratio", 1, *quick], "between 0 and 1"),
+        "ratio NaN": (["prune", dense, out, "--ratio", "nan", *quick], "between 0 and 1"),
+        "ratio out of reach": (["prune", dense, out, "--ratio", 0.99, *quick], "largest reachable"),
+        "no ratio": (["prune", dense, out, *quick], "give a ratio"),
+        "no such model": (["prune", tmp_path / "none", out, "--ratio", 0.2], "no model"),
+        "hub out of reach": (["inspect", "nobody/nothing"], "hub"),
+        "alpaca out of reach": (["prune", dense, out, "--ratio", 0.2], "builtin"),
+        "no such calibration set": (["prune", dense, out, "--ratio", 0.2, "--calibration", "x.jsonl"], "x.jsonl"),
+        "bad shard size": (["prune", dense, out, "--ratio", 0.2, "--max-shard-size", "big", *quick], "200MB"),
+        "no such device": (["prune", dense, out, "--ratio", 0.2, "--device", "cuda:99", *quick], "device"),
+        "device and map": (["prune", dense, out, "--ratio", 0.2, "--device", "cpu", "--device-map", "disk", *quick],
+                           "not both"),
+        "nonsense map": (["prune", dense, out, "--ratio", 0.2, "--device-map", "nonsense", *quick], "device_map"),
+        "scores that are none": (["plan", dense / "config.json", "--ratio", 0.2, "-o", tmp_path / "p"], "config.json"),
+        "plan that is none": (["apply", dense, dense / "config.json", out], "no plan"),
+        "verify what is no output": (["verify", dense, "--dense", dense], "was not made by amprune"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("case", failing(Path("x"), Path("y")))
+def test_errors_are_one_paragraph_and_leave_nothing(case: str, dense: Path, tmp_path: Path) -> None:
+    arguments, expected = failing(dense, tmp_path)[case]
+    code, output, errors = run(*arguments)
+    assert code == 1
+    assert output == ""
+    assert expected in errors
+    assert "Traceback" not in errors
+    assert len(errors.strip().splitlines()) <= 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["inspect", str(tmp_path / "none"), "--debug"])
+    assert result.exit_code == 1
+    assert type(result.exception).__name__ == "CheckpointError"
+
+
+def test_wrong_usage_exits_with_2(dense: Path) -> None:
+    assert run("prune", dense)[0] == 2
+    assert run("plan", "x", "-o", "y", "--order", "nonsense")[0] == 2

