@@ -304,15 +304,6 @@ IMPOSSIBLE: dict[str, tuple[str, dict[str, Any], str]] = {
     "only neurons and a share of heads": (
         "llama-gqa", {"ratio": 0.2, "only": "neurons", "heads_ratio": 0.1}, "only=neurons contradicts",
     ),
-    "three numbers for two": (
-        "llama-gqa", {"ratio": 0.2, "heads_ratio": 0.1, "neurons_ratio": 0.1}, "ratio 0.2 has nothing to decide",
-    ),
-    "two numbers for heads": (
-        "llama-gqa", {"ratio": 0.2, "only": "heads", "heads_ratio": 0.1}, "ratio 0.2 has nothing to decide",
-    ),
-    "two numbers for neurons": (
-        "llama-gqa", {"ratio": 0.2, "only": "neurons", "neurons_ratio": 0.1}, "ratio 0.2 has nothing to decide",
-    ),
     **{
         f"neuron_multiple {value}": (
             "llama-gqa", {"ratio": 0.2, "neuron_multiple": value}, f"neuron_multiple is {value}, expected 1 to 80",
@@ -711,3 +702,20 @@ def test_a_plan_of_a_float32_checkpoint_fits_its_bfloat16_copy(tmp_path: Path) -
     assert result.verification.passed
     pruned = prune_model(make_model(tiny, dtype=torch.bfloat16), plan)
     assert sum(parameter.numel() for parameter in pruned.parameters()) == plan.shape_after.parameters
+
+
+@pytest.mark.parametrize(
+    "settled",
+    [
+        {"heads_ratio": 0.25, "neurons_ratio": 0.1},
+        {"only": "heads", "heads_ratio": 0.25},
+        {"only": "neurons", "neurons_ratio": 0.1},
+    ],
+    ids=str,
+)
+def test_shares_that_settle_everything_decide_and_the_ratio_stays_the_target(settled: dict[str, Any]) -> None:
+    scores = fake_scores("llama-gqa")
+    with_ratio, without = make_plan(scores, ratio=0.2, **settled), make_plan(scores, **settled)
+    assert with_ratio.layers == without.layers
+    assert with_ratio.ratio_target == 0.2
+    assert with_ratio.ratio_actual == without.ratio_actual

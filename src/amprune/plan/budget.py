@@ -109,11 +109,14 @@ def _check_shares(options: PlanOptions) -> None:
 
 def _check_decided(shape: ModelShape, options: PlanOptions) -> None:
     """Wants a ratio where a share is open. Where both are settled by hand, they decide and the ratio is the target."""
-    heads_stay = options.only == "neurons" or shape.heads_refused is not None
-    open_heads = options.heads_ratio is None and not heads_stay
+    open_heads = options.heads_ratio is None and not _heads_stay(shape, options)
     open_neurons = options.neurons_ratio is None and options.only != "heads"
     if options.ratio is None and (open_heads or open_neurons):
         raise PlanError("give a ratio, or both heads_ratio and neurons_ratio")
+
+
+def _heads_stay(shape: ModelShape, options: PlanOptions) -> bool:
+    return options.only == "neurons" or shape.heads_refused is not None
 
 
 def _check_multiples(shape: ModelShape, options: PlanOptions) -> None:
@@ -141,8 +144,7 @@ def head_choices(shape: ModelShape, options: PlanOptions) -> HeadChoices:
         counted = key_value_heads if mode == "groups" else query_heads
         return (removed == 0 or query_heads in shape.query_head_counts) and counted % options.head_multiple == 0
 
-    prunable = options.only != "neurons" and shape.heads_refused is None
-    if not prunable:
+    if _heads_stay(shape, options):
         # Heads that stay as they are need not obey a multiple.
         return HeadChoices(mode, units, cost * shape.num_layers, (0,))
     return HeadChoices(mode, units, cost * shape.num_layers, tuple(filter(fits, range(units))))
@@ -235,7 +237,7 @@ def _ratio(options: PlanOptions) -> float:
 
 def _heads_for(shape: ModelShape, choices: HeadChoices, options: PlanOptions, spent: int) -> int:
     """Returns the head units to remove where the neurons are settled and have taken `spent` parameters."""
-    if options.ratio is None or options.heads_ratio is not None:
+    if options.ratio is None or options.heads_ratio is not None or _heads_stay(shape, options):
         return _nearest(choices.removable, (options.heads_ratio or 0) * choices.units)
     wanted = (options.ratio * shape.parameters - spent) / choices.cost
     if not min(choices.removable) - 0.5 <= wanted <= max(choices.removable) + 0.5:
