@@ -275,9 +275,9 @@ def test_sizes_that_make_no_sense_are_refused(size: Any, model: Path, plan: Prun
 
 def test_sidecars_are_copied_and_nothing_else(model: Path, plan: PruningPlan) -> None:
     make_tokenizer().save_pretrained(model)
-    kept = ["LICENSE", "original/params.json", "onnx/deep/notes.txt", "assets/README.md", "modeling_own.py"]
+    kept = ["LICENSE", "deep/params.json", "onnx/deep/notes.txt", "assets/README.md", "modeling_own.py"]
     left = [
-        ".gitattributes", ".cache/huggingface/x.json", "README.md", "amprune/plan.json", "model.fp16.safetensors",
+        ".gitattributes", ".cache/huggingface/x.json", "README.md", "params.json", "original/params.json", "amprune/plan.json", "model.fp16.safetensors",
         "consolidated.safetensors", "pytorch_model.bin", "original/consolidated.00.pth", "model.gguf",
         "onnx/model.onnx", "tf_model.h5", "flax_model.msgpack", "pytorch_model.bin.index.json",
         "model.safetensors.index.fp16.json",
