@@ -277,7 +277,8 @@ def test_sidecars_are_copied_and_nothing_else(model: Path, plan: PruningPlan) ->
     make_tokenizer().save_pretrained(model)
     kept = ["LICENSE", "deep/params.json", "onnx/deep/notes.txt", "assets/README.md", "modeling_own.py"]
     left = [
-        ".gitattributes", ".cache/huggingface/x.json", "README.md", "params.json", "original/params.json", "amprune/plan.json", "model.fp16.safetensors",
+        ".gitattributes", ".cache/huggingface/x.json", "README.md", "params.json", "original/params.json",
+        "amprune/plan.json", "model.fp16.safetensors",
         "consolidated.safetensors", "pytorch_model.bin", "original/consolidated.00.pth", "model.gguf",
         "onnx/model.onnx", "tf_model.h5", "flax_model.msgpack", "pytorch_model.bin.index.json",
         "model.safetensors.index.fp16.json",
