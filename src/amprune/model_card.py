@@ -35,8 +35,8 @@ checkpoint.
 
 - Scored by the criterion `{made.get("criterion")}` on {calibration.get("samples")} samples
   ({calibration.get("tokens")} tokens) of the calibration set {calibration.get("name")}.
-- Verified: logits equal those of the dense model with the removed units masked, within
-  {report.logit_difference:.1e} of their standard deviation.
+- Verified: its logits equal those of the dense model with the removed units masked (largest difference
+  {report.logit_difference:.1e} of their standard deviation, in float64).
 - `{RECORDS}/` holds how it was made: {records}.
 
 ```python

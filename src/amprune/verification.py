@@ -92,7 +92,8 @@ def verify_checkpoint(
                 f"logits differ from those of the masked dense model by {difference:.1e} of their standard deviation, "
                 f"more than {TOLERANCE:.0e}"
             )
-        return f"within {difference:.1e} of the logits' standard deviation (tolerance {TOLERANCE:.0e}, float64)"
+        found = "identical" if difference == 0 else f"within {difference:.1e} of their standard deviation"
+        return f"{found}, to the dense model with the removed units masked (tolerance {TOLERANCE:.0e}, float64)"
 
     with progress("Verifying", 2) as advance:
         run("groups", lambda: _check_plan(folder, plan))
