@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from amprune.errors import CalibrationError
+from amprune.errors import CalibrationError, reason
 
 logger = logging.getLogger(__name__)
 
@@ -207,10 +207,9 @@ def _alpaca() -> Iterable[_Record]:
     try:
         rows = datasets.load_dataset(ALPACA_DATASET, split="train")
     except Exception as error:  # network failures come in many types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CalibrationError(
-            f"the calibration set alpaca is {ALPACA_DATASET} on the hub, which cannot be reached ({reason}); use "
-            "--calibration builtin, which ships with amprune, or --calibration PATH for a file of your own"
+            f"the calibration set alpaca is {ALPACA_DATASET} on the hub, which cannot be reached ({reason(error)}); "
+            "use --calibration builtin, which ships with amprune, or --calibration PATH for a file of your own"
         ) from error
     return ((f"row {number}", row) for number, row in enumerate(rows, 1))
 

@@ -122,24 +122,11 @@ def score_command(
     debug: Debug = False,
 ) -> None:
     """Score every head, key-value group and neuron on a calibration set."""
+    options = _options(locals(), "output")
     with _reported(debug):
         from amprune import score
 
-        scores = score(
-            model,
-            calibration=calibration,
-            samples=samples,
-            max_length=max_length,
-            prompts_only=prompts_only,
-            seed=seed,
-            device=device,
-            dtype=dtype,
-            device_map=device_map,
-            batch_tokens=batch_tokens,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            progress=_progress,
-        )
+        scores = score(**options, progress=_progress)
         scores.save(output)
         shape, used = scores.shape, scores.calibration
         summary = {
@@ -177,21 +164,11 @@ def plan_command(
     debug: Debug = False,
 ) -> None:
     """Choose what to keep under an exact budget; needs neither the model nor a GPU."""
+    options = _options(locals(), "scores", "output")
     with _reported(debug):
         from amprune import ImportanceScores, make_plan
 
-        plan = make_plan(
-            ImportanceScores.load(scores),
-            ratio=ratio,
-            order=order,
-            only=only,
-            heads_mode=heads_mode,
-            heads_ratio=heads_ratio,
-            neurons_ratio=neurons_ratio,
-            neuron_multiple=neuron_multiple,
-            head_multiple=head_multiple,
-            seed=seed,
-        )
+        plan = make_plan(ImportanceScores.load(scores), **options)
         plan.save(output)
         _emit({"plan": str(output), **_plan_summary(plan)}, as_json, lambda: _show_plan(plan, f"Plan in {output}"))
 
@@ -210,20 +187,11 @@ def apply_command(
     debug: Debug = False,
 ) -> None:
     """Slice a model by a plan, write it shard by shard, and verify it."""
+    options = _options(locals())
     with _reported(debug):
         from amprune import apply_plan
 
-        result = apply_plan(
-            model,
-            plan,
-            out,
-            max_shard_size=max_shard_size,
-            overwrite=overwrite,
-            dtype=dtype,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            progress=_progress,
-        )
+        result = apply_plan(**options, progress=_progress)
         _emit(_result_summary(result), as_json, lambda: _show_result(result))
 
 
@@ -238,17 +206,11 @@ def verify_command(
     debug: Debug = False,
 ) -> None:
     """Prove that a written checkpoint is the dense model without the removed units."""
+    options = _options(locals())
     with _reported(debug):
         from amprune import verify
 
-        report = verify(
-            out,
-            dense=dense,
-            dtype=dtype,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            progress=_progress,
-        )
+        report = verify(**options, progress=_progress)
         _emit(report.to_dict(), as_json, lambda: _show_verification(report))
         report.require()
 
@@ -282,35 +244,11 @@ def prune_command(
     debug: Debug = False,
 ) -> None:
     """Score, plan, slice, write and verify in one go."""
+    options = _options(locals())
     with _reported(debug):
         from amprune import prune
 
-        result = prune(
-            model,
-            out,
-            ratio=ratio,
-            order=order,
-            only=only,
-            heads_mode=heads_mode,
-            heads_ratio=heads_ratio,
-            neurons_ratio=neurons_ratio,
-            neuron_multiple=neuron_multiple,
-            head_multiple=head_multiple,
-            calibration=calibration,
-            samples=samples,
-            max_length=max_length,
-            prompts_only=prompts_only,
-            seed=seed,
-            device=device,
-            dtype=dtype,
-            device_map=device_map,
-            batch_tokens=batch_tokens,
-            max_shard_size=max_shard_size,
-            overwrite=overwrite,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            progress=_progress,
-        )
+        result = prune(**options, progress=_progress)
         _emit(_result_summary(result), as_json, lambda: _show_result(result))
 
 
@@ -336,6 +274,11 @@ def demo_command(
             stdout.print("The pruned model was not trained after pruning; that is what a recovery stage is for.")
 
         _emit(summary, as_json, show)
+
+
+def _options(arguments: dict[str, Any], *others: str) -> dict[str, Any]:
+    """Picks what goes to the library function of the same words: all but the command line's own arguments."""
+    return {name: value for name, value in arguments.items() if name not in ("as_json", "debug", *others)}
 
 
 @contextmanager

@@ -43,3 +43,9 @@ class VerificationError(AmpruneError):
 
 class MissingDependencyError(AmpruneError):
     """An optional package or file is not installed."""
+
+
+def reason(error: BaseException) -> str:
+    """Returns the first line of what another library says, or the kind of its error where it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

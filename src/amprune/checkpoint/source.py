@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from amprune.architecture import quiet_transformers
-from amprune.errors import CheckpointError, MissingDependencyError
+from amprune.errors import CheckpointError, MissingDependencyError, reason
 
 logger = logging.getLogger(__name__)
 
@@ -122,10 +122,9 @@ def _download(name: str, revision: str | None, *, config_only: bool) -> Path:
     except RepositoryNotFoundError as error:
         raise CheckpointError(f"the hub has no model {where}, or it is private; check the name, or log in") from error
     except Exception as error:  # network failures come in many types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"{where} is no local folder, and the hub cannot be reached ({reason}); check the network, or give the "
-            "path of a local folder"
+            f"{where} is no local folder, and the hub cannot be reached ({reason(error)}); check the network, or give "
+            "the path of a local folder"
         ) from error
     return folder
 
