@@ -84,6 +84,10 @@ PRUNABLE_HEADS: list[Tiny] = [
     *_attentions("arcee"),
     *_attentions("seed_oss"),
     Tiny("seed_oss", "biases", {**GQA, "head_dim": 16, "attention_out_bias": True, "mlp_bias": True}),
+    *_attentions("vaultgemma", query_pre_attn_scalar=16),
+    *_attentions("hyperclovax"),
+    *_attentions("cwm"),
+    *_attentions("jais2"),
     *_attentions("ernie4_5"),
     Tiny("ernie4_5", "biases", {**GQA, "head_dim": 16, "use_bias": True}),
 ]

@@ -181,6 +181,9 @@ FAMILIES: tuple[ModelFamily, ...] = (
         "exaone4",
         "seed_oss",
         "ernie4_5",
+        "vaultgemma",
+        "hyperclovax",
+        "cwm",
         cuts=_ATTENTION + _GATE_UP_DOWN,
     ),
     _llama_like(
@@ -192,7 +195,7 @@ FAMILIES: tuple[ModelFamily, ...] = (
             *_GATE_UP_DOWN,
         ),
     ),
-    _llama_like("nemotron", "apertus", "arcee", cuts=_ATTENTION + _UP_DOWN),
+    _llama_like("nemotron", "apertus", "arcee", "jais2", cuts=_ATTENTION + _UP_DOWN),
     _llama_like("phi3", cuts=_FUSED_ATTENTION + _FUSED_GATE_UP_DOWN),
     _llama_like("glm", "glm4", cuts=_ATTENTION + _FUSED_GATE_UP_DOWN),
     _llama_like(
