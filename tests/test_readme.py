@@ -21,8 +21,6 @@ SHELL = [line for language, block in BLOCKS if language == "sh" for line in bloc
 AMPRUNE = [line for line in SHELL if line.startswith("amprune ")]
 PYTHON = [block for language, block in BLOCKS if language == "python"]
 
-real_model = [pytest.mark.real_model, pytest.mark.xdist_group("real_model")]
-
 
 def model_is_missing() -> bool:
     from amprune.checkpoint.source import ALIASES, _alias_file
@@ -68,7 +66,6 @@ def test_the_file_map_names_every_module() -> None:
 
 
 @pytest.mark.real_model
-@pytest.mark.xdist_group("real_model")
 def test_a_fifth_of_the_parameters_is_gone_and_the_rest_loads(folder: Path) -> None:
     model, info = AutoModelForCausalLM.from_pretrained(folder / "pruned", output_loading_info=True)
     assert not any(info.values())
@@ -79,7 +76,6 @@ def test_a_fifth_of_the_parameters_is_gone_and_the_rest_loads(folder: Path) -> N
 
 
 @pytest.mark.real_model
-@pytest.mark.xdist_group("real_model")
 def test_the_pruned_model_still_knows_its_language(folder: Path) -> None:
     """Its perplexity on plain English is far below that of a model whose most important units are gone."""
     text = (
@@ -97,7 +93,6 @@ def test_the_pruned_model_still_knows_its_language(folder: Path) -> None:
 
 
 @pytest.mark.real_model
-@pytest.mark.xdist_group("real_model")
 def test_multiples_are_kept(folder: Path) -> None:
     after = read_plan(folder / "pruned-30").shape_after
     assert after.intermediate_size % 64 == 0
@@ -108,7 +103,6 @@ def test_multiples_are_kept(folder: Path) -> None:
 
 
 @pytest.mark.real_model
-@pytest.mark.xdist_group("real_model")
 def test_the_demo_shows_both_answers(folder: Path) -> None:
     command = [sys.executable, "-m", "amprune", "demo", "--ratio", "0.1"]
     shown = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
