@@ -1,26 +1,23 @@
 """The command line. Heavy imports stay inside the commands, so that `--help` is instant."""
 
-import json
-import logging
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from amprune import __version__
-from amprune.errors import AmpruneError
-from amprune.progress import Advance, Progress
-
-if TYPE_CHECKING:
-    from amprune.inspection import Inspection
-    from amprune.pipeline import PrunedModel
-    from amprune.plan import PruningPlan
-    from amprune.verification import VerificationReport
+from amprune.display import (
+    emit,
+    plan_summary,
+    progress,
+    reported,
+    result_summary,
+    show_inspection,
+    show_plan,
+    show_result,
+    show_verification,
+    stdout,
+)
 
 app = typer.Typer(
     name="amprune",
@@ -30,7 +27,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-stdout, stderr = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False)
 
 Model = Annotated[
     str, typer.Argument(help="Hugging Face folder, hub id, .gguf file, or smollm2-135m.", metavar="MODEL")
@@ -96,11 +92,11 @@ def main(
 @app.command("inspect")
 def inspect_command(model: Model, revision: Revision = None, as_json: Json = False, debug: Debug = False) -> None:
     """Show what a model is made of and what can be removed from it."""
-    with _reported(debug):
+    with reported(debug):
         from amprune import inspect
 
         found = inspect(model, revision=revision)
-        _emit(found.to_dict(), as_json, lambda: _show_inspection(found))
+        emit(found.to_dict(), as_json, lambda: show_inspection(found))
 
 
 @app.command("score")
@@ -123,10 +119,10 @@ def score_command(
 ) -> None:
     """Score every head, key-value group and neuron on a calibration set."""
     options = _options(locals(), "output")
-    with _reported(debug):
+    with reported(debug):
         from amprune import score
 
-        scores = score(**options, progress=_progress)
+        scores = score(**options, progress=progress)
         scores.save(output)
         shape, used = scores.shape, scores.calibration
         summary = {
@@ -136,7 +132,7 @@ def score_command(
             "fingerprint": scores.fingerprint,
             "shape": shape.to_dict(),
         }
-        _emit(
+        emit(
             summary,
             as_json,
             lambda: stdout.print(
@@ -165,12 +161,12 @@ def plan_command(
 ) -> None:
     """Choose what to keep under an exact budget; needs neither the model nor a GPU."""
     options = _options(locals(), "scores", "output")
-    with _reported(debug):
+    with reported(debug):
         from amprune import ImportanceScores, make_plan
 
         plan = make_plan(ImportanceScores.load(scores), **options)
         plan.save(output)
-        _emit({"plan": str(output), **_plan_summary(plan)}, as_json, lambda: _show_plan(plan, f"Plan in {output}"))
+        emit({"plan": str(output), **plan_summary(plan)}, as_json, lambda: show_plan(plan, f"Plan in {output}"))
 
 
 @app.command("apply")
@@ -188,11 +184,11 @@ def apply_command(
 ) -> None:
     """Slice a model by a plan, write it shard by shard, and verify it."""
     options = _options(locals())
-    with _reported(debug):
+    with reported(debug):
         from amprune import apply_plan
 
-        result = apply_plan(**options, progress=_progress)
-        _emit(_result_summary(result), as_json, lambda: _show_result(result))
+        result = apply_plan(**options, progress=progress)
+        emit(result_summary(result), as_json, lambda: show_result(result))
 
 
 @app.command("verify")
@@ -207,11 +203,11 @@ def verify_command(
 ) -> None:
     """Prove that a written checkpoint is the dense model without the removed units."""
     options = _options(locals())
-    with _reported(debug):
+    with reported(debug):
         from amprune import verify
 
-        report = verify(**options, progress=_progress)
-        _emit(report.to_dict(), as_json, lambda: _show_verification(report))
+        report = verify(**options, progress=progress)
+        emit(report.to_dict(), as_json, lambda: show_verification(report))
         report.require()
 
 
@@ -245,11 +241,11 @@ def prune_command(
 ) -> None:
     """Score, plan, slice, write and verify in one go."""
     options = _options(locals())
-    with _reported(debug):
+    with reported(debug):
         from amprune import prune
 
-        result = prune(**options, progress=_progress)
-        _emit(_result_summary(result), as_json, lambda: _show_result(result))
+        result = prune(**options, progress=progress)
+        emit(result_summary(result), as_json, lambda: show_result(result))
 
 
 @app.command("demo")
@@ -260,157 +256,22 @@ def demo_command(
     debug: Debug = False,
 ) -> None:
     """Prune SmolLM2-135M and let the dense and the pruned model answer a question."""
-    with _reported(debug):
+    with reported(debug):
         from amprune.demo import MODEL, QUESTION, answers
         from amprune.pipeline import prune
 
-        result = prune(MODEL, out, ratio=ratio, calibration="builtin", overwrite=True, progress=_progress)
-        dense, pruned = answers(out, progress=_progress)
-        summary = {**_result_summary(result), "question": QUESTION, "dense_answer": dense, "pruned_answer": pruned}
+        result = prune(MODEL, out, ratio=ratio, calibration="builtin", overwrite=True, progress=progress)
+        dense, pruned = answers(out, progress=progress)
+        summary = {**result_summary(result), "question": QUESTION, "dense_answer": dense, "pruned_answer": pruned}
 
         def show() -> None:
-            _show_result(result)
+            show_result(result)
             stdout.print(f"\nQ: {QUESTION}\n\ndense:  {dense}\n\npruned: {pruned}\n", markup=False)
             stdout.print("The pruned model was not trained after pruning; that is what a recovery stage is for.")
 
-        _emit(summary, as_json, show)
+        emit(summary, as_json, show)
 
 
 def _options(arguments: dict[str, Any], *others: str) -> dict[str, Any]:
     """Picks what goes to the library function of the same words: all but the command line's own arguments."""
     return {name: value for name, value in arguments.items() if name not in ("as_json", "debug", *others)}
-
-
-@contextmanager
-def _reported(debug: bool) -> Iterator[None]:
-    """Prints what goes wrong as one paragraph on stderr and exits with 1; tracebacks only with --debug."""
-    logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
-    logging.getLogger("amprune").setLevel(logging.INFO)
-    try:
-        yield
-    except AmpruneError as error:
-        if debug:
-            raise
-        stderr.print(f"amprune: {error}", style="bold red", markup=False, soft_wrap=True)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        stderr.print("amprune: interrupted; nothing was left behind")
-        raise typer.Exit(130) from None
-    except (typer.Exit, typer.Abort):
-        raise
-    except Exception as error:
-        if debug:
-            raise
-        kind = type(error).__name__
-        stderr.print(f"amprune: unexpected {kind}: {error} (--debug shows where)", style="bold red", markup=False)
-        raise typer.Exit(1) from None
-
-
-@contextmanager
-def _progress(description: str, total: int) -> Iterator[Advance]:
-    """A bar on stderr with the time left; nothing where stderr is no terminal."""
-    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    columns = (TextColumn("{task.description:<12}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=stderr, disable=not stderr.is_terminal) as bar:
-        task = bar.add_task(description, total=total)
-        yield lambda steps: bar.advance(task, steps)
-
-
-def _emit(summary: dict[str, Any], as_json: bool, show: Any) -> None:
-    if as_json:
-        sys.stdout.write(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-    else:
-        show()
-
-
-def _plan_summary(plan: "PruningPlan") -> dict[str, Any]:
-    return {
-        "ratio_target": plan.ratio_target,
-        "ratio_actual": plan.ratio_actual,
-        "shape_before": plan.shape_before.to_dict(),
-        "shape_after": plan.shape_after.to_dict(),
-    }
-
-
-def _result_summary(result: "PrunedModel") -> dict[str, Any]:
-    return {
-        "out": str(result.folder),
-        **_plan_summary(result.plan),
-        "bytes_before": result.bytes_before,
-        "bytes_after": result.bytes_after,
-        "verification": result.verification.to_dict(),
-    }
-
-
-def _show_plan(plan: "PruningPlan", title: str, sizes: tuple[int, int] | None = None) -> None:
-    before, after = plan.shape_before, plan.shape_after
-    table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column("")
-    for name in ("dense", "pruned", "removed"):
-        table.add_column(name, justify="right")
-    rows = [
-        ("parameters", before.parameters, after.parameters),
-        ("query heads per layer", before.num_attention_heads, after.num_attention_heads),
-        ("key-value heads per layer", before.num_key_value_heads, after.num_key_value_heads),
-        ("neurons per layer", before.intermediate_size, after.intermediate_size),
-    ]
-    for name, dense, pruned in rows:
-        table.add_row(name, f"{dense:,}", f"{pruned:,}", f"{1 - pruned / dense:.2%}")
-    if sizes is not None:
-        table.add_row("weights", *(f"{size / 1e6:,.1f} MB" for size in sizes), f"{1 - sizes[1] / sizes[0]:.2%}")
-    stdout.print(table)
-    if abs(plan.ratio_actual - plan.ratio_target) > 5e-4:
-        stdout.print(f"Asked for {plan.ratio_target:.2%}; the nearest with these options is {plan.ratio_actual:.2%}.")
-
-
-def _show_result(result: "PrunedModel") -> None:
-    _show_plan(result.plan, f"Pruned model in {result.folder}", (result.bytes_before, result.bytes_after))
-    _show_verification(result.verification)
-
-
-def _show_verification(report: "VerificationReport") -> None:
-    stdout.print("Verified" if report.passed else "NOT verified", style="bold green" if report.passed else "bold red")
-    for check in report.checks:
-        mark = "ok " if check.passed else "BAD"
-        stdout.print(f"  {mark} {check.name}: {check.detail}", markup=False)
-
-
-def _show_inspection(found: "Inspection") -> None:
-    shape = found.shape
-    size = f", {found.bytes / 1e6:,.1f} MB in {found.dtype}" if found.bytes else ""
-    stdout.print(f"{found.model}: {found.architecture}, {shape.parameters:,} parameters{size}", style="bold")
-    table = Table(title="Parameters", title_justify="left")
-    for name, justify in (("part", "left"), ("parameters", "right"), ("share", "right")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    for part, count in found.parameters_by_part.items():
-        table.add_row(part, f"{count:,}", f"{count / shape.parameters:.1%}")
-    stdout.print(table)
-    tied = "tied" if found.tied_embeddings else "separate"
-    stdout.print(
-        f"{shape.num_layers} layers, hidden size {shape.hidden_size:,}, {tied} embeddings\n"
-        f"each with {shape.num_attention_heads} query heads of {shape.head_dim}, {shape.num_key_value_heads} key-value "
-        f"heads (groups of {shape.group_size}) and {shape.intermediate_size:,} neurons"
-    )
-    if shape.heads_refused is not None:
-        stdout.print(f"Heads cannot be removed: {shape.heads_refused}.")
-    for mode in found.modes:
-        name = "Neurons alone" if mode.mode == "none" else f"Heads by {mode.mode}, unit: a {mode.unit}"
-        steps = f"; {_ranges(mode.removable)} of {mode.units_per_layer} removable" if mode.units_per_layer else ""
-        stdout.print(f"{name}{steps}; ratios up to {mode.largest_ratio:.4f}")
-    stdout.print(f"Neurons adjust any ratio in steps of {found.smallest_step:.2e}.")
-
-
-def _ranges(numbers: tuple[int, ...]) -> str:
-    """Writes 0, 1, 2, 3, 6 as 0-3, 6."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1] = [runs[-1][0], number]
-        else:
-            runs.append([number])
-    return ", ".join("-".join(map(str, run)) for run in runs)
-
-
-__all__ = ["Progress", "app"]

@@ -1,0 +1,162 @@
+"""What the command line shows: progress and errors on stderr, summaries on stdout. Imports nothing heavy."""
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from amprune.errors import AmpruneError
+from amprune.progress import Advance
+
+if TYPE_CHECKING:
+    from amprune.inspection import Inspection
+    from amprune.pipeline import PrunedModel
+    from amprune.plan import PruningPlan
+    from amprune.verification import VerificationReport
+
+stdout, stderr = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False)
+
+
+@contextmanager
+def reported(debug: bool) -> Iterator[None]:
+    """Prints what goes wrong as one paragraph on stderr and exits with 1; tracebacks only with --debug."""
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("amprune").setLevel(logging.INFO)
+    try:
+        yield
+    except AmpruneError as error:
+        if debug:
+            raise
+        stderr.print(f"amprune: {error}", style="bold red", markup=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        stderr.print("amprune: interrupted; nothing was left behind")
+        raise typer.Exit(130) from None
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        kind = type(error).__name__
+        stderr.print(f"amprune: unexpected {kind}: {error} (--debug shows where)", style="bold red", markup=False)
+        raise typer.Exit(1) from None
+
+
+@contextmanager
+def progress(description: str, total: int) -> Iterator[Advance]:
+    """A bar on stderr with the time left; nothing where stderr is no terminal."""
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description:<12}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=stderr, disable=not stderr.is_terminal) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda steps: bar.advance(task, steps)
+
+
+def emit(summary: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:
+    """Prints a summary as JSON on stdout, or lets `show` print it for people."""
+    if as_json:
+        sys.stdout.write(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    else:
+        show()
+
+
+def plan_summary(plan: "PruningPlan") -> dict[str, Any]:
+    """Returns what `--json` prints of a plan."""
+    return {
+        "ratio_target": plan.ratio_target,
+        "ratio_actual": plan.ratio_actual,
+        "shape_before": plan.shape_before.to_dict(),
+        "shape_after": plan.shape_after.to_dict(),
+    }
+
+
+def result_summary(result: "PrunedModel") -> dict[str, Any]:
+    """Returns what `--json` prints of a pruned model."""
+    return {
+        "out": str(result.folder),
+        **plan_summary(result.plan),
+        "bytes_before": result.bytes_before,
+        "bytes_after": result.bytes_after,
+        "verification": result.verification.to_dict(),
+    }
+
+
+def show_plan(plan: "PruningPlan", title: str, sizes: tuple[int, int] | None = None) -> None:
+    """Prints the shapes before and after as a table; `sizes` are the bytes of the weights, where they are known."""
+    before, after = plan.shape_before, plan.shape_after
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("")
+    for name in ("dense", "pruned", "removed"):
+        table.add_column(name, justify="right")
+    rows = [
+        ("parameters", before.parameters, after.parameters),
+        ("query heads per layer", before.num_attention_heads, after.num_attention_heads),
+        ("key-value heads per layer", before.num_key_value_heads, after.num_key_value_heads),
+        ("neurons per layer", before.intermediate_size, after.intermediate_size),
+    ]
+    for name, dense, pruned in rows:
+        table.add_row(name, f"{dense:,}", f"{pruned:,}", f"{1 - pruned / dense:.2%}")
+    if sizes is not None:
+        table.add_row("weights", *(f"{size / 1e6:,.1f} MB" for size in sizes), f"{1 - sizes[1] / sizes[0]:.2%}")
+    stdout.print(table)
+    if abs(plan.ratio_actual - plan.ratio_target) > 5e-4:
+        stdout.print(f"Asked for {plan.ratio_target:.2%}; the nearest with these options is {plan.ratio_actual:.2%}.")
+
+
+def show_result(result: "PrunedModel") -> None:
+    """Prints the shapes, the sizes and the checks of a pruned model."""
+    show_plan(result.plan, f"Pruned model in {result.folder}", (result.bytes_before, result.bytes_after))
+    show_verification(result.verification)
+
+
+def show_verification(report: "VerificationReport") -> None:
+    """Prints each check and what it found."""
+    stdout.print("Verified" if report.passed else "NOT verified", style="bold green" if report.passed else "bold red")
+    for check in report.checks:
+        mark = "ok " if check.passed else "BAD"
+        stdout.print(f"  {mark} {check.name}: {check.detail}", markup=False)
+
+
+def show_inspection(found: "Inspection") -> None:
+    """Prints what a model is made of and what can be removed from it."""
+    shape = found.shape
+    size = f", {found.bytes / 1e6:,.1f} MB in {found.dtype}" if found.bytes else ""
+    stdout.print(f"{found.model}: {found.architecture}, {shape.parameters:,} parameters{size}", style="bold")
+    table = Table(title="Parameters", title_justify="left")
+    for name, justify in (("part", "left"), ("parameters", "right"), ("share", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for part, count in found.parameters_by_part.items():
+        table.add_row(part, f"{count:,}", f"{count / shape.parameters:.1%}")
+    stdout.print(table)
+    tied = "tied" if found.tied_embeddings else "separate"
+    stdout.print(
+        f"{shape.num_layers} layers, hidden size {shape.hidden_size:,}, {tied} embeddings\n"
+        f"each with {shape.num_attention_heads} query heads of {shape.head_dim}, {shape.num_key_value_heads} key-value "
+        f"heads (groups of {shape.group_size}) and {shape.intermediate_size:,} neurons"
+    )
+    if shape.heads_refused is not None:
+        stdout.print(f"Heads cannot be removed: {shape.heads_refused}.")
+    for mode in found.modes:
+        name = "Neurons alone" if mode.mode == "none" else f"Heads by {mode.mode}, unit: a {mode.unit}"
+        steps = f"; {ranges(mode.removable)} of {mode.units_per_layer} removable" if mode.units_per_layer else ""
+        stdout.print(f"{name}{steps}; ratios up to {mode.largest_ratio:.4f}")
+    stdout.print(f"Neurons adjust any ratio in steps of {found.smallest_step:.2e}.")
+
+
+def ranges(numbers: tuple[int, ...]) -> str:
+    """Writes 0, 1, 2, 3, 6 as 0-3, 6."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1] = [runs[-1][0], number]
+        else:
+            runs.append([number])
+    return ", ".join("-".join(map(str, run)) for run in runs)
