@@ -33,6 +33,8 @@ from amprune import (
     apply_plan,
     make_plan,
     score,
+    verification,
+    verify,
 )
 from amprune.checkpoint import ALIASES, RECORDS, open_source, read_checkpoint, write_shards, writer
 
@@ -565,6 +567,51 @@ def test_a_truncated_pickle_is_refused(share: float, models: Path, plan: Pruning
     cut("pytorch_model-00002-of-00003.bin", share)(model)
     with refused(model, CheckpointError, r"00002-of-00003\.bin cannot be loaded as plain weights") as out:
         apply_plan(model, plan, out)
+
+
+# What verification says of a broken output.
+
+
+BAD_OUTPUTS: dict[str, tuple[Damage, dict[str, str]]] = {
+    "no config": (
+        lambda out: (out / "config.json").unlink(),
+        dict.fromkeys(["config", "dtype and ties", "logits"], "config.json is missing") | {"reload": "cannot load"},
+    ),
+    "half the weights": (
+        cut("model.safetensors", 0.5),
+        dict.fromkeys(["config", "dtype and ties", "reload", "logits"], "model.safetensors is truncated or damaged"),
+    ),
+    "missing tensor": (
+        tensor(to=None),
+        dict.fromkeys(["config", "dtype and ties", "logits"], "the weights lack 1") | {"reload": "1 missing keys"},
+    ),
+    "another dtype": (
+        tensor(to=lambda found: found.to(torch.bfloat16)),
+        {"dtype and ties": f"{QUERY} is torch.bfloat16, was torch.float32", "logits": "logits differ"},
+    ),
+    "another config": (config(rms_norm_eps=0.5), {"config": "than the new sizes: rms_norm_eps", "logits": "differ"}),
+    "not a number": (tensor(to=lambda found: found * torch.nan), {"logits": "the pruned model gives logits that are"}),
+}
+
+
+@pytest.mark.parametrize(("damage", "expected"), BAD_OUTPUTS.values(), ids=BAD_OUTPUTS)
+def test_each_check_says_what_it_finds_in_a_broken_output(
+    damage: Damage, expected: dict[str, str], models: Path, pruned: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(pruned, tmp_path / "out")
+    damage(out)
+    found = {check.name: check.detail for check in verify(out, dense=models / "single").checks if not check.passed}
+    assert found.keys() == expected.keys()
+    assert {name: text for name, text in expected.items() if text not in found[name]} == {}
+
+
+def test_verification_opens_the_output_once(models: Path, pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+    monkeypatch.setattr(
+        verification, "read_checkpoint", lambda folder: opened.append(folder) or read_checkpoint(folder)
+    )
+    assert verify(pruned, dense=models / "single").passed
+    assert opened == [pruned]
 
 
 # Where OUT may lie.

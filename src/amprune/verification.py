@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,7 @@ def verify_checkpoint(
     """
     checks: list[Check] = []
     difference: float | None = None
+    output = cache(lambda: read_checkpoint(folder))  # opened by the first check that reads it; each tells why it cannot
 
     def run(name: str, check: Callable[[], str]) -> None:
         try:
@@ -86,7 +88,7 @@ def verify_checkpoint(
 
     def compare_logits() -> str:
         nonlocal difference
-        difference = _logit_difference(folder, dense, plan, advance)
+        difference = _logit_difference(output(), dense, plan, advance)
         if not difference <= TOLERANCE:
             raise VerificationError(
                 f"logits differ from those of the masked dense model by {difference:.1e} of their standard deviation, "
@@ -97,8 +99,8 @@ def verify_checkpoint(
 
     with progress("Verifying", 2) as advance:
         run("groups", lambda: _check_plan(folder, plan))
-        run("config", lambda: _check_config(folder, dense, plan))
-        run("dtype and ties", lambda: _check_tensors(folder, dense))
+        run("config", lambda: _check_config(output(), dense, plan))
+        run("dtype and ties", lambda: _check_tensors(output(), dense))
         run("files", lambda: _check_files(folder, dense.folder))
         run("tokenizer", lambda: _check_tokenizer(folder, dense.folder, trust_remote_code=trust_remote_code))
         run("reload", lambda: _check_reload(folder))
@@ -112,8 +114,7 @@ def _check_plan(folder: Path, plan: PruningPlan) -> str:
     return f"every kept key-value head keeps its {after.group_size} query heads, in order"
 
 
-def _check_config(folder: Path, dense: Checkpoint, plan: PruningPlan) -> str:
-    output = read_checkpoint(folder)
+def _check_config(output: Checkpoint, dense: Checkpoint, plan: PruningPlan) -> str:
     expected = output_config(dense.config, dense.architecture, plan)
     if output.config != expected:
         keys = sorted(key for key in output.config.keys() | expected if output.config.get(key) != expected.get(key))
@@ -124,8 +125,7 @@ def _check_config(folder: Path, dense: Checkpoint, plan: PruningPlan) -> str:
     return f"{after:,} parameters, {plan.ratio_actual:.2%} fewer"
 
 
-def _check_tensors(folder: Path, dense: Checkpoint) -> str:
-    output = read_checkpoint(folder)
+def _check_tensors(output: Checkpoint, dense: Checkpoint) -> str:
     if set(output) != set(dense):
         different = sorted(set(output) ^ set(dense))
         raise VerificationError(f"the set of tensors differs from the dense model's, such as {different[0]}")
@@ -176,9 +176,11 @@ def _check_reload(folder: Path) -> str:
     return "AutoModelForCausalLM takes every tensor: none missing, unexpected or mismatched"
 
 
-def _logit_difference(folder: Path, dense: Checkpoint, plan: PruningPlan, advance: Callable[[int], None]) -> float:
+def _logit_difference(
+    output: Checkpoint, dense: Checkpoint, plan: PruningPlan, advance: Callable[[int], None]
+) -> float:
     """Returns the largest difference of any logit, in units of the masked dense model's standard deviation."""
-    pruned = _logits(read_checkpoint(folder), {})
+    pruned = _logits(output, {})
     advance(1)
     expected = _logits(dense, dict(masks(plan, dense.architecture)))
     advance(1)
