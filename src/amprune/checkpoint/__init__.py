@@ -4,20 +4,14 @@ source.py   MODEL -> a local Hugging Face folder (folder, hub id, GGUF file, ali
 files.py    the folder's files: which hold weights, their headers, how to open one
 reader.py   a folder -> a lazy mapping from names to tensors, checked before anything is computed
 writer.py   names, shapes and a way to get each tensor -> shards, index, sidecar files
+staging.py  the folder that they are written in -> OUT, whole or not at all
 """
 
 from amprune.checkpoint.files import TensorHeader, read_json
 from amprune.checkpoint.reader import Checkpoint, fingerprint, read_checkpoint
 from amprune.checkpoint.source import ALIASES, Source, open_source
-from amprune.checkpoint.writer import (
-    RECORDS,
-    check_output,
-    copy_sidecars,
-    parse_size,
-    staged_folder,
-    write_json,
-    write_shards,
-)
+from amprune.checkpoint.staging import check_output, staged_folder
+from amprune.checkpoint.writer import RECORDS, copy_sidecars, parse_size, write_json, write_shards
 
 __all__ = [
     "ALIASES",

@@ -1,134 +1,29 @@
-"""Shards, index and sidecar files, into a folder that appears by one rename."""
+"""Shards, index and sidecar files of an output."""
 
 import json
-import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from amprune.checkpoint.files import TensorHeader
-from amprune.errors import AmpruneError, CheckpointError
+from amprune.errors import CheckpointError
 from amprune.memory import release_memory
-
-logger = logging.getLogger(__name__)
 
 RECORDS = "amprune"
 """Subfolder of an output that holds how it was made: plan, scores, verification."""
 _REPLACED = ("config.json", "README.md", "params.json")
 """Files that speak of the dense model; engines read params.json, Mistral's own config, in place of config.json."""
-_WEIGHT_SUFFIXES = {
+WEIGHT_SUFFIXES = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".tflite", ".npz",
 }  # fmt: skip
 _WEIGHT_INDEX = re.compile(r"\.index(\.[\w-]+)?\.json$")
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-
-
-@contextmanager
-def staged_folder(out: Path, *, overwrite: bool = False, protected: tuple[Path, ...] = ()) -> Iterator[Path]:
-    """Yields `OUT.partial`; renames it to OUT when the block succeeds and removes it when the block raises.
-
-    A killed process leaves the `.partial` folder, which the next run removes; OUT is whole or absent. Where OUT is a
-    symlink, the folder that it points to is written.
-
-    Raises:
-        CheckpointError: OUT exists and `overwrite` is off, or OUT lies in, or holds, one of the `protected` paths.
-    """
-    check_output(out, overwrite=overwrite, protected=protected)
-    out = out.resolve()
-    partial = out.with_name(f"{out.name}.partial")
-    with _write_errors(partial):
-        _remove_stale(partial)
-    try:
-        with _write_errors(partial):
-            (partial / RECORDS).mkdir(parents=True)
-            yield partial
-            _sync(partial)
-            check_output(out, overwrite=overwrite, protected=protected)  # it may have appeared in the meantime
-            if out.exists():
-                _replace(partial, out)
-            else:
-                partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def check_output(out: Path, *, overwrite: bool, protected: tuple[Path, ...]) -> None:
-    """Refuses an OUT that would touch a source, that exists, or that is no checkpoint to overwrite."""
-    target = out.resolve()
-    for source in (path.resolve() for path in protected):
-        if target == source or source in target.parents or target in source.parents:
-            raise CheckpointError(f"OUT {out} and the source {source} overlap; choose a folder outside of the source")
-    if not out.exists():
-        return
-    if not overwrite:
-        raise CheckpointError(f"OUT {out} exists; choose another folder, or give --overwrite to replace it")
-    if target == Path.cwd() or target in Path.cwd().parents:
-        raise CheckpointError(f"OUT {out} is the current folder, or holds it; change to another folder and run again")
-    if not out.is_dir() or not (_is_checkpoint(out) or not any(out.iterdir())):
-        raise CheckpointError(
-            f"OUT {out} exists and is no checkpoint folder; it is not overwritten: remove it yourself"
-        )
-
-
-def _is_checkpoint(folder: Path) -> bool:
-    weights = any(file.suffix in _WEIGHT_SUFFIXES for file in folder.iterdir())
-    return weights and (folder / "config.json").is_file()
-
-
-def _remove_stale(partial: Path) -> None:
-    """Removes what a killed run left; anything else under that name is the user's."""
-    if not os.path.lexists(partial):
-        return
-    ours = partial.is_dir() and not partial.is_symlink()
-    if not ours or not ((partial / RECORDS).is_dir() or not any(partial.iterdir())):
-        raise CheckpointError(f"{partial} is in the way and was not made by amprune; move it and run again")
-    logger.info("removing %s, left by an interrupted run", partial)
-    shutil.rmtree(partial)
-
-
-def _replace(partial: Path, out: Path) -> None:
-    """Puts `partial` in the place of `out`; the old folder is gone only once the new one stands."""
-    old = out.with_name(f"{out.name}.replaced-{os.getpid()}")
-    out.rename(old)
-    try:
-        partial.rename(out)
-    except BaseException:
-        old.rename(out)
-        raise
-    shutil.rmtree(old)
-
-
-@contextmanager
-def _write_errors(partial: Path) -> Iterator[None]:
-    """Turns failures of the disk into one clear error."""
-    try:
-        yield
-    except AmpruneError:
-        raise
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"cannot write {partial}: {error}. Nothing was kept; free some space, or choose another folder, and run "
-            "again"
-        ) from error
-
-
-def _sync(folder: Path) -> None:
-    """Flushes every file, so that the rename never precedes the data."""
-    for file in (path for path in folder.rglob("*") if path.is_file()):
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def parse_size(size: str | int) -> int:
@@ -205,7 +100,7 @@ def copy_sidecars(source: Path, target: Path) -> list[str]:
         relative = file.relative_to(source)
         if not file.is_file() or any(part.startswith(".") for part in relative.parts) or relative.parts[0] == RECORDS:
             continue
-        if file.suffix in _WEIGHT_SUFFIXES or _WEIGHT_INDEX.search(file.name):
+        if file.suffix in WEIGHT_SUFFIXES or _WEIGHT_INDEX.search(file.name):
             continue
         if str(relative) in _REPLACED or relative.parts[0] == "original":
             continue
