@@ -1,0 +1,137 @@
+"""What a workload takes in hours, money, energy and CO2, from how fast a model generates."""
+
+import math
+from dataclasses import dataclass
+from decimal import ROUND_HALF_UP, Decimal
+from typing import Literal, get_args
+
+from amprune.errors import EvaluationError
+
+Billing = Literal["exact", "started"]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Tokens to generate every day, and what the device that generates them costs.
+
+    The sources of the defaults stand in docs/cost.md; what is called assumed there is no measurement.
+    """
+
+    tokens_per_day: float = 1_000_000
+    """Assumed."""
+    days: float = 30
+    """Assumed: a month."""
+    price_per_hour: float = 0.30
+    """Of the device. Assumed; RTX 3090 cards were offered for 0.18 to 0.39 USD an hour in 2026. 0 where it is owned."""
+    currency: str = "USD"
+    grid_intensity: float = 0.432
+    """kg of CO2 equivalent per kWh: average of the OECD in 2014, what the ML CO2 Impact calculator (Lacoste et al.,
+    2019) takes unless told otherwise."""
+    device_power: float = 350.0
+    """W. Board power of an RTX 3090, in the hardware table of the same calculator; drawn in full while it computes."""
+    billing: Billing = "exact"
+    """`exact`: the time that is used; `started`: every hour of a day that is begun, as for a machine that is rented
+    anew each day."""
+
+    def __post_init__(self) -> None:
+        """Refuses figures that no workload has.
+
+        Raises:
+            EvaluationError: one is not finite, not positive, or of no known kind.
+        """
+        for name in ("tokens_per_day", "days", "device_power"):
+            _require(name, getattr(self, name), positive=True)
+        for name in ("price_per_hour", "grid_intensity"):
+            _require(name, getattr(self, name), positive=False)
+        if self.billing not in get_args(Billing):
+            expected = " or ".join(map(repr, get_args(Billing)))
+            raise EvaluationError(f"billing is {self.billing!r}, expected {expected}")
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a workload takes in its period."""
+
+    hours: float
+    """Of computing, not of billing."""
+    money: float
+    energy_kwh: float
+    co2_kg: float
+
+
+def costs(workload: Workload, *, tokens_per_second: float) -> Costs:
+    """Returns what a workload takes at a speed, over all its days.
+
+    - hours: `tokens_per_day / tokens_per_second / 3600 * days`;
+    - energy: hours times the power of the device; CO2: energy times the intensity of the grid;
+    - money: hours times the price, every day rounded up to whole hours where started hours are billed.
+
+    Raises:
+        EvaluationError: the speed is not positive and finite.
+    """
+    _require("tokens_per_second", tokens_per_second, positive=True)
+    daily = workload.tokens_per_day / tokens_per_second / 3600
+    hours = daily * workload.days
+    billed = hours if workload.billing == "exact" else _started(daily) * workload.days
+    energy = hours * workload.device_power / 1000
+    return Costs(
+        hours=hours,
+        money=billed * workload.price_per_hour,
+        energy_kwh=energy,
+        co2_kg=energy * workload.grid_intensity,
+    )
+
+
+def saving(before: float, after: float) -> float:
+    """Returns the share that is saved, `1 - after / before`: negative where it became more.
+
+    Raises:
+        EvaluationError: there was nothing to save from.
+    """
+    _require("the figure before", before, positive=True)
+    _require("the figure after", after, positive=False)
+    return 1 - after / before
+
+
+def time_saved(speedup: float) -> float:
+    """Returns the share of the time that a speedup saves, `1 - 1 / speedup`: 0.2 of 1.25.
+
+    Raises:
+        EvaluationError: the speedup is not positive and finite.
+    """
+    _require("speedup", speedup, positive=True)
+    return 1 - 1 / speedup
+
+
+def calculator_co2(
+    hours: float,
+    *,
+    device_power: float = Workload.device_power,
+    grid_intensity: float = Workload.grid_intensity,
+) -> float:
+    """Returns kg of CO2 equivalent as the ML CO2 Impact calculator shows them, for comparison with figures from it.
+
+    It rounds kWh to two decimals, multiplies, and rounds kg to two decimals: ratios of such figures carry the error.
+
+    Raises:
+        EvaluationError: an argument is not finite, or negative.
+    """
+    for name, value in (("hours", hours), ("device_power", device_power), ("grid_intensity", grid_intensity)):
+        _require(name, value, positive=False)
+    return _two_decimals(_two_decimals(device_power * hours / 1000) * grid_intensity)
+
+
+def _started(hours: float) -> int:
+    """Rounds up to whole hours, but not for the sake of a rounding error."""
+    return math.ceil(round(hours, 9))
+
+
+def _two_decimals(value: float) -> float:
+    return float(Decimal(value).quantize(Decimal("0.01"), ROUND_HALF_UP))
+
+
+def _require(name: str, value: float, *, positive: bool) -> None:
+    bounded = value > 0 if positive else value >= 0
+    if not (bounded and math.isfinite(value)):
+        kind = "positive" if positive else "not negative"
+        raise EvaluationError(f"{name} is {value}, expected a finite number that is {kind}")
