@@ -4,6 +4,7 @@ import gc
 import hashlib
 import importlib.util
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -36,7 +37,7 @@ from amprune import (
     verification,
     verify,
 )
-from amprune.checkpoint import ALIASES, RECORDS, open_source, read_checkpoint, write_shards, writer
+from amprune.checkpoint import ALIASES, RECORDS, open_source, read_checkpoint, staged_folder, write_shards, writer
 
 CALIBRATION = CalibrationSet("random", tuple(tuple((i * 7 + j * 13) % VOCABULARY for j in range(20)) for i in range(3)))
 TINY = Tiny(
@@ -842,39 +843,156 @@ def test_a_write_that_fails_in_the_middle_of_a_file_leaves_nothing(model: Path, 
 STUCK_WHILE_WRITING = """
 import contextlib, pathlib, sys, time
 from amprune import apply_plan
-model, plan, out, marker = sys.argv[1:]
+model, plan, out, marker, go_on = sys.argv[1:]
 
 @contextlib.contextmanager
 def progress(description, total):
     def advance(steps):
         if description == "Writing":
             pathlib.Path(marker).touch()
-            time.sleep(600)
+            while not pathlib.Path(go_on).exists():
+                time.sleep(0.02)
     yield advance
 
 apply_plan(model, plan, out, max_shard_size="20KB", progress=progress)
 """
 
 
-def test_a_killed_run_leaves_no_out_and_the_next_one_succeeds(model: Path, plan: PruningPlan, tmp_path: Path) -> None:
-    plan.save(tmp_path / "plan.json")
-    before, out, marker = digests(model), tmp_path / "out", tmp_path / "marker"
-    process = start(STUCK_WHILE_WRITING, model, tmp_path / "plan.json", out, marker)
+@contextmanager
+def stuck_while_writing(model: Path, plan: PruningPlan, out: Path) -> Iterator[subprocess.Popen[str]]:
+    """Yields a process that has begun to write OUT, and goes on once a file `go on` lies beside it."""
+    folder = out.parent
+    plan.save(folder / "plan.json")
+    marker = folder / "marker"
+    process = start(STUCK_WHILE_WRITING, model, folder / "plan.json", out, marker, folder / "go on")
     try:
         deadline = time.monotonic() + 120
         while not marker.exists():
             assert process.poll() is None, process.communicate()[0]
             assert time.monotonic() < deadline
             time.sleep(0.02)
+        yield process
     finally:
         process.kill()
         process.communicate()
+
+
+def test_a_killed_run_leaves_no_out_and_the_next_one_succeeds(model: Path, plan: PruningPlan, tmp_path: Path) -> None:
+    before, out = digests(model), tmp_path / "out"
+    with stuck_while_writing(model, plan, out) as process:
+        pass
     assert process.returncode == -signal.SIGKILL
     assert not out.exists()
     assert any((tmp_path / "out.partial").glob("*.safetensors"))
     assert digests(model) == before
     assert apply_plan(model, plan, out).verification.passed
-    assert not (tmp_path / "out.partial").exists()
+    assert not list(tmp_path.glob("out.*"))
+
+
+def test_a_run_keeps_off_the_out_that_another_is_writing(
+    model: Path, plan: PruningPlan, pruned: Path, tmp_path: Path
+) -> None:
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    with stuck_while_writing(model, plan, out) as process:
+        written = digests(partial)
+        with refused(model, CheckpointError, r"OUT .*out is being written by another run, .*out\.partial\.lock; wait"):
+            apply_plan(model, plan, out, overwrite=True)
+        assert digests(partial) == written
+        assert apply_plan(model, plan, tmp_path / "other").verification.passed
+        (tmp_path / "go on").touch()
+        assert process.wait(120) == 0
+    assert same_tensors(tensors(out), tensors(pruned))
+    assert not list(tmp_path.glob("out.*"))
+
+
+def fill(folder: Path, text: str) -> dict[str, str]:
+    """Makes what passes for a checkpoint, and returns its files."""
+    folder.mkdir(exist_ok=True)
+    for name in ("config.json", "model.safetensors"):
+        write(folder / name, text)
+    return digests(folder)
+
+
+def test_a_process_does_not_write_an_out_twice_at_once(tmp_path: Path) -> None:
+    out = tmp_path / "a" / "out"
+    with staged_folder(out) as partial:
+        written = fill(partial, "first")
+        with pytest.raises(CheckpointError, match="is being written by another run"), staged_folder(out):
+            pass
+        assert digests(partial) == written
+    assert digests(out) == written
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_a_lock_that_a_dead_process_left_locks_nothing(tmp_path: Path) -> None:
+    (tmp_path / "out.partial.lock").touch()
+    with staged_folder(tmp_path / "out") as partial:
+        fill(partial, "new")
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+KILLED_WHILE_REPLACING = """
+import os, pathlib, shutil, signal, sys
+from amprune.checkpoint import staged_folder
+step, out = sys.argv[1], pathlib.Path(sys.argv[2])
+kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+rename = pathlib.Path.rename
+
+def rename_or_die(path, target):
+    if target.name.split("-")[0] == step:
+        kill()
+    return rename(path, target)
+
+with staged_folder(out, overwrite=True) as partial:
+    for name in ("config.json", "model.safetensors"):
+        (partial / name).write_text("new")
+    pathlib.Path.rename = rename_or_die
+    if step == "delete":
+        shutil.rmtree = kill
+"""
+
+
+@pytest.mark.parametrize(
+    ("step", "left", "kept", "said"),
+    [
+        ("out", {"out.partial", "out.replaced-PID"}, "old", r"moving \S+out\.replaced-\d+ back to \S+out, which"),
+        ("out.removed", {"out", "out.replaced-PID"}, "new", r"removing \S+out\.replaced-\d+, left by"),
+        ("delete", {"out", "out.removed-PID"}, "new", r"removing \S+out\.removed-\d+, left by"),
+    ],
+    ids=["between the renames", "after them", "while the old one is deleted"],
+)
+def test_what_a_kill_while_replacing_leaves_is_put_right_by_the_next_run(
+    step: str, left: set[str], kept: str, said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    before = {"old": fill(out, "old"), "new": fill(tmp_path / "expected", "new")}[kept]
+    process = start(KILLED_WHILE_REPLACING, Path(step), out)
+    assert process.communicate(timeout=120)[0] == ""
+    assert process.returncode == -signal.SIGKILL
+    found = {path.name.replace(str(process.pid), "PID") for path in tmp_path.glob("out*")}
+    assert found == left | {"out.partial.lock"}
+    caplog.set_level("INFO", "amprune")
+    with pytest.raises(CheckpointError, match="exists; choose another folder, or give --over"), staged_folder(out):
+        pytest.fail("let in")
+    assert digests(out) == before
+    with staged_folder(out, overwrite=True) as partial:
+        written = fill(partial, "newer")
+    assert digests(out) == written
+    assert re.search(said, caplog.text)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "expected"}
+
+
+@pytest.mark.parametrize("name", ["out.replaced-mine", "out.replaced-", "out.replaced-12.bak", "my-out.replaced-12"])
+def test_what_only_looks_left_by_a_run_is_neither_moved_nor_removed(name: str, tmp_path: Path) -> None:
+    fill(tmp_path / name, "mine")
+    write(tmp_path / "out.replaced-1", "mine")
+    write(tmp_path / "out.partial.lock", "mine")
+    (tmp_path / "out.replaced-2").symlink_to(tmp_path / name)
+    before = digests(tmp_path)
+    with staged_folder(tmp_path / "out") as partial:
+        written = fill(partial, "new")
+    assert digests(tmp_path) == before | {f"out/{file}": digest for file, digest in written.items()}
+    assert (tmp_path / "out.replaced-2").is_symlink()
 
 
 # What is called MODEL.

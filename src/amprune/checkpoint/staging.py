@@ -2,11 +2,13 @@
 
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from amprune.checkpoint.writer import RECORDS, WEIGHT_SUFFIXES
@@ -19,30 +21,60 @@ logger = logging.getLogger(__name__)
 def staged_folder(out: Path, *, overwrite: bool = False, protected: tuple[Path, ...] = ()) -> Iterator[Path]:
     """Yields `OUT.partial`; renames it to OUT when the block succeeds and removes it when the block raises.
 
-    A killed process leaves the `.partial` folder, which the next run removes; OUT is whole or absent. Where OUT is a
-    symlink, the folder that it points to is written.
+    One run at a time writes an OUT. What a killed process leaves, the next run puts right: it removes the `.partial`
+    folder and moves an OUT that was about to be replaced back; OUT is whole or absent. Where OUT is a symlink, the
+    folder that it points to is written.
 
     Raises:
-        CheckpointError: OUT exists and `overwrite` is off, or OUT lies in, or holds, one of the `protected` paths.
+        CheckpointError: OUT exists and `overwrite` is off, OUT lies in, or holds, one of the `protected` paths, or
+            another run is writing it.
     """
     check_output(out, overwrite=overwrite, protected=protected)
     out = out.resolve()
     partial = out.with_name(f"{out.name}.partial")
-    with _write_errors(partial):
-        _remove_stale(partial)
-    try:
+    with _only_writer(out, partial):
         with _write_errors(partial):
-            (partial / RECORDS).mkdir(parents=True)
-            yield partial
-            _sync(partial)
-            check_output(out, overwrite=overwrite, protected=protected)  # it may have appeared in the meantime
-            if out.exists():
-                _replace(partial, out)
-            else:
-                partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+            _finish_replacing(out)
+            check_output(out, overwrite=overwrite, protected=protected)  # it may be there by now, or again
+            _remove_stale(partial)
+        try:
+            with _write_errors(partial):
+                (partial / RECORDS).mkdir(parents=True)
+                yield partial
+                _sync(partial)
+                check_output(out, overwrite=overwrite, protected=protected)  # it may have appeared in the meantime
+                if out.exists():
+                    _replace(partial, out)
+                else:
+                    partial.rename(out)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def _only_writer(out: Path, partial: Path) -> Iterator[None]:
+    """Locks `OUT.partial.lock` and removes it at the end; the system unlocks it when the process dies."""
+    file = partial.with_name(f"{partial.name}.lock")
+    lock = FileLock(file)
+    with _write_errors(partial):
+        with suppress(FileExistsError):
+            out.parent.mkdir(parents=True)
+        os.scandir(out.parent).close()  # it may be a file
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise CheckpointError(
+                f"OUT {out} is being written by another run, which holds {file}; wait until it ends, or choose "
+                "another folder"
+            ) from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            if file.stat().st_size == 0:  # else it is the user's
+                file.unlink()  # while it is locked: afterwards it may be that of the next run
+        lock.release()
 
 
 def check_output(out: Path, *, overwrite: bool, protected: tuple[Path, ...]) -> None:
@@ -80,7 +112,10 @@ def _remove_stale(partial: Path) -> None:
 
 
 def _replace(partial: Path, out: Path) -> None:
-    """Puts `partial` in the place of `out`; the old folder is gone only once the new one stands."""
+    """Puts `partial` in the place of `out`; the old folder is gone only once the new one stands.
+
+    It has another name while it is deleted, so that a folder `OUT.replaced-PID` is always whole.
+    """
     old = out.with_name(f"{out.name}.replaced-{os.getpid()}")
     out.rename(old)
     try:
@@ -88,7 +123,24 @@ def _replace(partial: Path, out: Path) -> None:
     except BaseException:
         old.rename(out)
         raise
-    shutil.rmtree(old)
+    shutil.rmtree(old.rename(out.with_name(f"{out.name}.removed-{os.getpid()}")))
+
+
+def _finish_replacing(out: Path) -> None:
+    """Ends what a killed `_replace` began: moves the old folder back where OUT is missing, and removes it otherwise.
+
+    The caller holds OUT's lock, so that no process that owns such a folder is alive.
+    """
+    name = re.compile(re.escape(out.name) + r"\.(replaced|removed)-\d+")
+    for old in sorted(out.parent.iterdir()):
+        if not (found := name.fullmatch(old.name)) or old.is_symlink() or not old.is_dir():
+            continue
+        if found[1] == "replaced" and not out.exists():
+            logger.info("moving %s back to %s, which an interrupted run was replacing", old, out)
+            old.rename(out)
+        else:
+            logger.info("removing %s, left by an interrupted run", old)
+            shutil.rmtree(old)
 
 
 @contextmanager
