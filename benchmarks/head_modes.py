@@ -43,7 +43,7 @@ def main() -> None:
     text = (DATA / "wikitext2" / "wiki.valid.raw").read_text(encoding="utf-8")
     ids = load_tokenizer(checkpoint.folder)(text, return_tensors="pt")["input_ids"][0]
     alpaca = next((DATA / "alpaca").glob("*.jsonl"))
-    with loaded_model(checkpoint, device="cpu") as dense:
+    with loaded_model(checkpoint.folder, device="cpu") as dense:
         print(f"dense {perplexity(dense, ids):.2f}")
         for calibration in ("builtin", alpaca):
             scores = amprune.score(checkpoint.folder, calibration=calibration, device="cpu")

@@ -273,7 +273,7 @@ def test_the_built_in_set_needs_only_a_folder_with_a_tokenizer(folders: Path) ->
 
 
 def test_without_a_tokenizer_text_is_refused(folders: Path) -> None:
-    with pytest.raises(ScoresError, match=r"gpt2-mha has no tokenizer .* copy the tokenizer files"):
+    with pytest.raises(CheckpointError, match=r"gpt2-mha has no tokenizer .* copy the tokenizer files"):
         score(folders / "gpt2-mha", calibration="builtin", samples=8)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from amprune.checkpoint import open_source, read_checkpoint
+from amprune.checkpoint import open_source
 from amprune.checkpoint.loading import load_tokenizer, loaded_model
 from amprune.progress import Progress, no_progress
 
@@ -29,7 +29,7 @@ def _answer(folder: Path, question: str) -> str:
         [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
     )
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
-    with loaded_model(read_checkpoint(folder), device="cpu") as model, torch.inference_mode():
+    with loaded_model(folder, device="cpu") as model, torch.inference_mode():
         generate: Any = model.generate
         output = generate(
             **inputs, max_new_tokens=48, do_sample=False, no_repeat_ngram_size=3, pad_token_id=tokenizer.pad_token_id

@@ -5,6 +5,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -15,6 +16,7 @@ from amprune.errors import AmpruneError
 from amprune.progress import Advance
 
 if TYPE_CHECKING:
+    from amprune.evaluation import Evaluation
     from amprune.inspection import Inspection
     from amprune.pipeline import PrunedModel
     from amprune.plan import PruningPlan
@@ -24,8 +26,11 @@ stdout, stderr = Console(highlight=False, soft_wrap=True), Console(stderr=True, 
 
 
 @contextmanager
-def reported(debug: bool) -> Iterator[None]:
-    """Prints what goes wrong as one paragraph on stderr and exits with 1; tracebacks only with --debug."""
+def reported(debug: bool, *, kept: Path | None = None) -> Iterator[None]:
+    """Prints what goes wrong as one paragraph on stderr and exits with 1; tracebacks only with --debug.
+
+    `kept` is where a command keeps what it has when it is interrupted.
+    """
     logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("amprune").setLevel(logging.INFO)
     try:
@@ -36,7 +41,9 @@ def reported(debug: bool) -> Iterator[None]:
         stderr.print(f"amprune: {error}", style="bold red", markup=False, soft_wrap=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        stderr.print("amprune: interrupted; nothing was left behind")
+        finished = kept is not None and kept.exists()
+        left = f"what was finished is in {kept}, the same command goes on from there" if finished else None
+        stderr.print(f"amprune: interrupted; {left or 'nothing was left behind'}", markup=False)
         raise typer.Exit(130) from None
     except (typer.Exit, typer.Abort):
         raise
@@ -160,3 +167,7 @@ def ranges(numbers: tuple[int, ...]) -> str:
         else:
             runs.append([number])
     return ", ".join("-".join(map(str, run)) for run in runs)
+
+
+def show_evaluation(evaluation: "Evaluation", output: Path) -> None:
+    """Prints a row for each figure and a column for each model, with the difference from the first."""

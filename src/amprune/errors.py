@@ -7,6 +7,8 @@ AmpruneError
 ├── ScoresError              scores cannot be computed, read, or belong to another model
 ├── PlanError                a plan cannot be made, read, or belongs to another model
 ├── VerificationError        a written checkpoint is not the model that it should be
+├── EvaluationError          a model cannot be measured, or the data for it cannot be read
+├── ReportError              a report cannot be drawn
 └── MissingDependencyError   an optional package or file is not installed
 
 Every message says what failed, where, what was found against what was expected, and what to do next.
@@ -39,6 +41,14 @@ class PlanError(AmpruneError):
 
 class VerificationError(AmpruneError):
     """A written checkpoint is not the model that it should be."""
+
+
+class EvaluationError(AmpruneError):
+    """A model cannot be measured, or what it is measured on cannot be read."""
+
+
+class ReportError(AmpruneError):
+    """A report cannot be drawn from what is there."""
 
 
 class MissingDependencyError(AmpruneError):

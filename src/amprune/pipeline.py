@@ -106,7 +106,7 @@ def score(
             f"a sample of {calibration.name} has {longest} tokens, but the model has {checkpoint.positions} positions; "
             "cut the samples"
         )
-    with loaded_model(checkpoint, dtype=dtype, device=device, device_map=device_map) as loaded:
+    with loaded_model(source.folder, dtype=dtype, device=device, device_map=device_map) as loaded:
         layers = score_layers(
             loaded, checkpoint.architecture, calibration, batch_tokens=batch_tokens, progress=progress
         )

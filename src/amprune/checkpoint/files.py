@@ -54,7 +54,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         CheckpointError: a file is missing, truncated or malformed; the message names it.
     """
     stored = {}
-    for file, names in _weight_files(folder):
+    for file, names in weight_files(folder):
         found = _read_headers(file)
         if names is not None and (absent := sorted(set(names) - set(found))):
             raise CheckpointError(
@@ -87,7 +87,7 @@ def what_else(folder: Path) -> str:
     return f"; {folder} is no transformers checkpoint"
 
 
-def _weight_files(folder: Path) -> list[tuple[Path, list[str] | None]]:
+def weight_files(folder: Path) -> list[tuple[Path, list[str] | None]]:
     """Lists the weight files that transformers would load, with the names an index places in each (None: all)."""
     for single, index in (
         ("model.safetensors", "model.safetensors.index.json"),

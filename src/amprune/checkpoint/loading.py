@@ -11,9 +11,9 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 
 from amprune.architecture import quiet_transformers
 from amprune.checkpoint.files import stored_tensors
-from amprune.checkpoint.reader import Checkpoint
+from amprune.checkpoint.reader import read_checkpoint
 from amprune.checkpoint.streaming import streamed_model
-from amprune.errors import CheckpointError, ScoresError
+from amprune.errors import CheckpointError
 
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json",
@@ -23,12 +23,12 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 @contextmanager
 def loaded_model(
-    checkpoint: Checkpoint, *, dtype: str = "auto", device: str | None = None, device_map: str | None = None
+    folder: Path, *, dtype: str = "auto", device: str | None = None, device_map: str | None = None
 ) -> Iterator[PreTrainedModel]:
     """Loads a model in evaluation mode, always as the stock class: code that a checkpoint carries never runs.
 
     Args:
-        checkpoint: an opened folder.
+        folder: a Hugging Face folder of any causal language model.
         dtype: of the computation; auto is that of the checkpoint.
         device: such as cpu or cuda:1; the default is cuda where there is one, else cpu.
         device_map: `auto` spreads a model over devices, memory and disk; `disk` streams each module from its file.
@@ -41,20 +41,21 @@ def loaded_model(
     if device_map is not None and device is not None:
         raise CheckpointError("give a device or a device_map, not both")
     if device_map == "disk":
+        checkpoint = read_checkpoint(folder)
         yield streamed_model(checkpoint, checkpoint.dtype if dtype == "auto" else getattr(torch, dtype))
         return
     with tempfile.TemporaryDirectory(prefix="amprune-offload-") as offload:
         try:
             with quiet_transformers():
                 model: Any = AutoModelForCausalLM.from_pretrained(
-                    checkpoint.folder,
+                    folder,
                     dtype=dtype if dtype == "auto" else getattr(torch, dtype),
                     device_map=device_map,
                     offload_folder=offload,
                     local_files_only=True,
                 )
         except (OSError, ValueError, RuntimeError, ImportError) as error:
-            raise CheckpointError(f"transformers cannot load {checkpoint.folder}: {error}") from error
+            raise CheckpointError(f"transformers cannot load {folder}: {error}") from error
         if device_map is None:
             _move(model, device or default_device())
         yield model.eval()
@@ -126,15 +127,15 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """Loads the folder's tokenizer.
 
     Raises:
-        ScoresError: there is none, or it cannot be loaded.
+        CheckpointError: there is none, or it cannot be loaded.
     """
     if not has_tokenizer(folder):
-        raise ScoresError(
-            f"{folder} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}); calibration text needs one: copy the "
-            "tokenizer files of the model into its folder"
+        raise CheckpointError(
+            f"{folder} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}), and text needs one: copy the tokenizer "
+            "files of the model into its folder"
         )
     try:
         with quiet_transformers():
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # tokenizers raise many types
-        raise ScoresError(f"the tokenizer in {folder} cannot be loaded: {error}") from error
+        raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {error}") from error

@@ -1,0 +1,11 @@
+"""The command line. Heavy imports stay inside the commands, so that `--help` is instant.
+
+options.py     the application, and the arguments and options that commands share
+pruning.py     from a model to a smaller one
+measuring.py   what that cost and what it gained
+"""
+
+from amprune.cli import measuring, pruning
+from amprune.cli.options import app
+
+__all__ = ["app", "measuring", "pruning"]

@@ -1,0 +1,91 @@
+"""What pruning cost and what it gained: evaluate and report."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from amprune.cli.options import Debug, Device, DeviceMap, Dtype, Json, Revision, Seed, TrustRemoteCode, app, options_of
+from amprune.display import emit, progress, reported, show_evaluation
+from amprune.errors import EvaluationError
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    """Reads `1,8,32`."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise EvaluationError(f"{option} is {text!r}, expected whole numbers such as 1 or 1,8,32") from None
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+@app.command("evaluate")
+def evaluate_command(
+    models: Annotated[
+        list[str], typer.Argument(help="MODEL or NAME=MODEL each; the first is the baseline.", metavar="MODEL...")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Evaluation to write; figures are added to one that is there.")
+    ] = Path("evaluation.json"),
+    measure: Annotated[
+        str, typer.Option(help="Any of perplexity, zero_shot, latency, energy, with commas.")
+    ] = "perplexity,zero_shot,latency,energy",
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder with wikitext2/ and tasks/, instead of the hub.")
+    ] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="Text file for perplexity, instead of WikiText-2; repeatable.")
+    ] = None,
+    split: Annotated[
+        Literal["test", "validation"], typer.Option(help="Split of WikiText-2; tune on validation.")
+    ] = "test",
+    sequence_length: Annotated[int, typer.Option(help="Tokens in a window of perplexity.")] = 2048,
+    windows: Annotated[int | None, typer.Option(help="Only the first windows of the text.")] = None,
+    tasks: Annotated[
+        str, typer.Option(help="Tasks of lm-evaluation-harness, with commas.")
+    ] = "winogrande,piqa,arc_easy,arc_challenge,hellaswag",
+    limit: Annotated[int | None, typer.Option(help="Only the first items of each task.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Examples before each question.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences at a time in tasks; halved when memory runs out.")] = 32,
+    latency_batch: Annotated[str, typer.Option(help="Batch sizes to time, such as 1,8.")] = "1",
+    prompt_tokens: Annotated[str, typer.Option(help="Prompt lengths to time, such as 12,512.")] = "12",
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate in a timed run.")] = 128,
+    mode: Annotated[str, typer.Option(help="eager, compile (torch.compile, static cache), or both: eager,compile.")] = (
+        "eager"
+    ),
+    warmup: Annotated[int, typer.Option(help="Runs of each model before the timed ones.")] = 10,
+    runs: Annotated[int, typer.Option(help="Timed runs of each model.")] = 20,
+    energy_seconds: Annotated[float, typer.Option(help="Length of each of the five blocks for energy.")] = 10.0,
+    country: Annotated[str, typer.Option(help="Three letters, for the energy meter's estimate of CO2.")] = "USA",
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure models: perplexity, zero-shot accuracy, latency, memory, energy."""
+    given: dict[str, Any] = options_of(
+        locals(), "measure", "text", "tasks", "latency_batch", "prompt_tokens", "new_tokens", "mode", "warmup", "runs",
+        "seed",
+    )  # fmt: skip
+    with reported(debug, kept=output):
+        batches, prompts = _numbers(latency_batch, "--latency-batch"), _numbers(prompt_tokens, "--prompt-tokens")
+
+        from amprune.evaluation import LatencySettings, evaluate
+
+        common: dict[str, Any] = {"new_tokens": new_tokens, "warmup": warmup, "runs": runs, "seed": seed}
+        cases = [
+            LatencySettings(batch_size=batch, prompt_tokens=prompt, mode=how, **common)  # type: ignore[arg-type]
+            for how in _words(mode)
+            for batch in batches
+            for prompt in prompts
+        ]
+        given |= {"measure": _words(measure), "texts": text or (), "tasks": _words(tasks), "latency": cases}
+        evaluation = evaluate(**given, progress=progress)
+        emit(evaluation.to_dict(), as_json, lambda: show_evaluation(evaluation, output))

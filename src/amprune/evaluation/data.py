@@ -1,0 +1,207 @@
+"""What models are measured on: texts and task files, from a folder or from the hub, checked before use."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from amprune.errors import EvaluationError, reason
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text for perplexity."""
+
+    name: str
+    content: str
+    sha256: str
+    """Of `content`."""
+
+
+@dataclass(frozen=True)
+class _WikiText:
+    file: str
+    sha256: str
+    hub_split: str
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """A task's items as a JSON-lines file."""
+
+    file: Path
+    split: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _TaskFile:
+    file: str
+    split: str
+    rows: int
+    types: dict[str, type | tuple[type, ...]]
+
+
+WIKITEXT = {
+    "test": _WikiText(
+        file="wiki.test.raw",
+        sha256="173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08",
+        hub_split="test",
+    ),
+    "validation": _WikiText(
+        file="wiki.valid.raw",
+        sha256="4cd0f6876d07a413aa911261ff6d363c72d757d47f0fdd6015702014c89cb9c7",
+        hub_split="validation",
+    ),
+}
+
+_ARC: dict[str, type | tuple[type, ...]] = {"question": str, "choices": dict, "answerKey": str}
+TASK_FILES = {
+    "winogrande": _TaskFile(
+        "winogrande_xl_validation.jsonl", "validation", 1267,
+        {"sentence": str, "option1": str, "option2": str, "answer": str},
+    ),
+    "hellaswag": _TaskFile(
+        "hellaswag_validation.jsonl", "validation", 10042,
+        {"activity_label": str, "ctx_a": str, "ctx_b": str, "endings": list, "label": str},
+    ),
+    "arc_easy": _TaskFile("arc_easy_test.jsonl", "test", 2376, _ARC),
+    "arc_challenge": _TaskFile("arc_challenge_test.jsonl", "test", 1172, _ARC),
+    "piqa": _TaskFile(
+        "piqa_validation.jsonl", "validation", 1838, {"goal": str, "sol1": str, "sol2": str, "label": int}
+    ),
+}  # fmt: skip
+"""Where a data folder keeps the paper's tasks, below `tasks/`; rows and fields are those of the hub's data sets."""
+
+
+def load_wikitext(split: str = "test", *, data_dir: Path | None = None) -> Text:
+    r"""Returns a split of WikiText-2 (raw) as the hub's rows joined by two newlines, the input of SliceGPT's procedure.
+
+    The raw file in `data_dir/wikitext2` gives the same text: a row a line, an empty row for a blank line, every other
+    row ending in its newline.
+
+    Raises:
+        EvaluationError: the file is missing or not WikiText-2, or the hub cannot be reached.
+    """
+    known = WIKITEXT[split]
+    rows = _hub_rows(known.hub_split) if data_dir is None else _rows(data_dir / "wikitext2" / known.file, known.sha256)
+    content = "\n\n".join(rows)
+    return Text(f"wikitext2 {split}", content, hashlib.sha256(content.encode()).hexdigest())
+
+
+def load_text(path: Path) -> Text:
+    """Reads any text file, as it is.
+
+    Raises:
+        EvaluationError: it cannot be read, is not UTF-8 or is empty.
+    """
+    content = _read(path).decode("utf-8", errors="strict") if _is_utf8(path) else ""
+    if not content.strip():
+        raise EvaluationError(f"{path} is empty or no UTF-8 text; perplexity needs text")
+    return Text(path.name, content, hashlib.sha256(content.encode()).hexdigest())
+
+
+def find_task_data(task: str, splits: tuple[str, ...], data_dir: Path) -> TaskData | None:
+    """Finds and checks a task's file in a data folder.
+
+    Args:
+        task: the harness's name of it.
+        splits: the splits on which the harness would evaluate it, the first that is there counts.
+        data_dir: holds `tasks/`.
+
+    Returns:
+        The file; None for a task that the folder has no file of and that is none of the paper's five.
+
+    Raises:
+        EvaluationError: the file of a known task is missing, or any file is truncated or has wrong fields; names the
+            file and the line.
+    """
+    folder = data_dir / "tasks"
+    known = TASK_FILES.get(task)
+    if known is not None:
+        path = folder / known.file
+        rows = _json_lines(path)
+        _check_fields(path, rows, known)
+        return TaskData(path, known.split, hashlib.sha256(_read(path)).hexdigest())
+    for split in splits:
+        if (path := folder / f"{task}_{split}.jsonl").is_file():
+            _json_lines(path)
+            return TaskData(path, split, hashlib.sha256(_read(path)).hexdigest())
+    return None
+
+
+def _rows(path: Path, sha256: str) -> list[str]:
+    content = _read(path)
+    if (found := hashlib.sha256(content).hexdigest()) != sha256:
+        raise EvaluationError(
+            f"{path} is not the raw file of WikiText-2: {len(content):,} bytes with sha256 {found[:12]}..., expected "
+            f"{sha256[:12]}...; fetch it again (wikitext-2-raw-v1), or measure it as any text with --text {path}"
+        )
+    lines = content.decode("utf-8").split("\n")
+    return ["" if not line.strip() else f"{line}\n" for line in lines[:-1]]
+
+
+def _hub_rows(split: str) -> list[str]:
+    import datasets
+
+    try:
+        return list(datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)["text"])
+    except Exception as error:  # network failures come in many types
+        raise EvaluationError(
+            f"WikiText-2 cannot be fetched from the hub ({reason(error)}); give --data-dir with a folder that holds "
+            f"wikitext2/{next(item.file for item in WIKITEXT.values() if item.hub_split == split)}"
+        ) from error
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        beside = sorted(item.name for item in path.parent.iterdir()) if path.parent.is_dir() else []
+        there = f"; {path.parent} holds {', '.join(beside[:8])}" if beside else f"; there is no folder {path.parent}"
+        hint = "" if path.parent.is_dir() and beside else ", the folder that --data-dir names should hold it"
+        raise EvaluationError(f"cannot read {path}: {error.strerror or error}{there}{hint}") from error
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        _read(path).decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(_read(path).split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise EvaluationError(f"{path}, line {number}: not JSON ({error}); is the file truncated?") from error
+        if not isinstance(row, dict):
+            raise EvaluationError(f"{path}, line {number}: a {type(row).__name__}, expected an object with fields")
+        rows.append(row)
+    if not rows:
+        raise EvaluationError(f"{path} is empty")
+    return rows
+
+
+def _check_fields(path: Path, rows: list[dict[str, Any]], known: _TaskFile) -> None:
+    for number, row in enumerate(rows, start=1):
+        for name, kind in known.types.items():
+            if name not in row:
+                found = ", ".join(row)
+                raise EvaluationError(f"{path}, line {number}: has no field {name!r}, only {found}")
+            if not isinstance(row[name], kind):
+                expected = kind.__name__ if isinstance(kind, type) else str(kind)
+                raise EvaluationError(
+                    f"{path}, line {number}: field {name!r} is a {type(row[name]).__name__}, expected a {expected}"
+                )
+    if len(rows) != known.rows:
+        raise EvaluationError(
+            f"{path} has {len(rows):,} rows, the {known.split} split has {known.rows:,}; fetch it again, or use "
+            "--limit on the whole file to evaluate fewer"
+        )

@@ -1,0 +1,72 @@
+"""What must not pass silently: NaN logits, and memory that runs out."""
+
+import gc
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from transformers import PreTrainedModel
+
+from amprune.errors import EvaluationError, reason
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@contextmanager
+def nan_refused(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Watches every forward pass; minus infinity passes, since some models mask ids with it.
+
+    Raises:
+        EvaluationError: logits are NaN; no figure comes of them.
+    """
+
+    def check(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        logits = getattr(output, "logits", None)
+        if logits is not None and bool(torch.isnan(logits).any()):
+            dtype = str(logits.dtype).removeprefix("torch.")
+            raise EvaluationError(
+                f"{name} gives logits that are NaN in {dtype}, so no figure is kept; try --dtype float32, or bfloat16 "
+                "instead of float16; if that changes nothing, the weights are damaged"
+            )
+
+    handle = model.register_forward_hook(check)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def halve_until_it_fits(measure: Callable[[int], T], batch_size: int, *, what: str) -> tuple[T, int]:
+    """Calls `measure(batch_size)`, with half the batch each time that memory runs out; returns what fitted, too.
+
+    Raises:
+        EvaluationError: not even a batch of one fits.
+    """
+    while True:
+        try:
+            return measure(batch_size), batch_size
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            if batch_size == 1:
+                raise EvaluationError(
+                    f"{what}: memory runs out at a batch of one ({reason(error)}); use a shorter --sequence-length, a "
+                    "smaller --dtype, or --device-map auto"
+                ) from None
+        # Outside the handler, whose traceback would keep the activations alive.
+        batch_size = max(1, batch_size // 2)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        logger.warning("%s: out of memory; going on with a batch of %d", what, batch_size)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Tells whether an error says that memory ran out, on any device."""
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        words in text for words in ("out of memory", "can't allocate memory", "not enough memory")
+    )

@@ -1,0 +1,149 @@
+"""Which model is measured: its name in the evaluation, its folder, and what it was when it was measured."""
+
+import hashlib
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from amprune.architecture import quiet_transformers
+from amprune.checkpoint import RECORDS, open_source, read_json
+from amprune.checkpoint.files import stored_tensors, weight_files, what_else
+from amprune.errors import CheckpointError, EvaluationError, reason
+from amprune.evaluation.records import ModelEntry
+from amprune.plan import PruningPlan
+from amprune.progress import Progress, no_progress
+
+_NAMED = re.compile(r"([^=/\\]+)=(.+)")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to measure."""
+
+    name: str
+    folder: Path
+    entry: ModelEntry
+
+
+def open_subjects(
+    models: Sequence[str | os.PathLike[str]],
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    progress: Progress = no_progress,
+) -> tuple[Subject, ...]:
+    """Finds the models, each MODEL or NAME=MODEL, and reads what identifies them.
+
+    Raises:
+        EvaluationError: two models have the same name, or none is given.
+        CheckpointError: one is no model.
+    """
+    if not models:
+        raise EvaluationError("no model to measure; give one or more")
+    named = [_named(os.fspath(model)) for model in models]
+    for name, _ in named:
+        if [other for other, _ in named].count(name) > 1:
+            raise EvaluationError(f"two models are called {name!r}; give them names: first={name} second=...")
+    return tuple(_open(name, source, revision, dtype, progress) for name, source in named)
+
+
+def _named(model: str) -> tuple[str, str]:
+    match = _NAMED.fullmatch(model)
+    if match and not Path(model).exists():
+        return match.group(1), match.group(2)
+    path = Path(model).expanduser()
+    return (path.resolve().name if path.exists() else model), model
+
+
+def _open(name: str, model: str, revision: str | None, dtype: str, progress: Progress) -> Subject:
+    source = open_source(model, revision=revision, dtype=dtype)
+    config = read_json(source.folder / "config.json", hint=what_else(source.folder))
+    stored = stored_tensors(source.folder)
+    dtypes = Counter(str(tensor.header.dtype).removeprefix("torch.") for tensor in stored.values())
+    plan_file = source.folder / RECORDS / "plan.json"
+    front = _front_matter(source.folder / "README.md")
+    entry = ModelEntry(
+        name=name,
+        source=model,
+        sha256=_sha256(source.folder, progress),
+        model_type=str(config.get("model_type", "unknown")),
+        dtype=dtypes.most_common(1)[0][0] if dtypes else "unknown",
+        parameters=_parameters(source.folder),
+        weight_bytes=sum(file.stat().st_size for file, _ in weight_files(source.folder)),
+        base_model=source.base_model or _first(front.get("base_model")),
+        license=source.license or _first(front.get("license")),
+        pruned=_pruned(PruningPlan.load(plan_file)) if plan_file.is_file() else None,
+    )
+    return Subject(name, source.folder, entry)
+
+
+def _parameters(folder: Path) -> int:
+    """Counts on the meta device, from the config alone."""
+    try:
+        with quiet_transformers(), torch.device("meta"):
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            model: Any = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise CheckpointError(f"{folder} is no causal language model of transformers: {reason(error)}") from error
+    model.tie_weights()
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _pruned(plan: PruningPlan) -> dict[str, Any]:
+    return {
+        "ratio_target": plan.ratio_target,
+        "ratio_actual": plan.ratio_actual,
+        "shape_before": plan.shape_before.to_dict(),
+        "shape_after": plan.shape_after.to_dict(),
+        "provenance": plan.provenance,
+    }
+
+
+def _sha256(folder: Path, progress: Progress) -> str:
+    """Hashes config.json and the weight files, several files at a time."""
+    files = [file for file, _ in weight_files(folder)]
+    with progress(f"Hashing {folder.name}"[:24], len(files)) as advance, ThreadPoolExecutor(4) as pool:
+
+        def digest(file: Path) -> str:
+            with file.open("rb") as content:
+                found = hashlib.file_digest(content, "sha256") if hasattr(hashlib, "file_digest") else _digest(content)
+            advance(1)
+            return found.hexdigest()
+
+        parts = list(pool.map(digest, files))
+    names = [file.name for file in files]
+    config = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
+    return hashlib.sha256("\n".join([config, *names, *parts]).encode()).hexdigest()
+
+
+def _digest(content: Any) -> Any:
+    """What `hashlib.file_digest` does, for Python 3.10."""
+    digest = hashlib.sha256()
+    while block := content.read(1 << 20):
+        digest.update(block)
+    return digest
+
+
+def _front_matter(card: Path) -> dict[str, Any]:
+    if not card.is_file():
+        return {}
+    match = re.match(r"---\n(.*?)\n---\s*\n", card.read_text(encoding="utf-8", errors="replace"), flags=re.DOTALL)
+    try:
+        content = yaml.safe_load(match.group(1)) if match else None
+    except yaml.YAMLError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _first(value: object) -> str | None:
+    found = value[0] if isinstance(value, list) and value else value
+    return str(found) if found else None

@@ -1,0 +1,129 @@
+"""Perplexity by SliceGPT's procedure, which the paper follows (section IV-A): windows without overlap over one text."""
+
+import hashlib
+import math
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from amprune.architecture import quiet_transformers
+from amprune.checkpoint.loading import input_device
+from amprune.errors import EvaluationError
+from amprune.evaluation.comparison import standard_error
+from amprune.evaluation.data import Text
+from amprune.evaluation.guards import halve_until_it_fits
+from amprune.progress import Progress, no_progress
+
+SEQUENCE_LENGTH = 2048
+_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """The perplexity of a text."""
+
+    value: float
+    standard_error: float | None
+    """Over windows, by the delta method: perplexity times the standard error of the windows' mean loss."""
+    losses: tuple[float, ...]
+    """Mean negative log-likelihood of each window, in nats a token."""
+    tokens: int
+    """In the whole text; the last, incomplete window is left out."""
+    predicted: int
+    """Tokens that the mean runs over: one fewer than its length in every window."""
+    tokens_hash: str
+    """Of the token ids of the measured windows."""
+
+
+def windows_of(text: Text, tokenizer: Any, *, sequence_length: int, limit: int | None = None) -> tuple[Any, int]:
+    """Cuts a tokenised text into windows of shape (windows, sequence_length); returns the number of all tokens, too.
+
+    Raises:
+        EvaluationError: the text is shorter than one window, or a length is no length.
+    """
+    if sequence_length < 2:
+        raise EvaluationError(f"the sequence length is {sequence_length}, expected 2 or more")
+    if limit is not None and limit < 1:
+        raise EvaluationError(f"the number of windows is {limit}, expected 1 or more")
+    with quiet_transformers():
+        ids = tokenizer(text.content, return_tensors="pt", verbose=False)["input_ids"][0]
+    count = len(ids) // sequence_length
+    if count == 0:
+        raise EvaluationError(
+            f"{text.name} has {len(ids):,} tokens, fewer than one window of {sequence_length:,}; give a longer text or "
+            "a shorter --sequence-length"
+        )
+    count = min(count, limit or count)
+    return ids[: count * sequence_length].reshape(count, sequence_length), len(ids)
+
+
+def measure_perplexity(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    text: Text,
+    *,
+    sequence_length: int = SEQUENCE_LENGTH,
+    limit: int | None = None,
+    batch_size: int = 1,
+    progress: Progress = no_progress,
+) -> tuple[Perplexity, int]:
+    """Returns exp of the mean loss over all predicted tokens, and the batch size that fitted.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: the model's own; its special tokens stand once, before the text.
+        text: cut into windows of `sequence_length` tokens without overlap, each on its own.
+        sequence_length: tokens a window.
+        limit: only this many windows.
+        batch_size: windows at a time; halved when memory runs out.
+        progress: told how far it is.
+
+    Raises:
+        EvaluationError: the text is too short, the model too small for the windows, or its logits NaN.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and sequence_length > positions:
+        raise EvaluationError(
+            f"windows of {sequence_length:,} tokens do not fit the model's {positions:,} positions; give "
+            f"--sequence-length {positions} or less"
+        )
+    windows, tokens = windows_of(text, tokenizer, sequence_length=sequence_length, limit=limit)
+    losses: list[float] = []
+
+    def measure(size: int) -> None:
+        with progress(text.name, len(windows)) as advance:
+            advance(len(losses))
+            while len(losses) < len(windows):
+                batch = windows[len(losses) : len(losses) + size]
+                losses.extend(_window_losses(model, batch))
+                advance(len(batch))
+
+    _, fitted = halve_until_it_fits(measure, batch_size, what=text.name)
+    mean = statistics.fmean(losses)
+    value, error = math.exp(mean), standard_error(losses)
+    result = Perplexity(
+        value=value,
+        standard_error=None if error is None else value * error,
+        losses=tuple(losses),
+        tokens=tokens,
+        predicted=len(losses) * (sequence_length - 1),
+        tokens_hash=hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+    )
+    return result, fitted
+
+
+@torch.inference_mode()
+def _window_losses(model: PreTrainedModel, windows: torch.Tensor) -> list[float]:
+    """Returns each window's mean loss, in float32; the losses are taken a few hundred tokens at a time."""
+    logits = model(input_ids=windows.to(input_device(model)), use_cache=False).logits
+    targets = windows[:, 1:].to(logits.device)
+    losses = []
+    for row, target in zip(logits[:, :-1], targets, strict=True):
+        chunks = zip(row.split(_CHUNK), target.split(_CHUNK), strict=True)
+        total = sum(cross_entropy(part.float(), wanted, reduction="sum").double() for part, wanted in chunks)
+        losses.append(float(total) / len(target))
+    return losses

@@ -1,0 +1,194 @@
+"""`evaluation.json`: one record a measurement, kept by key, and the models that were measured."""
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from amprune.errors import EvaluationError
+
+FORMAT = "amprune evaluation 1"
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """A model that was measured, as it was when it was measured."""
+
+    name: str
+    source: str
+    """What the user called it: a folder, a hub id, an alias."""
+    sha256: str
+    """Of config.json and the weight files."""
+    model_type: str
+    dtype: str
+    """Of most parameters on disk."""
+    parameters: int
+    """Tied embeddings once."""
+    weight_bytes: int
+    base_model: str | None = None
+    license: str | None = None
+    pruned: dict[str, Any] | None = None
+    """Of a model that amprune pruned: `ratio_target`, `ratio_actual`, `shape_before`, `shape_after`, `provenance`."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One measured figure.
+
+    Two records with the same `key` are the same measurement, of which the later one counts.
+    """
+
+    model: str
+    """The name of a `ModelEntry`."""
+    measurement: str
+    """perplexity, zero_shot, latency, memory, size or energy."""
+    task: str
+    """What was measured on: wikitext2, hellaswag, `batch 1, prompt 12, new 128`."""
+    metric: str
+    """perplexity, acc, acc_norm, total, prefill, decode, peak, parameters, ..."""
+    value: float
+    unit: str
+    n: int = 1
+    """How many items (windows, questions, runs) the value is the mean of."""
+    standard_error: float | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What decides the value beside model and data: part of the key."""
+    seed: int | None = None
+    items: tuple[float, ...] = ()
+    """One figure an item, for paired comparisons: mean loss of a window, 0 or 1 of a question, seconds of a run."""
+    items_hash: str | None = None
+    """Identifies the items; two records are paired only where it is the same."""
+    data: dict[str, Any] | None = None
+    """Name and sha256 of the data."""
+    device: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    time: str = ""
+    """When it was measured, UTC, ISO 8601."""
+    note: str | None = None
+    """What a reader must know: a batch that was halved, how energy was estimated."""
+
+    @property
+    def key(self) -> str:
+        """Identifies the measurement, whatever came of it."""
+        settings = json.dumps(self.settings, sort_keys=True)
+        return " | ".join((self.model, self.measurement, self.task, self.metric, self.device, settings))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the JSON form; empty fields are left out."""
+        return {name: value for name, value in asdict(self).items() if value not in (None, (), {}, "")}
+
+
+@dataclass
+class Evaluation:
+    """The content of `evaluation.json`."""
+
+    models: dict[str, ModelEntry] = field(default_factory=dict)
+    records: dict[str, Record] = field(default_factory=dict)
+    unfinished: dict[str, Any] | None = None
+    """Of a run that was interrupted: its `request`, and `done`, the tasks that it finished."""
+
+    def add_model(self, entry: ModelEntry) -> None:
+        """Adds a model, or finds it again.
+
+        Raises:
+            EvaluationError: another model has this name here.
+        """
+        known = self.models.get(entry.name)
+        if known is not None and known.sha256 != entry.sha256:
+            raise EvaluationError(
+                f"the evaluation holds figures of another model named {entry.name!r} ({known.source}, sha256 "
+                f"{known.sha256[:12]}..., now {entry.source}, {entry.sha256[:12]}...); give this one a name of its own "
+                "(NAME=PATH), or write to another file"
+            )
+        self.models[entry.name] = entry
+
+    def add(self, records: Iterable[Record]) -> None:
+        """Adds records; one with the key of an older one takes its place."""
+        for record in records:
+            if not math.isfinite(record.value):
+                raise EvaluationError(f"{record.key}: measured {record.value}, which is no figure")
+            self.records[record.key] = record
+
+    def of(self, model: str, measurement: str | None = None) -> list[Record]:
+        """Returns the records of a model, in the order in which they were first measured."""
+        return [
+            record
+            for record in self.records.values()
+            if record.model == model and measurement in (None, record.measurement)
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the JSON form."""
+        return {
+            "format": FORMAT,
+            "models": [asdict(entry) for entry in self.models.values()],
+            "records": [record.to_dict() for record in self.records.values()],
+            "unfinished": self.unfinished,
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the file whole or not at all."""
+        target, content = Path(path), self.to_dict()
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(
+                "w", dir=target.parent, prefix=f".{target.name}.", suffix=".partial", delete=False, encoding="utf-8"
+            ) as file:
+                partial = Path(file.name)
+                try:
+                    file.write(_json(content))
+                    file.close()
+                    partial.chmod(0o644)
+                    partial.replace(target)
+                finally:
+                    partial.unlink(missing_ok=True)
+        except OSError as error:
+            raise EvaluationError(f"cannot write {target}: {error.strerror or error}") from error
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Evaluation":
+        """Reads a file.
+
+        Raises:
+            EvaluationError: it is missing, or no evaluation.
+        """
+        target = Path(path)
+        try:
+            content = json.loads(target.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise EvaluationError(f"cannot read {target}: {error.strerror or error}") from error
+        except ValueError as error:
+            raise EvaluationError(f"{target} is no evaluation: not JSON ({error})") from error
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            found = content.get("format") if isinstance(content, dict) else type(content).__name__
+            raise EvaluationError(f"{target} is no evaluation: its format is {found!r}, expected {FORMAT!r}")
+        try:
+            models = [ModelEntry(**entry) for entry in content["models"]]
+            records = [_record(entry) for entry in content["records"]]
+        except (KeyError, TypeError) as error:
+            raise EvaluationError(f"{target} is damaged: {error}") from error
+        return cls(
+            models={entry.name: entry for entry in models},
+            records={record.key: record for record in records},
+            unfinished=content.get("unfinished"),
+        )
+
+
+def _record(entry: dict[str, Any]) -> Record:
+    known = {item.name for item in fields(Record)}
+    record = Record(**{name: value for name, value in entry.items() if name in known})
+    return replace(record, items=tuple(record.items))
+
+
+def _json(content: dict[str, Any]) -> str:
+    """Writes a record a line, so that a file of ten thousand items can still be read and compared by eye."""
+    lines = [f'{{"format": {json.dumps(content["format"])},']
+    for name in ("models", "records"):
+        rows = ",\n".join(json.dumps(row, ensure_ascii=False, allow_nan=False) for row in content[name])
+        lines.append(f'"{name}": [\n{rows}\n],')
+    lines.append(f'"unfinished": {json.dumps(content.get("unfinished"))}}}\n')
+    return "\n".join(lines)

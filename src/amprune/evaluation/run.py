@@ -1,0 +1,237 @@
+"""Every measurement of one model or several, in order, into one `evaluation.json`. START HERE in this folder."""
+
+import os
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PreTrainedModel
+
+from amprune.checkpoint.loading import default_device, input_device, load_tokenizer, loaded_model
+from amprune.errors import EvaluationError
+from amprune.evaluation.data import load_text, load_wikitext
+from amprune.evaluation.energy import interleaved_energy
+from amprune.evaluation.figures import (
+    Figures,
+    average_figures,
+    dtype_of,
+    energy_figures,
+    latency_figures,
+    perplexity_figures,
+    size_figures,
+    zero_shot_figures,
+)
+from amprune.evaluation.guards import halve_until_it_fits, nan_refused, out_of_memory
+from amprune.evaluation.identity import Subject, open_subjects
+from amprune.evaluation.latency import Latency, LatencySettings, generation_run, measure_latency
+from amprune.evaluation.perplexity import SEQUENCE_LENGTH
+from amprune.evaluation.records import Evaluation
+from amprune.evaluation.session import Session, device_name, open_session
+from amprune.evaluation.zero_shot import TASKS, open_tasks
+from amprune.progress import Progress, no_progress
+
+Measurement = Literal["perplexity", "zero_shot", "latency", "energy"]
+MEASUREMENTS: tuple[Measurement, ...] = ("perplexity", "zero_shot", "latency", "energy")
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One measurement of one model."""
+
+    label: str
+    figures: Callable[[PreTrainedModel, Any, Progress], Figures]
+    needs_tokenizer: bool = True
+
+
+@dataclass(frozen=True)
+class _JointJob:
+    """One measurement of all models in turn."""
+
+    label: str
+    figures: Callable[[Mapping[str, PreTrainedModel]], dict[str, Figures]]
+
+
+def evaluate(
+    models: PathLike | Sequence[PathLike],
+    output: PathLike = "evaluation.json",
+    *,
+    measure: Sequence[Measurement] = MEASUREMENTS,
+    data_dir: PathLike | None = None,
+    texts: Sequence[PathLike] = (),
+    split: Literal["test", "validation"] = "test",
+    sequence_length: int = SEQUENCE_LENGTH,
+    windows: int | None = None,
+    tasks: Sequence[str] = TASKS,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    batch_size: int = 32,
+    latency: Sequence[LatencySettings] = (LatencySettings(),),
+    energy_seconds: float = 10.0,
+    country: str = "USA",
+    device: str | None = None,
+    dtype: str = "auto",
+    device_map: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress = no_progress,
+) -> Evaluation:
+    """Measures models into one `evaluation.json`; sizes are always counted.
+
+    The file is saved after every measurement. A run that was interrupted goes on where it stopped when the same is
+    asked for again; a run that was finished is measured anew and its figures are replaced.
+
+    Args:
+        models: MODEL or NAME=MODEL each; the first is the baseline of comparisons.
+        output: read when it is there, and written.
+        measure: any of perplexity, zero_shot, latency and energy.
+        data_dir: holds `wikitext2/` and `tasks/`; None fetches from the hub.
+        texts: files to take perplexity on instead of WikiText-2.
+        split: of WikiText-2: test, or validation for tuning.
+        sequence_length: tokens a window of perplexity.
+        windows: only the first this many windows.
+        tasks: of lm-evaluation-harness.
+        limit: only the first this many items of each task.
+        num_fewshot: examples before each question; None is what the task says, 0 where it says nothing.
+        batch_size: sequences at a time for tasks; halved when memory runs out.
+        latency: the cases to time, the models interleaved; energy is measured on the first.
+        energy_seconds: how long each of five blocks of generating is, whose energy is measured.
+        country: three letters, for the energy meter's own estimate of CO2.
+        device: cpu, cuda, cuda:1; the default is cuda where there is one.
+        dtype: of the computation; auto is that of the checkpoint.
+        device_map: `auto` spreads a large model over devices and memory; `disk` streams it.
+        revision: of hub ids.
+        trust_remote_code: lets a tokenizer's own code run; model code never does.
+        progress: told how far it is.
+
+    Raises:
+        EvaluationError: data or settings are wrong, logits are NaN, or the file holds another model under a name.
+        CheckpointError: one of the models is none, or lacks a tokenizer.
+    """
+    folder = None if data_dir is None else Path(data_dir).expanduser()
+    _check(measure, limit, batch_size, latency)
+    jobs = [_Job("size", size_figures, needs_tokenizer=False)]
+    if "perplexity" in measure:
+        found = [load_text(Path(text)) for text in texts] or [load_wikitext(split, data_dir=folder)]
+        windowed = partial(perplexity_figures, sequence_length=sequence_length, windows=windows)
+        jobs += [_Job(text.name, partial(windowed, text=text)) for text in found]
+    if "zero_shot" in measure:
+        asked = partial(zero_shot_figures, limit=limit, num_fewshot=num_fewshot, batch_size=batch_size)
+        jobs += [_Job(task.name, partial(asked, task=task)) for task in open_tasks(tasks, data_dir=folder)]
+    given = [models] if isinstance(models, str | os.PathLike) else list(models)
+    subjects = open_subjects(given, revision=revision, dtype=dtype, progress=progress)
+    request = {
+        "measure": list(measure), "data_dir": str(folder), "texts": [str(text) for text in texts], "split": split,
+        "sequence_length": sequence_length, "windows": windows, "tasks": list(tasks), "limit": limit,
+        "num_fewshot": num_fewshot, "latency": [case.to_dict() for case in latency], "dtype": dtype,
+        "energy_seconds": energy_seconds, "country": country,
+    }  # fmt: skip
+    where = f"device map {device_map}" if device_map else device_name(device or default_device())
+    session = open_session(Path(output).expanduser(), subjects, request, device=where)
+    load = partial(loaded_model, dtype=dtype, device=device, device_map=device_map)
+    for subject in subjects:
+        _measure_alone(session, subject, jobs, load, trust_remote_code=trust_remote_code, progress=progress)
+        if mean := average_figures(session.evaluation, subject.name, limit=limit, device=where):
+            session.keep(f"{subject.name}: average", {subject.name: mean})
+    together = []
+    if "latency" in measure:
+        timed = partial(_timed, progress=progress)
+        together += [_JointJob(f"latency: {case.label}", partial(timed, case=case)) for case in latency]
+    if "energy" in measure:
+        metered = partial(_metered, seconds=energy_seconds, country=country, progress=progress)
+        together += [_JointJob(f"energy: {case.label}", partial(metered, case=case)) for case in latency[:1]]
+    _measure_together(session, subjects, together, load)
+    return session.finish()
+
+
+def _check(measure: Sequence[str], limit: int | None, batch_size: int, latency: Sequence[LatencySettings]) -> None:
+    unknown = [name for name in measure if name not in MEASUREMENTS]
+    if unknown:
+        raise EvaluationError(f"cannot measure {unknown[0]!r}; choose from {', '.join(MEASUREMENTS)}")
+    for name, value in (("limit", limit), ("batch size", batch_size)):
+        if value is not None and value < 1:
+            raise EvaluationError(f"the {name} is {value}, expected 1 or more")
+    for case in latency:
+        case.check()
+
+
+def _measure_alone(
+    session: Session, subject: Subject, jobs: Sequence[_Job], load: Any, *, trust_remote_code: bool, progress: Progress
+) -> None:
+    """Loads a model once and measures what is not done yet."""
+    open_jobs = [job for job in jobs if not session.is_done(f"{subject.name}: {job.label}")]
+    if not open_jobs:
+        return
+    needed = any(job.needs_tokenizer for job in open_jobs)
+    tokenizer = load_tokenizer(subject.folder, trust_remote_code=trust_remote_code) if needed else None
+    with _fitting(load, [subject]) as loaded, nan_refused(loaded[subject.name], subject.name):
+        for job in open_jobs:
+            watched = _named(progress, subject.name)
+            figures = job.figures(loaded[subject.name], tokenizer, watched)
+            session.keep(f"{subject.name}: {job.label}", {subject.name: figures})
+
+
+def _measure_together(session: Session, subjects: Sequence[Subject], jobs: Sequence[_JointJob], load: Any) -> None:
+    """Loads all models at once and measures them in turn, case by case."""
+    open_jobs = [job for job in jobs if not session.is_done(job.label)]
+    if open_jobs:
+        with _fitting(load, subjects) as loaded:
+            for job in open_jobs:
+                session.keep(job.label, job.figures(loaded))
+
+
+def _timed(models: Mapping[str, PreTrainedModel], *, case: LatencySettings, progress: Progress) -> dict[str, Figures]:
+    """Times one case, with a smaller batch where memory runs out."""
+
+    def timed(batch_size: int) -> dict[str, Latency]:
+        return measure_latency(models, replace(case, batch_size=batch_size), progress=progress)
+
+    found, fitted = halve_until_it_fits(timed, case.batch_size, what=f"latency, {case.label}")
+    note = None if fitted == case.batch_size else f"instead of a batch of {case.batch_size}: memory ran out"
+    together, settings = uuid.uuid4().hex, replace(case, batch_size=fitted)
+    return {
+        name: latency_figures(found[name], settings, session=together, dtype=dtype_of(model), note=note)
+        for name, model in models.items()
+    }
+
+
+def _metered(
+    models: Mapping[str, PreTrainedModel], *, case: LatencySettings, seconds: float, country: str, progress: Progress
+) -> dict[str, Figures]:
+    """Measures the energy of generating in one case."""
+    device = input_device(next(iter(models.values())))
+    runs = {name: generation_run(model, case) for name, model in models.items()}
+    found = interleaved_energy(runs, device=str(device), country=country, block_seconds=seconds, progress=progress)
+    together = uuid.uuid4().hex
+    return {
+        name: energy_figures(found[name], case, session=together, dtype=dtype_of(model), country=country)
+        for name, model in models.items()
+    }
+
+
+@contextmanager
+def _fitting(load: Any, subjects: Sequence[Subject]) -> Iterator[Mapping[str, PreTrainedModel]]:
+    """Loads models side by side."""
+    with ExitStack() as stack:
+        models: dict[str, PreTrainedModel] = {}
+        for subject in subjects:
+            try:
+                models[subject.name] = stack.enter_context(load(subject.folder))
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                others = f" beside {', '.join(models)}" if models else ""
+                raise EvaluationError(
+                    f"{subject.name} does not fit into memory{others}; measure fewer models at a time, or use a "
+                    "smaller --dtype, --device cpu or --device-map auto"
+                ) from error
+        yield models
+
+
+def _named(progress: Progress, name: str) -> Progress:
+    """Puts the model's name in front of what is going on."""
+    return lambda description, total: progress(f"{name}: {description}", total)

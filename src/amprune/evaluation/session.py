@@ -1,0 +1,96 @@
+"""One run of `evaluate`: what it was asked for, what is done, where and with which versions."""
+
+import logging
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from amprune.evaluation.identity import Subject
+from amprune.evaluation.records import Evaluation, Record
+
+logger = logging.getLogger(__name__)
+_PACKAGES = ("amprune", "torch", "transformers", "tokenizers", "lm-eval", "codecarbon")
+
+
+@dataclass(frozen=True)
+class Session:
+    """Keeps figures as they come, so that a run can go on where it was interrupted."""
+
+    path: Path
+    evaluation: Evaluation
+    device: str
+    done: list[str] = field(default_factory=list)
+
+    def is_done(self, label: str) -> bool:
+        """Tells whether an interrupted run had finished this."""
+        return label in self.done
+
+    def keep(self, label: str, figures: Mapping[str, Iterable[dict[str, Any]]]) -> None:
+        """Saves the figures of one measurement, by model; `label` is then done."""
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        common: dict[str, Any] = {"device": self.device, "versions": versions(), "time": now}
+        for model, found in figures.items():
+            self.evaluation.add(Record(model=model, **common, **figure) for figure in found)
+        self.done.append(label)
+        self.evaluation.save(self.path)
+
+    def finish(self) -> Evaluation:
+        """Marks the run as finished: the same request then measures anew."""
+        self.evaluation.unfinished = None
+        self.evaluation.save(self.path)
+        return self.evaluation
+
+
+def open_session(path: Path, subjects: Sequence[Subject], request: dict[str, Any], *, device: str) -> Session:
+    """Reads the file when it is there and finds what an interrupted run of the same request had finished.
+
+    Raises:
+        EvaluationError: the file is none, or holds another model under one of the names.
+    """
+    evaluation = Evaluation.load(path) if path.exists() else Evaluation()
+    for subject in subjects:
+        evaluation.add_model(subject.entry)
+    request = {**request, "device": device, "models": {subject.name: subject.entry.sha256 for subject in subjects}}
+    before = evaluation.unfinished
+    done = list(before["done"]) if before is not None and before.get("request") == request else []
+    if done:
+        logger.info("going on with an interrupted run; done already: %s", ", ".join(done))
+    evaluation.unfinished = {"request": request, "done": done}
+    session = Session(path, evaluation, device, done)
+    evaluation.save(path)
+    return session
+
+
+def device_name(device: str) -> str:
+    """Returns what a device is: the processor and its threads, or the accelerator."""
+    if device.startswith("cuda"):
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device} ({_processor()}, {torch.get_num_threads()} threads)"
+
+
+@lru_cache
+def versions() -> dict[str, str]:
+    """Returns the versions that can change a figure."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,88 @@
+"""What a model weighs and what a token costs, counted on the loaded model."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+
+from amprune.checkpoint.loading import input_device, vocabulary_size
+
+MACS_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Size:
+    """Sizes of a model in the dtype in which it was loaded."""
+
+    parameters: int
+    """Tied embeddings once."""
+    weight_bytes: int
+    weight_bytes_per_token: int
+    """Read to decode one token: all weights but embedding tables, of which one row is read."""
+    kv_cache_bytes_per_token: int
+    macs_per_token: float
+    """Multiply-accumulates a token of a forward pass over 64 tokens, attention and language-model head included."""
+
+    def to_dict(self) -> dict[str, float]:
+        """Returns the figures by name."""
+        return asdict(self)
+
+
+UNITS = {
+    "parameters": "parameters",
+    "weight_bytes": "bytes",
+    "weight_bytes_per_token": "bytes",
+    "kv_cache_bytes_per_token": "bytes",
+    "macs_per_token": "multiply-accumulates",
+}
+
+
+@torch.inference_mode()
+def measure_size(model: PreTrainedModel) -> Size:
+    """Counts parameters and bytes, and runs two short forward passes for the cache and the multiply-accumulates."""
+    weights = list(model.parameters())
+    total = sum(weight.nbytes for weight in weights)
+    unread = sum(table.nbytes - table.nbytes // len(table) for table in _tables(model))
+    return Size(
+        parameters=sum(weight.numel() for weight in weights),
+        weight_bytes=total,
+        weight_bytes_per_token=total - unread,
+        kv_cache_bytes_per_token=_cache_growth(model),
+        macs_per_token=_macs(model) / MACS_TOKENS,
+    )
+
+
+def _tables(model: PreTrainedModel) -> Iterator[torch.Tensor]:
+    """Yields embedding tables of which decoding reads a row: all that the language-model head does not share."""
+    head: Any = model.get_output_embeddings()
+    shared = getattr(head, "weight", None)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding) and module.weight is not shared:
+            yield module.weight
+
+
+def _prompt(model: PreTrainedModel, tokens: int) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(0)
+    return torch.randint(0, vocabulary_size(model), (1, tokens), generator=draw).to(input_device(model))
+
+
+def _cache_growth(model: PreTrainedModel) -> int:
+    """Returns how many bytes one more token adds to the key-value cache."""
+    sizes = []
+    for tokens in (4, 8):
+        cache: Any = getattr(model(_prompt(model, tokens), use_cache=True), "past_key_values", None)
+        layers = getattr(cache, "layers", [])
+        held = [getattr(layer, part, None) for layer in layers for part in ("keys", "values")]
+        sizes.append(sum(tensor.nbytes for tensor in held if isinstance(tensor, torch.Tensor)))
+    return (sizes[1] - sizes[0]) // 4
+
+
+def _macs(model: PreTrainedModel) -> float:
+    # Fused attention kernels of the CPU are not counted; the plain one is.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(_prompt(model, MACS_TOKENS), use_cache=False)
+    return float(counter.get_total_flops()) / 2
