@@ -3,13 +3,14 @@
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from amprune.errors import AmpruneError
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from amprune.inspection import Inspection
     from amprune.pipeline import PrunedModel
     from amprune.plan import PruningPlan
+    from amprune.report import ReportFiles
+    from amprune.report.measures import Measure
     from amprune.verification import VerificationReport
 
 stdout, stderr = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False)
@@ -169,5 +172,74 @@ def ranges(numbers: tuple[int, ...]) -> str:
     return ", ".join("-".join(map(str, run)) for run in runs)
 
 
-def show_evaluation(evaluation: "Evaluation", output: Path) -> None:
-    """Prints a row for each figure and a column for each model, with the difference from the first."""
+def show_evaluation(evaluation: "Evaluation", models: Sequence[str], output: Path) -> None:
+    """Prints a row for each figure of the models and a column for each, the difference from the first in brackets."""
+    from amprune.report.measures import averages, find_measures, headlines
+
+    tasks = headlines(evaluation)
+    measures = [
+        *find_measures(evaluation, "size", "parameters"),
+        *find_measures(evaluation, "size", "weight_bytes"),
+        *find_measures(evaluation, "perplexity"),
+        *tasks,
+        *averages(evaluation),
+        *find_measures(evaluation, "latency", "total"),
+        *find_measures(evaluation, "memory"),
+        *find_measures(evaluation, "energy"),
+    ]
+    table = Table(title=f"Evaluation in {output}", title_justify="left", title_style="bold")
+    table.add_column("")
+    for name in models:
+        table.add_column(escape(name), justify="right")
+    for measure in measures:
+        cells = [_figure(measure, name, tasks, baseline=models[0]) for name in models]
+        if any(cells):
+            table.add_row(escape(_row_name(measure)), *cells)
+    stdout.print(table)
+    if len(models) > 1:
+        stdout.print(f"In brackets: difference from {models[0]}, paired; of a latency, how many times faster.")
+    stdout.print(f"`amprune report {output.parent}` draws it.", markup=False)
+
+
+def _row_name(measure: "Measure") -> str:
+    metric = measure.metric.replace("_", " ")
+    if measure.measurement == "size":
+        return metric
+    what = {"latency": f"{metric} latency", "memory": f"{metric} memory", "energy": measure.first.unit}
+    kind = what.get(measure.measurement, metric)
+    return f"{measure.label}: {kind}" + (", %" if measure.first.unit == "accuracy" else "")
+
+
+def _figure(measure: "Measure", model: str, tasks: Sequence["Measure"], *, baseline: str) -> str:
+    """Writes one cell: the value, and how it differs from the baseline's."""
+    from amprune.report.measures import average_change
+    from amprune.report.measures import change as find_change
+    from amprune.report.numbers import number, scaled, seconds, times
+
+    record = measure.records.get(model)
+    if record is None:
+        return ""
+    change = average_change(measure, tasks, model, baseline) if measure.task == "average" else None
+    change = change or find_change(measure, model, baseline)
+    if measure.measurement in ("size", "memory"):
+        theirs = measure.records.get(baseline)
+        less = f" ({record.value / theirs.value - 1:+.1%})" if theirs is not None and model != baseline else ""
+        return scaled(record.value, "B" if record.unit == "bytes" else "") + less
+    if measure.measurement == "latency":
+        return seconds(record.value) + (f" ({times(change.difference.value)})" if change else "")
+    scale, error = (100 if record.unit == "accuracy" else 1), record.standard_error
+    text = number(scale * record.value, None if error is None else scale * error)
+    if change is None:
+        return text
+    found = change.difference
+    spread = None if found.standard_error is None else scale * found.standard_error
+    return f"{text} ({number(scale * found.value, spread, signed=True)})"
+
+
+def show_report(files: "ReportFiles") -> None:
+    """Says what was written."""
+    stdout.print(f"Report in {files.html} and {files.markdown}, {len(files.figures) // 2} figures", markup=False)
+    if files.card is not None:
+        stdout.print(f"Model card renewed: {files.card}", markup=False)
+    if files.card_kept is not None:
+        stdout.print(files.card_kept, markup=False)

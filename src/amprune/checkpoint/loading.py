@@ -82,7 +82,7 @@ def loading_problems(folder: Path) -> dict[str, list[str]]:
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise CheckpointError(f"transformers cannot load {folder}: {error}") from error
     return {kind: sorted(map(str, names)) for kind, names in report.items() if names}
 
@@ -131,8 +131,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """
     if not has_tokenizer(folder):
         raise CheckpointError(
-            f"{folder} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}), and text needs one: copy the tokenizer "
-            "files of the model into its folder"
+            f"{folder} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}), and text needs one: copy the "
+            "tokenizer files of the model into its folder"
         )
     try:
         with quiet_transformers():

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from amprune.cli.options import Debug, Device, DeviceMap, Dtype, Json, Revision, Seed, TrustRemoteCode, app, options_of
-from amprune.display import emit, progress, reported, show_evaluation
+from amprune.display import emit, progress, reported, show_evaluation, show_report
 from amprune.errors import EvaluationError
 
 
@@ -77,7 +77,7 @@ def evaluate_command(
     with reported(debug, kept=output):
         batches, prompts = _numbers(latency_batch, "--latency-batch"), _numbers(prompt_tokens, "--prompt-tokens")
 
-        from amprune.evaluation import LatencySettings, evaluate
+        from amprune.evaluation import LatencySettings, evaluate, names_of
 
         common: dict[str, Any] = {"new_tokens": new_tokens, "warmup": warmup, "runs": runs, "seed": seed}
         cases = [
@@ -88,4 +88,40 @@ def evaluate_command(
         ]
         given |= {"measure": _words(measure), "texts": text or (), "tasks": _words(tasks), "latency": cases}
         evaluation = evaluate(**given, progress=progress)
-        emit(evaluation.to_dict(), as_json, lambda: show_evaluation(evaluation, output))
+        names = names_of(models)
+        emit(evaluation.to_dict(), as_json, lambda: show_evaluation(evaluation, names, output))
+
+
+@app.command("report")
+def report_command(
+    folder: Annotated[
+        Path, typer.Argument(help="A pruned checkpoint, or a folder with an evaluation.json.", metavar="FOLDER")
+    ],
+    evaluation: Annotated[Path | None, typer.Option(help="Evaluation to read in place of the folder's own.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="Model to compare with (default: the first).")] = None,
+    tokens_per_day: Annotated[float, typer.Option(help="Of the workload that costs are drawn for.")] = 1_000_000,
+    days: Annotated[float, typer.Option(help="How long the workload runs.")] = 30,
+    price_per_hour: Annotated[float, typer.Option(help="Of the device that generates.")] = 0.30,
+    currency: Annotated[str, typer.Option(help="Of the price.")] = "USD",
+    grid_intensity: Annotated[float, typer.Option(help="kg of CO2 per kWh.")] = 0.432,
+    device_power: Annotated[float, typer.Option(help="Watts of the device that generates.")] = 350.0,
+    billing: Annotated[
+        Literal["exact", "started"], typer.Option(help="Pay the time that is used, or every hour that is begun.")
+    ] = "exact",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Draw report.md and report.html from an evaluation; renew the model card of a pruned checkpoint."""
+    given = options_of(locals(), "folder", "evaluation", "baseline")
+    with reported(debug):
+        from amprune.evaluation.workload import Workload
+        from amprune.report import write_report
+
+        files = write_report(folder, evaluation=evaluation, baseline=baseline, workload=Workload(**given))
+        summary = {
+            "markdown": str(files.markdown),
+            "html": str(files.html),
+            "figures": [str(path) for path in files.figures],
+            "card": str(files.card) if files.card else None,
+        }
+        emit(summary, as_json, lambda: show_report(files))

@@ -17,8 +17,9 @@ comparison.py   two records on the same items: the paired difference
 """
 
 from amprune.evaluation.comparison import Difference, paired
+from amprune.evaluation.identity import names_of
 from amprune.evaluation.latency import LatencySettings
 from amprune.evaluation.records import Evaluation, ModelEntry, Record
 from amprune.evaluation.run import evaluate
 
-__all__ = ["Difference", "Evaluation", "LatencySettings", "ModelEntry", "Record", "evaluate", "paired"]
+__all__ = ["Difference", "Evaluation", "LatencySettings", "ModelEntry", "Record", "evaluate", "names_of", "paired"]

@@ -104,12 +104,23 @@ def zero_shot_figures(
     ]
 
 
-def average_figures(evaluation: Evaluation, model: str, *, limit: int | None, device: str) -> Figures:
+def average_figures(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    progress: Progress,
+    *,
+    evaluation: Evaluation,
+    name: str,
+    limit: int | None,
+    num_fewshot: int | None,
+    device: str,
+) -> Figures:
     """The unweighted mean of the paper's five tasks, each by the metric that the paper reports; none if one lacks."""
+    same = {"limit": limit, "num_fewshot": num_fewshot or 0, "dtype": dtype_of(model)}
     records = [
         record
-        for record in evaluation.of(model, "zero_shot")
-        if record.settings.get("limit") == limit and record.device == device and record.task in TASKS
+        for record in evaluation.of(name, "zero_shot")
+        if record.device == device and same.items() <= record.settings.items()
     ]
     chosen: list[Record] = []
     for task in TASKS:
@@ -117,8 +128,6 @@ def average_figures(evaluation: Evaluation, model: str, *, limit: int | None, de
         if not metrics:
             return []
         chosen.append(metrics[headline_metric(task, list(metrics))])
-    if len({record.settings["dtype"] for record in chosen}) > 1:
-        return []
     mean, error = average([(record.value, record.standard_error) for record in chosen])
     return [
         {
@@ -129,7 +138,7 @@ def average_figures(evaluation: Evaluation, model: str, *, limit: int | None, de
             "unit": "accuracy",
             "n": sum(record.n for record in chosen),
             "standard_error": error,
-            "settings": {"limit": limit, "tasks": list(TASKS), "dtype": chosen[0].settings["dtype"]},
+            "settings": {**same, "tasks": list(TASKS)},
         }
     ]
 

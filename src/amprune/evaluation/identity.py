@@ -1,6 +1,7 @@
 """Which model is measured: its name in the evaluation, its folder, and what it was when it was measured."""
 
 import hashlib
+import logging
 import os
 import re
 from collections import Counter
@@ -17,11 +18,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from amprune.architecture import quiet_transformers
 from amprune.checkpoint import RECORDS, open_source, read_json
 from amprune.checkpoint.files import stored_tensors, weight_files, what_else
+from amprune.checkpoint.loading import loading_problems
 from amprune.errors import CheckpointError, EvaluationError, reason
 from amprune.evaluation.records import ModelEntry
 from amprune.plan import PruningPlan
 from amprune.progress import Progress, no_progress
 
+logger = logging.getLogger(__name__)
 _NAMED = re.compile(r"([^=/\\]+)=(.+)")
 
 
@@ -49,11 +52,16 @@ def open_subjects(
     """
     if not models:
         raise EvaluationError("no model to measure; give one or more")
-    named = [_named(os.fspath(model)) for model in models]
-    for name, _ in named:
-        if [other for other, _ in named].count(name) > 1:
+    for name in (names := names_of(models)):
+        if names.count(name) > 1:
             raise EvaluationError(f"two models are called {name!r}; give them names: first={name} second=...")
+    named = [_named(os.fspath(model)) for model in models]
     return tuple(_open(name, source, revision, dtype, progress) for name, source in named)
+
+
+def names_of(models: Sequence[str | os.PathLike[str]]) -> list[str]:
+    """Returns what an evaluation calls each MODEL or NAME=MODEL: NAME, the folder's own name, or the hub id."""
+    return [_named(os.fspath(model))[0] for model in models]
 
 
 def _named(model: str) -> tuple[str, str]:
@@ -69,6 +77,8 @@ def _open(name: str, model: str, revision: str | None, dtype: str, progress: Pro
     config = read_json(source.folder / "config.json", hint=what_else(source.folder))
     stored = stored_tensors(source.folder)
     dtypes = Counter(str(tensor.header.dtype).removeprefix("torch.") for tensor in stored.values())
+    parameters = _parameters(source.folder)
+    _check_weights(source.folder)
     plan_file = source.folder / RECORDS / "plan.json"
     front = _front_matter(source.folder / "README.md")
     entry = ModelEntry(
@@ -77,7 +87,7 @@ def _open(name: str, model: str, revision: str | None, dtype: str, progress: Pro
         sha256=_sha256(source.folder, progress),
         model_type=str(config.get("model_type", "unknown")),
         dtype=dtypes.most_common(1)[0][0] if dtypes else "unknown",
-        parameters=_parameters(source.folder),
+        parameters=parameters,
         weight_bytes=sum(file.stat().st_size for file, _ in weight_files(source.folder)),
         base_model=source.base_model or _first(front.get("base_model")),
         license=source.license or _first(front.get("license")),
@@ -90,12 +100,25 @@ def _parameters(folder: Path) -> int:
     """Counts on the meta device, from the config alone."""
     try:
         with quiet_transformers(), torch.device("meta"):
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
-            model: Any = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # each architecture fails in its own way
         raise CheckpointError(f"{folder} is no causal language model of transformers: {reason(error)}") from error
     model.tie_weights()
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _check_weights(folder: Path) -> None:
+    """Refuses weights that do not fill the model: transformers would draw the rest at random and measure that."""
+    problems = loading_problems(folder)
+    for kind in ("missing_keys", "mismatched_keys"):
+        if names := problems.get(kind):
+            raise CheckpointError(
+                f"the weights in {folder} are not those of its config.json: {len(names)} tensors are "
+                f"{kind.removesuffix('_keys')}, such as {names[0]}; download the checkpoint again"
+            )
+    if names := problems.get("unexpected_keys"):
+        logger.warning("%s: transformers ignores %d tensors, such as %s", folder.name, len(names), names[0])
 
 
 def _pruned(plan: PruningPlan) -> dict[str, Any]:

@@ -134,9 +134,12 @@ def evaluate(
     session = open_session(Path(output).expanduser(), subjects, request, device=where)
     load = partial(loaded_model, dtype=dtype, device=device, device_map=device_map)
     for subject in subjects:
-        _measure_alone(session, subject, jobs, load, trust_remote_code=trust_remote_code, progress=progress)
-        if mean := average_figures(session.evaluation, subject.name, limit=limit, device=where):
-            session.keep(f"{subject.name}: average", {subject.name: mean})
+        alone = jobs
+        if "zero_shot" in measure:
+            mean = partial(average_figures, evaluation=session.evaluation, name=subject.name, device=where)
+            mean = partial(mean, limit=limit, num_fewshot=num_fewshot)
+            alone = [*jobs, _Job("average", mean, needs_tokenizer=False)]
+        _measure_alone(session, subject, alone, load, trust_remote_code=trust_remote_code, progress=progress)
     together = []
     if "latency" in measure:
         timed = partial(_timed, progress=progress)

@@ -1,6 +1,7 @@
 """What a model weighs and what a token costs, counted on the loaded model."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -83,6 +84,17 @@ def _cache_growth(model: PreTrainedModel) -> int:
 
 def _macs(model: PreTrainedModel) -> float:
     # Fused attention kernels of the CPU are not counted; the plain one is.
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    with _single_experts(model), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(_prompt(model, MACS_TOKENS), use_cache=False)
     return float(counter.get_total_flops()) / 2
+
+
+@contextmanager
+def _single_experts(model: PreTrainedModel) -> Iterator[None]:
+    """Runs a mixture's experts one by one: kernels that run them in groups are not counted."""
+    before = model.get_experts_implementation()
+    model.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)

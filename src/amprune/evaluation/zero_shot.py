@@ -22,6 +22,7 @@ from amprune.progress import Progress, no_progress
 TASKS = ("winogrande", "piqa", "arc_easy", "arc_challenge", "hellaswag")
 """The paper's five tasks, the shortest first."""
 _BOOTSTRAP = 1000
+_FEWSHOT_SEED = 1234  # the harness's own default
 _PAPER_FILES = {
     "winogrande": "winogrande/default.yaml",
     "piqa": "piqa/piqa.yaml",
@@ -166,25 +167,34 @@ def _run(
     batch_size: int,
     progress: Progress,
 ) -> list[Accuracy]:
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluate
 
     with _quiet_harness():
         language_model = _language_model(model, tokenizer, batch_size, progress, task.name)
         try:
-            results: Any = simple_evaluate(
-                language_model,
-                tasks=[task.name],
-                task_manager=task.manager,
-                limit=limit,
-                num_fewshot=num_fewshot,
-                bootstrap_iters=_BOOTSTRAP,
-            )
+            loaded = task.manager.load([task.name])
+            for single in loaded["tasks"].values():
+                _set_examples(single, num_fewshot)
+            results: Any = evaluate(language_model, loaded, limit=limit, bootstrap_iters=_BOOTSTRAP)
         except (AmpruneError, MemoryError, RuntimeError):
             raise
+        except AssertionError as error:
+            raise EvaluationError(
+                f"task {task.name} cannot run: {reason(error)} in the harness; is an item longer than the "
+                f"{language_model.max_length:,} positions of the model?"
+            ) from error
         except Exception as error:  # data sets fail in many types
             where = f"{task.data.file}" if task.data else "the hub; --data-dir FOLDER takes them from FOLDER/tasks"
             raise EvaluationError(f"task {task.name} cannot run on its items from {where}: {reason(error)}") from error
     return [accuracy for name in results["results"] for accuracy in _accuracies(name, results)]
+
+
+def _set_examples(task: Any, num_fewshot: int | None) -> None:
+    """Sets the number of examples before a question, which a task that says none itself has none of."""
+    own = task.get_config("num_fewshot")
+    if own is None or (num_fewshot is not None and own != 0):
+        task.set_config(key="num_fewshot", value=num_fewshot or 0)
+    task.set_fewshot_seed(seed=_FEWSHOT_SEED)
 
 
 def _accuracies(name: str, results: dict[str, Any]) -> Iterator[Accuracy]:
