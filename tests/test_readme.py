@@ -19,6 +19,12 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 SHELL = [line for language, block in BLOCKS if language == "sh" for line in block.splitlines() if line.strip()]
 AMPRUNE = [line for line in SHELL if line.startswith("amprune ")]
+# The hub is out of reach of tests, and the README's number of items too large.
+DATA = os.environ.get("AMPRUNE_DATA_DIR")
+QUICK = "--warmup 1 --runs 3 --new-tokens 16 --energy-seconds 1".split()
+EVALUATE_OFFLINE = [
+    *QUICK, *(["--data-dir", DATA, "--limit", "4", "--windows", "1"] if DATA else ["--measure", "latency,energy"])
+]  # fmt: skip
 PYTHON = [block for language, block in BLOCKS if language == "python"]
 
 
@@ -40,7 +46,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("readme")
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     for command in AMPRUNE:
-        subprocess.run(command.split(), cwd=place, env=environment, check=True, capture_output=True)
+        options = EVALUATE_OFFLINE if command.startswith("amprune evaluate") else []
+        subprocess.run([*command.split(), *options], cwd=place, env=environment, check=True, capture_output=True)
     for block in PYTHON:
         subprocess.run([sys.executable, "-c", block], cwd=place, env=environment, check=True, capture_output=True)
     return place
@@ -49,7 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_readme_opens_with_the_two_commands() -> None:
     assert SHELL[0].startswith("make demo")
     assert SHELL[1].startswith("make test")
-    assert len(AMPRUNE) == 6
+    assert len(AMPRUNE) == 8
     assert len(PYTHON) == 2
 
 
@@ -90,6 +97,16 @@ def test_the_pruned_model_still_knows_its_language(folder: Path) -> None:
         reply = model.generate(ids[:, :8], max_new_tokens=12, do_sample=False, pad_token_id=tokenizer.pad_token_id)
     assert loss.exp() < 60
     assert "in the west" in tokenizer.decode(reply[0][8:])
+
+
+@pytest.mark.real_model
+def test_the_report_sets_the_two_models_side_by_side(folder: Path) -> None:
+    report = (folder / "results" / "report.md").read_text(encoding="utf-8")
+    assert "107,610,048" in report
+    assert "of the ideal" in report
+    if DATA:
+        assert "hellaswag" in report
+    assert (folder / "results" / "report.html").stat().st_size > 50_000
 
 
 @pytest.mark.real_model
