@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,9 @@ class _TaskFile:
     file: str
     split: str
     rows: int
-    types: dict[str, type | tuple[type, ...]]
+    types: dict[str, type]
+    answered: Callable[[dict[str, Any]], bool]
+    """Tells whether a row has a right answer among its choices, which some splits keep secret."""
 
 
 WIKITEXT = {
@@ -56,20 +59,31 @@ WIKITEXT = {
     ),
 }
 
-_ARC: dict[str, type | tuple[type, ...]] = {"question": str, "choices": dict, "answerKey": str}
+_ARC: dict[str, type] = {"question": str, "choices": dict, "answerKey": str}
+
+
+def _arc_answered(row: dict[str, Any]) -> bool:
+    labels, texts = (row["choices"].get(name) for name in ("label", "text"))
+    lists = isinstance(labels, list) and isinstance(texts, list)
+    return lists and len(labels) == len(texts) and row["answerKey"] in labels
+
+
 TASK_FILES = {
     "winogrande": _TaskFile(
         "winogrande_xl_validation.jsonl", "validation", 1267,
         {"sentence": str, "option1": str, "option2": str, "answer": str},
+        lambda row: row["answer"] in ("1", "2") and "_" in row["sentence"],
     ),
     "hellaswag": _TaskFile(
         "hellaswag_validation.jsonl", "validation", 10042,
         {"activity_label": str, "ctx_a": str, "ctx_b": str, "endings": list, "label": str},
+        lambda row: row["label"] in map(str, range(len(row["endings"]))),
     ),
-    "arc_easy": _TaskFile("arc_easy_test.jsonl", "test", 2376, _ARC),
-    "arc_challenge": _TaskFile("arc_challenge_test.jsonl", "test", 1172, _ARC),
+    "arc_easy": _TaskFile("arc_easy_test.jsonl", "test", 2376, _ARC, _arc_answered),
+    "arc_challenge": _TaskFile("arc_challenge_test.jsonl", "test", 1172, _ARC, _arc_answered),
     "piqa": _TaskFile(
-        "piqa_validation.jsonl", "validation", 1838, {"goal": str, "sol1": str, "sol2": str, "label": int}
+        "piqa_validation.jsonl", "validation", 1838, {"goal": str, "sol1": str, "sol2": str, "label": int},
+        lambda row: row["label"] in (0, 1),
     ),
 }  # fmt: skip
 """Where a data folder keeps the paper's tasks, below `tasks/`; rows and fields are those of the hub's data sets."""
@@ -172,8 +186,9 @@ def _is_utf8(path: Path) -> bool:
     return True
 
 
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    rows = []
+def _json_lines(path: Path) -> dict[int, dict[str, Any]]:
+    """Returns the rows by their line in the file."""
+    rows = {}
     for number, line in enumerate(_read(path).split(b"\n"), start=1):
         if not line.strip():
             continue
@@ -183,23 +198,25 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
             raise EvaluationError(f"{path}, line {number}: not JSON ({error}); is the file truncated?") from error
         if not isinstance(row, dict):
             raise EvaluationError(f"{path}, line {number}: a {type(row).__name__}, expected an object with fields")
-        rows.append(row)
+        rows[number] = row
     if not rows:
         raise EvaluationError(f"{path} is empty")
     return rows
 
 
-def _check_fields(path: Path, rows: list[dict[str, Any]], known: _TaskFile) -> None:
-    for number, row in enumerate(rows, start=1):
+def _check_fields(path: Path, rows: dict[int, dict[str, Any]], known: _TaskFile) -> None:
+    for number, row in rows.items():
         for name, kind in known.types.items():
             if name not in row:
                 found = ", ".join(row)
                 raise EvaluationError(f"{path}, line {number}: has no field {name!r}, only {found}")
             if not isinstance(row[name], kind):
-                expected = kind.__name__ if isinstance(kind, type) else str(kind)
-                raise EvaluationError(
-                    f"{path}, line {number}: field {name!r} is a {type(row[name]).__name__}, expected a {expected}"
-                )
+                found, expected = type(row[name]).__name__, kind.__name__
+                raise EvaluationError(f"{path}, line {number}: field {name!r} is a {found}, expected a {expected}")
+        if not known.answered(row):
+            raise EvaluationError(
+                f"{path}, line {number}: has no right answer among its choices; is this the {known.split} split?"
+            )
     if len(rows) != known.rows:
         raise EvaluationError(
             f"{path} has {len(rows):,} rows, the {known.split} split has {known.rows:,}; fetch it again, or use "

@@ -19,7 +19,7 @@ from amprune.architecture import quiet_transformers
 from amprune.checkpoint import RECORDS, open_source, read_json
 from amprune.checkpoint.files import stored_tensors, weight_files, what_else
 from amprune.checkpoint.loading import loading_problems
-from amprune.errors import CheckpointError, EvaluationError, reason
+from amprune.errors import CheckpointError, EvaluationError
 from amprune.evaluation.records import ModelEntry
 from amprune.plan import PruningPlan
 from amprune.progress import Progress, no_progress
@@ -103,7 +103,8 @@ def _parameters(folder: Path) -> int:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # each architecture fails in its own way
-        raise CheckpointError(f"{folder} is no causal language model of transformers: {reason(error)}") from error
+        why = " ".join(str(error).split())
+        raise CheckpointError(f"{folder} is no causal language model of transformers: {why}") from error
     model.tie_weights()
     return sum(parameter.numel() for parameter in model.parameters())
 

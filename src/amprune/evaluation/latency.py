@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from transformers import CompileConfig, GenerationConfig, PreTrainedModel
@@ -44,6 +44,8 @@ class LatencySettings:
                 raise EvaluationError(
                     f"{name.replace('_', ' ')} of a latency run is {value}, expected {smallest} or more"
                 )
+        if self.mode not in get_args(Mode):
+            raise EvaluationError(f"the mode of a latency run is {self.mode!r}, expected {' or '.join(get_args(Mode))}")
         if self.mode == "compile" and self.warmup < 1:
             raise EvaluationError("the first run of a compiled model compiles it; give one warm-up run or more")
 

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from amprune.architecture import quiet_transformers
-from amprune.checkpoint.loading import input_device
+from amprune.checkpoint.loading import input_device, vocabulary_size
 from amprune.errors import EvaluationError
 from amprune.evaluation.comparison import standard_error
 from amprune.evaluation.data import Text
@@ -20,6 +20,7 @@ from amprune.progress import Progress, no_progress
 
 SEQUENCE_LENGTH = 2048
 _CHUNK = 512
+_LARGEST_LOSS = 700.0  # exp of more than 709 is no float
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,10 @@ def measure_perplexity(
             f"--sequence-length {positions} or less"
         )
     windows, tokens = windows_of(text, tokenizer, sequence_length=sequence_length, limit=limit)
+    if (largest := int(windows.max())) >= (known := vocabulary_size(model)):
+        raise EvaluationError(
+            f"the tokenizer gives the token id {largest:,}, the model embeds {known:,} ids; is it the model's own?"
+        )
     losses: list[float] = []
 
     def measure(size: int) -> None:
@@ -104,7 +109,7 @@ def measure_perplexity(
 
     _, fitted = halve_until_it_fits(measure, batch_size, what=text.name)
     mean = statistics.fmean(losses)
-    value, error = math.exp(mean), standard_error(losses)
+    value, error = math.exp(mean) if mean < _LARGEST_LOSS else math.inf, standard_error(losses)
     result = Perplexity(
         value=value,
         standard_error=None if error is None else value * error,

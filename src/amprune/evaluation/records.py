@@ -169,19 +169,28 @@ class Evaluation:
         try:
             models = [ModelEntry(**entry) for entry in content["models"]]
             records = [_record(entry) for entry in content["records"]]
-        except (KeyError, TypeError) as error:
-            raise EvaluationError(f"{target} is damaged: {error}") from error
+            unfinished = _unfinished(content.get("unfinished"))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise EvaluationError(
+                f"{target} is damaged ({type(error).__name__}: {error}); move it away, or write to another file"
+            ) from error
         return cls(
             models={entry.name: entry for entry in models},
             records={record.key: record for record in records},
-            unfinished=content.get("unfinished"),
+            unfinished=unfinished,
         )
 
 
 def _record(entry: dict[str, Any]) -> Record:
     known = {item.name for item in fields(Record)}
     record = Record(**{name: value for name, value in entry.items() if name in known})
+    if not math.isfinite(record.value):
+        raise ValueError(f"{record.key} is {record.value}")
     return replace(record, items=tuple(record.items))
+
+
+def _unfinished(content: Any) -> dict[str, Any] | None:
+    return None if content is None else {"request": content["request"], "done": list(content["done"])}
 
 
 def _json(content: dict[str, Any]) -> str:

@@ -4,13 +4,14 @@ import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
+from amprune.architecture import quiet_transformers
 from amprune.checkpoint.loading import default_device, input_device, load_tokenizer, loaded_model
 from amprune.errors import EvaluationError
 from amprune.evaluation.data import load_text, load_wikitext
@@ -113,21 +114,24 @@ def evaluate(
         CheckpointError: one of the models is none, or lacks a tokenizer.
     """
     folder = None if data_dir is None else Path(data_dir).expanduser()
-    _check(measure, limit, batch_size, latency)
-    jobs = [_Job("size", size_figures, needs_tokenizer=False)]
+    _check(measure, texts, limit, batch_size, latency)
+    jobs, data = [_Job("size", size_figures, needs_tokenizer=False)], []
     if "perplexity" in measure:
         found = [load_text(Path(text)) for text in texts] or [load_wikitext(split, data_dir=folder)]
         windowed = partial(perplexity_figures, sequence_length=sequence_length, windows=windows)
         jobs += [_Job(text.name, partial(windowed, text=text)) for text in found]
+        data += [text.sha256 for text in found]
     if "zero_shot" in measure:
         asked = partial(zero_shot_figures, limit=limit, num_fewshot=num_fewshot, batch_size=batch_size)
-        jobs += [_Job(task.name, partial(asked, task=task)) for task in open_tasks(tasks, data_dir=folder)]
+        opened = open_tasks(tasks, data_dir=folder)
+        jobs += [_Job(task.name, partial(asked, task=task)) for task in opened]
+        data += [task.data.sha256 if task.data else task.name for task in opened]
     given = [models] if isinstance(models, str | os.PathLike) else list(models)
     subjects = open_subjects(given, revision=revision, dtype=dtype, progress=progress)
     request = {
-        "measure": list(measure), "data_dir": str(folder), "texts": [str(text) for text in texts], "split": split,
-        "sequence_length": sequence_length, "windows": windows, "tasks": list(tasks), "limit": limit,
-        "num_fewshot": num_fewshot, "latency": [case.to_dict() for case in latency], "dtype": dtype,
+        "measure": list(measure), "data": data, "sequence_length": sequence_length, "windows": windows,
+        "tasks": list(tasks), "limit": limit, "num_fewshot": num_fewshot,
+        "latency": [asdict(case) for case in latency], "dtype": dtype,
         "energy_seconds": energy_seconds, "country": country,
     }  # fmt: skip
     where = f"device map {device_map}" if device_map else device_name(device or default_device())
@@ -151,10 +155,19 @@ def evaluate(
     return session.finish()
 
 
-def _check(measure: Sequence[str], limit: int | None, batch_size: int, latency: Sequence[LatencySettings]) -> None:
+def _check(
+    measure: Sequence[str],
+    texts: Sequence[PathLike],
+    limit: int | None,
+    batch_size: int,
+    latency: Sequence[LatencySettings],
+) -> None:
     unknown = [name for name in measure if name not in MEASUREMENTS]
     if unknown:
         raise EvaluationError(f"cannot measure {unknown[0]!r}; choose from {', '.join(MEASUREMENTS)}")
+    names = [Path(text).name for text in texts]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise EvaluationError(f"two texts are called {twice[0]!r}, and figures are kept by name; rename one")
     for name, value in (("limit", limit), ("batch size", batch_size)):
         if value is not None and value < 1:
             raise EvaluationError(f"the {name} is {value}, expected 1 or more")
@@ -174,7 +187,8 @@ def _measure_alone(
     with _fitting(load, [subject]) as loaded, nan_refused(loaded[subject.name], subject.name):
         for job in open_jobs:
             watched = _named(progress, subject.name)
-            figures = job.figures(loaded[subject.name], tokenizer, watched)
+            with quiet_transformers():
+                figures = job.figures(loaded[subject.name], tokenizer, watched)
             session.keep(f"{subject.name}: {job.label}", {subject.name: figures})
 
 

@@ -1,9 +1,11 @@
 """Zero-shot accuracy through lm-evaluation-harness, with its task definitions as they are (section IV-A)."""
 
+import atexit
 import difflib
 import hashlib
 import logging
 import math
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +16,7 @@ from typing import Any
 import yaml
 from transformers import PreTrainedModel
 
+from amprune.checkpoint.loading import input_device
 from amprune.errors import AmpruneError, EvaluationError, reason
 from amprune.evaluation.data import TASK_FILES, TaskData, find_task_data
 from amprune.evaluation.guards import halve_until_it_fits
@@ -128,7 +131,8 @@ def _overlay(name: str, definition: str, data: TaskData | None) -> Any:
             "fewshot_split": None,
             f"{data.split}_split": data.split,
         }
-    folder = Path(tempfile.mkdtemp(prefix="amprune-task-"))
+    folder = Path(tempfile.mkdtemp(prefix="amprune-task-"))  # the manager reads it when the task runs
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
     with _quiet_harness():
         return TaskManager(include_path=str(folder), include_defaults=False)
@@ -242,6 +246,10 @@ def _language_model(
         """The harness's own Hugging Face model, which tells how far it is."""
 
         _advance: Callable[[int], None] = staticmethod(lambda steps: None)
+
+        @property
+        def device(self) -> Any:
+            return input_device(model)
 
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **options: Any) -> Any:
             with progress(description, len(requests)) as self._advance:
