@@ -21,7 +21,7 @@ SHELL = [line for language, block in BLOCKS if language == "sh" for line in bloc
 AMPRUNE = [line for line in SHELL if line.startswith("amprune ")]
 # The hub is out of reach of tests, and the README's number of items too large.
 DATA = os.environ.get("AMPRUNE_DATA_DIR")
-QUICK = "--warmup 1 --runs 3 --new-tokens 16 --energy-seconds 1".split()
+QUICK = ["--warmup", "1", "--runs", "3", "--new-tokens", "16", "--energy-seconds", "1"]
 EVALUATE_OFFLINE = [
     *QUICK, *(["--data-dir", DATA, "--limit", "4", "--windows", "1"] if DATA else ["--measure", "latency,energy"])
 ]  # fmt: skip

@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,14 +24,18 @@ _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num
 
 
 @contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silences transformers' progress bars and its advice, which speak of the library and not of the user's model."""
+def quiet_transformers(*, bars_on_terminal: bool = False) -> Iterator[None]:
+    """Silences transformers' advice, which speaks of the library and not of the user's model, and its progress bars.
+
+    With `bars_on_terminal`, for work that may take long, its bars stay where stderr is a terminal.
+    """
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     offload = logging.getLogger("accelerate.big_modeling")
     offload_level = offload.level
     offload.setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    if not (bars_on_terminal and sys.stderr.isatty()):
+        transformers_logging.disable_progress_bar()
     try:
         yield
     finally:

@@ -46,7 +46,7 @@ def loaded_model(
         return
     with tempfile.TemporaryDirectory(prefix="amprune-offload-") as offload:
         try:
-            with quiet_transformers():
+            with quiet_transformers(bars_on_terminal=True):
                 model: Any = AutoModelForCausalLM.from_pretrained(
                     folder,
                     dtype=dtype if dtype == "auto" else getattr(torch, dtype),

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -164,8 +165,9 @@ def _dequantise(gguf: Path, folder: Path, dtype: str) -> None:
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     where: dict[str, str] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     try:
-        # The reader draws a bar of its own that nothing turns off.
-        with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
+        # The reader draws a bar of its own that nothing turns off: for people, not for log files.
+        shown = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+        with quiet_transformers(bars_on_terminal=True), shown:
             model = AutoModelForCausalLM.from_pretrained(
                 **where, quantization_config=GgufConfig(dequantize=True), dtype=getattr(torch, dtype)
             )
