@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "amprune"
 # A module imports only from those above it.
 ORDER = [
-    "errors", "memory", "progress", "families", "shape", "architecture", "checkpoint", "calibration", "scores",
+    "errors", "memory", "progress", "families", "shape", "architecture", "checkpoint", "texts", "calibration", "scores",
     "criteria", "scoring", "plan", "slicing", "verification", "evaluation", "model_card", "inspection", "report", "pipeline", "demo",
     "display", "cli", "__main__",
 ]  # fmt: skip

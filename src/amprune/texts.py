@@ -1,0 +1,212 @@
+"""Records of instructions, chats or plain text, from wherever they lie, as prompts and responses."""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from amprune.errors import CalibrationError, reason
+
+ALPACA_DATASET = "yahma/alpaca-cleaned"
+_SUFFIXES = (".json", ".jsonl", ".parquet", ".txt")
+_ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+_ALPACA_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+
+
+Record = tuple[str, Mapping[str, Any]]
+"""Where a record stands, for messages, and its fields."""
+
+
+def read_records(
+    source: str | os.PathLike[str] | Sequence[str], *, option: str = "--calibration"
+) -> tuple[str, list[Record]]:
+    """Reads `alpaca`, `builtin`, a .json, .jsonl, .parquet or .txt file, or a sequence of texts.
+
+    Returns its name and its records but for blank texts. `option` is how the command line calls the source.
+
+    Raises:
+        CalibrationError: it cannot be read or is malformed.
+    """
+    name, records = _read(source, option)
+    return name, [(where, record) for where, record in records if not _blank(record)]
+
+
+def _read(source: str | os.PathLike[str] | Sequence[str], option: str) -> tuple[str, list[Record]]:
+    if not isinstance(source, (str, os.PathLike)):
+        return "texts", [(f"text {number}", {"text": text}) for number, text in enumerate(source, 1)]
+    if source == "alpaca":
+        return "alpaca", list(_alpaca(option))
+    if source == "builtin":
+        text = (resources.files("amprune") / "data" / "builtin.jsonl").read_text(encoding="utf-8")
+        return "builtin", _parse_lines(text, "builtin")
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise CalibrationError(
+            f"no {option.lstrip('-')} set {str(source)!r}: give alpaca, builtin or the path of a "
+            f"{', '.join(_SUFFIXES)} file"
+        )
+    readers: dict[str, Callable[[Path], list[Record]]] = {
+        ".jsonl": lambda file: _parse_lines(_text(file), str(file)),
+        ".json": _read_json,
+        ".txt": lambda file: [(place, {"text": line}) for place, line in _lines(_text(file))],
+        ".parquet": _read_parquet,
+    }
+    if path.suffix.lower() not in readers:
+        raise CalibrationError(f"{path}: unknown type of file; expected one of {', '.join(_SUFFIXES)}")
+    records = readers[path.suffix.lower()](path)
+    if not records:
+        raise CalibrationError(f"{path} is empty; {option} needs at least one sample")
+    return path.name, records
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"{path} cannot be read as UTF-8 text: {error}") from error
+
+
+def _lines(text: str) -> Iterable[tuple[str, str]]:
+    """Yields the place and content of each line that is not blank; `str.splitlines` would also cut at form feeds."""
+    return ((f"line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+
+
+def _parse_lines(text: str, where: str) -> list[Record]:
+    records = []
+    for place, line in _lines(text):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise CalibrationError(f"{where}, {place}: broken JSON ({error.msg}, column {error.colno})") from None
+        records.append((place, _as_record(record, f"{where}, {place}")))
+    return records
+
+
+def _as_record(record: object, where: str) -> Mapping[str, Any]:
+    if not isinstance(record, dict):
+        raise CalibrationError(f"{where}: a {type(record).__name__}, expected an object with named fields")
+    return record
+
+
+def _read_json(path: Path) -> list[Record]:
+    text = _text(path)
+    if not text.strip():
+        return []
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise CalibrationError(f"{path}, line {error.lineno}: broken JSON ({error.msg}); is it JSON lines? "
+                               "Then name it .jsonl") from None  # fmt: skip
+    if not isinstance(content, list):
+        raise CalibrationError(
+            f"{path} holds a {type(content).__name__}, expected a list of records; if it is JSON lines, name it .jsonl"
+        )
+    return [(f"record {n}", _as_record(record, f"{path}, record {n}")) for n, record in enumerate(content, 1)]
+
+
+def _read_parquet(path: Path) -> list[Record]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise CalibrationError(f"{path} cannot be read as parquet: {error}") from error
+    return [(f"row {number}", row) for number, row in enumerate(rows, 1)]
+
+
+def _alpaca(option: str) -> Iterable[Record]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(ALPACA_DATASET, split="train")
+    except Exception as error:  # network failures come in many types
+        raise CalibrationError(
+            f"the set alpaca is {ALPACA_DATASET} on the hub, which cannot be reached ({reason(error)}); use {option} "
+            f"builtin, which ships with amprune, or {option} PATH for a file of your own"
+        ) from error
+    return ((f"row {number}", row) for number, row in enumerate(rows, 1))
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A record as text."""
+
+    prompt: str
+    """Empty of plain text."""
+    response: str
+    add_special_tokens: bool
+    """Whether the tokenizer puts its own around it; a chat template has put them in."""
+
+
+def render(record: Mapping[str, Any], tokenizer: Any, where: str, *, prompts_only: bool = False) -> Rendered:
+    """Writes a record in Alpaca's template, by the tokenizer's chat template, or as the plain text that it is.
+
+    With `prompts_only` an Alpaca record needs no output.
+
+    Raises:
+        CalibrationError: its fields are none of these, or no text.
+    """
+    if "messages" in record:
+        return _chat(tokenizer, record["messages"], where)
+    if "instruction" in record:
+        instruction, context = _field(record, "instruction", where), _field(record, "input", where, default="")
+        template = _ALPACA_WITH_INPUT if context.strip() else _ALPACA_WITHOUT_INPUT
+        output = "" if prompts_only else _field(record, "output", where)
+        return Rendered(template.format(instruction=instruction, input=context), output, True)
+    if "text" in record:
+        return Rendered("", _field(record, "text", where), True)
+    raise CalibrationError(
+        f"{where}: has the fields {sorted(record)}, expected instruction and output (Alpaca), text, or messages"
+    )
+
+
+def _field(record: Mapping[str, Any], name: str, where: str, *, default: str | None = None) -> str:
+    value = record.get(name, default)
+    if value is None and default is not None:
+        return default
+    if not isinstance(value, str):
+        kind = "null" if value is None else f"a {type(value).__name__}"
+        found = f"is {kind}" if name in record else "is missing"
+        raise CalibrationError(f"{where}: field {name!r} {found}, expected text")
+    return value
+
+
+def _chat(tokenizer: Any, messages: object, where: str) -> Rendered:
+    """Renders a chat; the response is its last turn where that is the assistant's."""
+    if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
+        raise CalibrationError(f"{where}: messages is no list of objects with role and content, each a text")
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise CalibrationError(
+            f"{where}: has messages, but the model's tokenizer has no chat template; use text instead"
+        )
+    answered = messages[-1].get("role") == "assistant"
+    turns = messages[:-1] if answered else messages
+    try:
+        prompt = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)) if turns else ""
+        whole = str(tokenizer.apply_chat_template(messages, tokenize=False)) if answered else prompt
+    except Exception as error:  # templates raise what they like
+        raise CalibrationError(f"{where}: the chat template refuses these messages: {error}") from error
+    if not whole.startswith(prompt):  # a template may write the last turn otherwise than it opens it
+        prompt = prompt[: next(i for i, pair in enumerate(zip(prompt, whole + "\0", strict=False)) if len({*pair}) > 1)]
+    return Rendered(prompt, whole[len(prompt) :], False)
+
+
+def _is_message(message: object) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(name), str) for name in ("role", "content"))
+
+
+def _blank(record: Mapping[str, Any]) -> bool:
+    """Tells an empty line of a text from a sample."""
+    return "text" in record and isinstance(record["text"], str) and not record["text"].strip()
