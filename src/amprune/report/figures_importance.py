@@ -1,0 +1,146 @@
+"""Figures of the importance scores: which heads went, and where the cut through the neurons lies."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from amprune.plan import PruningPlan
+from amprune.report.drawing import logarithmic, new_figure, tick
+from amprune.report.numbers import shortened
+from amprune.scores import ImportanceScores
+
+_POINTS = 400
+_NAMED = 3
+"""Cuts that are named beside their lines."""
+_MAP = "viridis"
+Values = npt.NDArray[np.float64]
+
+
+def heads_figure(scores: ImportanceScores, plan: PruningPlan) -> Figure:
+    """Draws layers by heads, each score over the mean of its layer, with the removed ones crossed out.
+
+    Where whole key-value groups went, a second panel shows the scores of the groups, by which they were chosen.
+    """
+    heads = relative(np.stack([layer.heads for layer in scores.layers]))
+    removed = [
+        (row, unit) for row, layer in enumerate(plan.layers) for unit in _gone(layer.query_heads, heads.shape[1])
+    ]
+    shape = scores.shape
+    by_group = shape.group_size > 1 and plan.shape_after.num_key_value_heads < shape.num_key_value_heads
+    figure = new_figure(min(8.0, max(2.4, 1.3 + 0.115 * shape.num_layers)))
+    groups = relative(np.stack([layer.groups for layer in scores.layers]))
+    widths = [shape.num_attention_heads, max(shape.num_key_value_heads, shape.num_attention_heads // 3)]
+    panels = figure.subplots(1, 2, sharey=True, width_ratios=widths) if by_group else [figure.add_subplot()]
+    norm = _norm([heads, groups] if by_group else [heads])
+    _map(panels[0], heads, norm, removed)
+    _separate_groups(panels[0], shape.num_attention_heads, shape.group_size)
+    panels[0].set_xlabel("query head" + _grouping(shape.group_size, shape.num_key_value_heads))
+    panels[0].set_ylabel("layer")
+    if by_group:
+        lost = [
+            (row, k) for row, layer in enumerate(plan.layers) for k in _gone(layer.key_value_heads, groups.shape[1])
+        ]
+        _map(panels[1], groups, norm, lost)
+        panels[1].set_xlabel("key-value group")
+    bar = figure.colorbar(ScalarMappable(norm, _MAP), ax=list(panels), pad=0.015, aspect=30)
+    bar.set_label("score / mean of its layer")
+    if isinstance(norm, LogNorm):
+        bar.ax.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0), numticks=9))
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
+    bar.ax.yaxis.set_minor_locator(NullLocator())
+    return figure
+
+
+def relative(scores: npt.NDArray[np.float32]) -> Values:
+    """Divides the scores of each layer (rows) by their mean: units compete within their layer alone."""
+    wide = scores.astype(np.float64)
+    means = wide.mean(axis=1, keepdims=True)
+    return np.asarray(wide / np.where(means > 0, means, 1.0))
+
+
+def _gone(kept: Sequence[int], total: int) -> list[int]:
+    return sorted(set(range(total)) - set(kept))
+
+
+def _grouping(size: int, groups: int) -> str:
+    if size == 1:
+        return ""
+    return f" ({size} share each of {groups} key-value heads)" if groups > 1 else " (all share one key-value head)"
+
+
+def _norm(maps: Sequence[Values]) -> Normalize:
+    values = np.concatenate([found.ravel() for found in maps])
+    positive = values[values > 0]
+    low, high = (float(positive.min()), float(positive.max())) if positive.size else (0.5, 2.0)
+    if high / low > 5:
+        return LogNorm(low, high)
+    return Normalize(min(low, 0.999), max(high, 1.001))
+
+
+def _map(axes: Axes, values: Values, norm: Normalize, removed: Sequence[tuple[int, int]]) -> None:
+    axes.imshow(np.maximum(values, norm.vmin or 0.0), norm=norm, cmap=_MAP, aspect="auto", interpolation="nearest")
+    if removed:
+        rows, units = zip(*removed, strict=True)
+        size = float(np.clip(900 / max(values.shape[0] * 1.6, values.shape[1]), 4, 30))
+        for colour, width in (("black", 0.52), ("white", 0.24)):
+            axes.scatter(units, rows, marker="x", s=size, color=colour, linewidths=width * size**0.5)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(nbins=10, integer=True, min_n_ticks=1))
+    axes.spines[:].set_visible(False)
+
+
+def _separate_groups(axes: Axes, heads: int, size: int) -> None:
+    if 1 < size < heads:
+        for edge in range(size, heads, size):
+            axes.axvline(edge - 0.5, color="white", linewidth=1.6)
+
+
+def neurons_figure(
+    scores: ImportanceScores, cuts: Sequence[tuple[str, PruningPlan]], *, colours: dict[str, str]
+) -> Figure:
+    """Draws the neurons of each layer in falling order of their score, with a line where each model was cut."""
+    ordered = np.sort(np.stack([layer.neurons for layer in scores.layers]), axis=1)[:, ::-1].astype(np.float64)
+    values = ordered / np.maximum(ordered.mean(axis=1, keepdims=True), 1e-30)
+    width = values.shape[1]
+    ranks = np.unique(np.geomspace(1, width, _POINTS).astype(int) if width > _POINTS else np.arange(1, width + 1))
+    ranks = np.unique(np.concatenate([ranks, np.linspace(1, width, _POINTS).astype(int)]))
+    figure = new_figure(3.3 + (0.1 * len(cuts) if len(cuts) > _NAMED else 0.0))
+    axes = figure.add_subplot()
+    norm = Normalize(0, max(1, len(values) - 1))
+    for index, row in enumerate(values):
+        kept = row[ranks - 1] > 0
+        axes.plot(ranks[kept], row[ranks - 1][kept], color=colormaps[_MAP](norm(index)), linewidth=0.8)
+    axes.set_xlim(1, width)
+    positive = values[values > 0]
+    if positive.size and positive.max() / positive.min() > 10:
+        axes.set_ylim(max(float(positive.min()), float(positive.max()) * 1e-6), float(positive.max()) * 1.1)
+        logarithmic(axes, "y")
+    _cuts(figure, axes, [(plan.shape_after.intermediate_size, name) for name, plan in cuts], colours)
+    axes.set_xlabel("neurons of a layer, by falling score")
+    axes.set_ylabel("score / mean of its layer")
+    if len(values) > 1:
+        bar = figure.colorbar(ScalarMappable(norm, _MAP), ax=axes, pad=0.015, aspect=30)
+        bar.set_label("layer")
+        bar.ax.yaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    return figure
+
+
+def _cuts(figure: Figure, axes: Axes, cuts: Sequence[tuple[int, str]], colours: dict[str, str]) -> None:
+    """Draws a line for each cut, named beside it, or above the figure where they are many."""
+    for place, (kept, name) in enumerate(sorted(cuts, reverse=True)):
+        words, colour = f"{shortened(name, 24)}: {kept:,} kept", colours[name]
+        axes.axvline(kept, color=colour, linestyle="--", linewidth=1.3, label=words)
+        if len(cuts) <= _NAMED:
+            axes.annotate(words, (kept, 0.97 - 0.075 * place), xycoords=("data", "axes fraction"), xytext=(-4, 0),
+                          textcoords="offset points", ha="right", va="top", color=colour, fontsize=8,
+                          bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.0})  # fmt: skip
+    if len(cuts) > _NAMED:
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False, fontsize=8)

@@ -1,0 +1,96 @@
+"""The section on importance scores: which heads were removed, and where the cut through the neurons lies."""
+
+import hashlib
+import json
+
+from amprune.report.blocks import Block, Picture, Section, Text
+from amprune.report.drawing import style
+from amprune.report.figures_importance import heads_figure, neurons_figure
+from amprune.report.inputs import Inputs, Subject
+from amprune.scores import ImportanceScores
+
+
+def importance_section(inputs: Inputs, colours: dict[str, str]) -> Section | None:
+    """Draws the scores once for all models that were planned from them."""
+    blocks: list[Block] = []
+    for index, subjects in enumerate(_by_scores(inputs), start=1):
+        suffix = f"-{index}" if index > 1 else ""
+        blocks += _heads(subjects, suffix)
+        picture = _neurons(subjects, suffix, colours)
+        blocks.append(picture)
+    if not blocks:
+        return None
+    lead = Text(
+        "A score is what a unit adds to the residual stream, averaged over the calibration set. Units compete within "
+        "their layer, and every layer loses as many; the colours are therefore relative to the mean of the layer."
+    )
+    return Section("Importance", (lead, *blocks))
+
+
+def _by_scores(inputs: Inputs) -> list[list[Subject]]:
+    groups: dict[str, list[Subject]] = {}
+    for subject in inputs.subjects:
+        if subject.plan is not None and subject.scores is not None:
+            groups.setdefault(_identity(subject.scores), []).append(subject)
+    return list(groups.values())
+
+
+def _identity(scores: ImportanceScores) -> str:
+    digest = hashlib.sha256(json.dumps([scores.fingerprint, scores.criterion], sort_keys=True).encode())
+    for layer in scores.layers:
+        for values in (layer.heads, layer.groups, layer.neurons):
+            digest.update(values.tobytes())
+    return digest.hexdigest()
+
+
+def _heads(subjects: list[Subject], suffix: str) -> list[Block]:
+    """Draws the heads once for every choice of kept heads."""
+    chosen: dict[tuple[tuple[int, ...], ...], list[Subject]] = {}
+    for subject in subjects:
+        if subject.plan is not None:
+            chosen.setdefault(tuple(layer.query_heads for layer in subject.plan.layers), []).append(subject)
+    blocks: list[Block] = []
+    cut = [alike for kept, alike in chosen.items() if any(_lost(subject) for subject in alike)]
+    for index, alike in enumerate(cut or list(chosen.values()), start=1):
+        plan, scores = alike[0].plan, alike[0].scores
+        if plan is None or scores is None:
+            continue
+        names = ", ".join(subject.name for subject in alike)
+        lost = _lost(alike[0])
+        what = f"{lost} of {plan.shape_before.num_attention_heads} query heads of every layer were removed (crosses)"
+        caption = f"Heads of {names}: {what if lost else 'none was removed'}."
+        with style():
+            figure = heads_figure(scores, plan)
+        alt = (
+            f"Heat map of the head scores, {scores.shape.num_layers} layers by {scores.shape.num_attention_heads} heads"
+        )
+        number = f"-{index}" if index > 1 else ""
+        blocks.append(Picture(f"heads{suffix}{number}", figure, f"{alt}. {caption}", caption))
+    return blocks
+
+
+def _lost(subject: Subject) -> int:
+    plan = subject.plan
+    return 0 if plan is None else plan.shape_before.num_attention_heads - plan.shape_after.num_attention_heads
+
+
+def _neurons(subjects: list[Subject], suffix: str, colours: dict[str, str]) -> Picture:
+    cuts = [(subject.name, subject.plan) for subject in subjects if subject.plan is not None]
+    ranked = [(name, plan) for name, plan in cuts if plan.provenance.get("options", {}).get("order", "amp") == "amp"]
+    scores = next(subject.scores for subject in subjects if subject.scores is not None)
+    shown = [
+        (name, plan) for name, plan in ranked if plan.shape_after.intermediate_size < scores.shape.intermediate_size
+    ]
+    with style():
+        figure = neurons_figure(scores, shown, colours=colours)
+    caption = "Neurons of every layer (a line each) in falling order of their score."
+    if shown:
+        caption += " What lies to the right of a dashed line was removed."
+    if others := [name for name, plan in cuts if (name, plan) not in ranked]:
+        caption += f" {', '.join(others)} kept others than the best, on purpose; no line shows that cut."
+    words = "; ".join(
+        f"{name} keeps {plan.shape_after.intermediate_size:,} of {plan.shape_before.intermediate_size:,}"
+        for name, plan in shown
+    )
+    alt = f"Neuron scores in falling order, layer by layer. {words}{'.' if words else ''}"
+    return Picture(f"neurons{suffix}", figure, alt.strip(), caption)

@@ -1,0 +1,178 @@
+"""What a report is drawn from: an evaluation, and the records of the models that amprune pruned."""
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from amprune.checkpoint import RECORDS, read_json
+from amprune.errors import AmpruneError, EvaluationError, ReportError
+from amprune.evaluation.records import Evaluation, ModelEntry
+from amprune.inspection import inspect
+from amprune.model_card import read_card
+from amprune.plan import PruningPlan
+from amprune.scores import ImportanceScores
+
+EVALUATION = "evaluation.json"
+_Read = TypeVar("_Read")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model of the report."""
+
+    name: str
+    parameters: int
+    entry: ModelEntry | None = None
+    plan: PruningPlan | None = None
+    scores: ImportanceScores | None = None
+    parts: dict[str, int] | None = None
+    """Parameters by part of the model, where its folder is at hand."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything that a report is drawn from."""
+
+    output: Path
+    """Where the report is written."""
+    evaluation: Evaluation
+    subjects: tuple[Subject, ...]
+    baseline: str | None
+    focus: str | None
+    """The checkpoint that the report is of; None for a comparison of models."""
+    verification: dict[str, Any] | None = None
+
+    @property
+    def compared(self) -> tuple[Subject, ...]:
+        """Returns every model but the baseline."""
+        return tuple(subject for subject in self.subjects if subject.name != self.baseline)
+
+    def subject(self, name: str | None) -> Subject | None:
+        """Returns the model of this name."""
+        return next((subject for subject in self.subjects if subject.name == name), None)
+
+
+def read_inputs(
+    folder: Path, *, baseline: str | None = None, evaluation: str | os.PathLike[str] | None = None
+) -> Inputs:
+    """Reads a pruned checkpoint with its evaluation, or a folder with an evaluation.
+
+    Raises:
+        ReportError: the folder holds neither, the evaluation is damaged, or the baseline is none of its models.
+    """
+    if not folder.is_dir():
+        raise ReportError(
+            f"{folder} is no folder; give a checkpoint that amprune pruned, or a folder with {EVALUATION}"
+        )
+    pruned = (folder / RECORDS / "plan.json").is_file()
+    output = folder / RECORDS if pruned else folder
+    file = Path(evaluation) if evaluation is not None else output / EVALUATION
+    if not pruned and evaluation is None and not file.is_file():
+        raise ReportError(
+            f"{folder} holds neither {RECORDS}/plan.json, as a checkpoint that amprune pruned does, nor {EVALUATION}; "
+            f"measure models with `amprune evaluate DENSE PRUNED -o {folder / EVALUATION}`"
+        )
+    wanted = evaluation is not None or file.is_file()
+    measured = _read_evaluation(file) if wanted else Evaluation()
+    if not pruned:
+        subjects = tuple(_subject(entry) for entry in measured.models.values())
+        return Inputs(output, measured, subjects, _baseline(measured, baseline, None), None)
+    return _of_checkpoint(folder, output, measured, baseline)
+
+
+def _read_evaluation(file: Path) -> Evaluation:
+    try:
+        evaluation = Evaluation.load(file)
+    except EvaluationError as error:
+        raise ReportError(f"{error}; measure again with `amprune evaluate`") from error
+    _check_records(evaluation, file)
+    if not evaluation.models:
+        raise ReportError(f"{file} names no model; measure some with `amprune evaluate`")
+    return evaluation
+
+
+def _check_records(evaluation: Evaluation, file: Path) -> None:
+    for record in evaluation.records.values():
+        values = (record.value, *record.items, *(() if record.standard_error is None else (record.standard_error,)))
+        right = all(type(value) in (int, float) and math.isfinite(value) for value in values)
+        if not right or not isinstance(record.settings, dict):
+            raise ReportError(
+                f"{file} is damaged: {record.model}, {record.measurement}, {record.task}, {record.metric} is no "
+                "figure; measure again with `amprune evaluate`"
+            )
+
+
+def _baseline(evaluation: Evaluation, baseline: str | None, focus: str | None) -> str | None:
+    if baseline is None:
+        return next((name for name in evaluation.models if name != focus), None)
+    if baseline not in evaluation.models:
+        there = ", ".join(evaluation.models) or f"none: there is no {EVALUATION}"
+        raise ReportError(f"no model {baseline!r} to compare with; the evaluation's models are {there}")
+    return baseline
+
+
+def _of_checkpoint(folder: Path, output: Path, evaluation: Evaluation, baseline: str | None) -> Inputs:
+    try:
+        plan = PruningPlan.load(folder / RECORDS / "plan.json")
+    except AmpruneError as error:
+        raise ReportError(f"the checkpoint's records are damaged: {error}; prune again") from error
+    focus = _find(folder, plan, evaluation)
+    base = _baseline(evaluation, baseline, focus)
+    subjects = [_subject(entry) for entry in evaluation.models.values() if entry.name != focus]
+    name = focus or folder.resolve().name
+    mine = _with_records(folder, Subject(name, plan.shape_after.parameters, evaluation.models.get(name)))
+    if base is None:
+        dense = read_card(folder).dense or "the dense model"
+        base = dense if dense != name else f"{dense} (dense)"
+        subjects.append(Subject(base, plan.shape_before.parameters))
+    position = 1 if subjects and subjects[0].name == base else 0
+    subjects.insert(position, mine)
+    file = output / "verification.json"
+    verification = read_json(file) if file.is_file() else None
+    return Inputs(output, evaluation, tuple(subjects), base, name, verification)
+
+
+def _find(folder: Path, plan: PruningPlan, evaluation: Evaluation) -> str | None:
+    """Finds a checkpoint among the models: by its path, or, where it has moved, by how it was made."""
+    for name, entry in evaluation.models.items():
+        if Path(entry.source).is_dir() and Path(entry.source).resolve() == folder.resolve():
+            return name
+    made = {"shape_after": plan.shape_after.to_dict(), "provenance": plan.provenance}
+    for name, entry in evaluation.models.items():
+        if entry.pruned is not None and all(entry.pruned.get(key) == value for key, value in made.items()):
+            return name
+    if evaluation.models:
+        raise ReportError(
+            f"the evaluation has no figures of {folder}; its models are {', '.join(evaluation.models)}. Measure it "
+            f"with `amprune evaluate DENSE {folder} -o {folder / RECORDS / EVALUATION}`"
+        )
+    return None
+
+
+def _subject(entry: ModelEntry) -> Subject:
+    return _with_records(Path(entry.source), Subject(entry.name, entry.parameters, entry))
+
+
+def _with_records(folder: Path, subject: Subject) -> Subject:
+    """Adds what lies beside a model's weights, where it is still the model that was measured."""
+    plan = _attempt(lambda: PruningPlan.load(folder / RECORDS / "plan.json"))
+    if plan is not None and plan.shape_after.parameters == subject.parameters:
+        scores = _attempt(lambda: ImportanceScores.load(folder / RECORDS / "scores.safetensors"))
+        fits = scores is not None and scores.shape == plan.shape_before
+        subject = replace(subject, plan=plan, scores=scores if fits else None)
+    if (folder / "config.json").is_file():
+        parts = _attempt(lambda: inspect(folder).parameters_by_part)
+        if parts is not None and sum(parts.values()) == subject.parameters:
+            subject = replace(subject, parts=parts)
+    return subject
+
+
+def _attempt(read: Callable[[], _Read]) -> _Read | None:
+    """Reads what a report can do without."""
+    try:
+        return read()
+    except AmpruneError:
+        return None

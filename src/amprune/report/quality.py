@@ -1,0 +1,265 @@
+"""Size, perplexity and zero-shot accuracy: tables, figures and what they say."""
+
+import json
+from collections.abc import Sequence
+
+from amprune.errors import ReportError
+from amprune.report.blocks import Block, Picture, Section, Table, Text, drop_empty_columns
+from amprune.report.drawing import style
+from amprune.report.figures_measured import parts_figure, perplexity_figure
+from amprune.report.inputs import Inputs, Subject
+from amprune.report.measures import Change, Measure, average_change, averages, change, find_measures, headlines
+from amprune.report.numbers import MISSING, number, percent, probability, scaled, times
+from amprune.shape import ModelShape
+
+_SIZES = (
+    ("weight_bytes", "weights", "B"),
+    ("weight_bytes_per_token", "read per decoded token", "B"),
+    ("kv_cache_bytes_per_token", "key-value cache per token", "B"),
+    ("macs_per_token", "multiply-accumulates per token", ""),
+)
+_UNPAIRED = " (not paired)"
+
+
+def removed(inputs: Inputs, subject: Subject) -> float:
+    """Returns the share of the baseline's parameters that a model lacks."""
+    base = inputs.subject(inputs.baseline)
+    return 0.0 if base is None else 1 - subject.parameters / base.parameters
+
+
+def size_section(inputs: Inputs, colours: dict[str, str]) -> Section:
+    """Says how large each model is and where its parameters are."""
+    measures = {name: find_measures(inputs.evaluation, "size", name) for name, _, _ in _SIZES}
+    rows = []
+    for subject in inputs.subjects:
+        row = [subject.name, f"{subject.parameters:,}"]
+        row.append(MISSING if subject.name == inputs.baseline else percent(removed(inputs, subject), 2))
+        for name, _, unit in _SIZES:
+            found = next((m.records[subject.name] for m in measures[name] if subject.name in m.records), None)
+            stored = subject.entry.weight_bytes if subject.entry is not None and name == "weight_bytes" else None
+            value = found.value if found is not None else stored
+            row.append(scaled(value, unit) if value else MISSING)
+        rows.append(tuple(row))
+    header = ("model", "parameters", "removed", *(words for _, words, _ in _SIZES))
+    blocks: list[Block] = [drop_empty_columns(Table("", header, tuple(rows)), MISSING)]
+    if parts := _parts(inputs):
+        with style():
+            figure = parts_figure(parts, baseline=inputs.baseline)
+        alt = "; ".join(
+            f"{name}: " + ", ".join(f"{part} {scaled(count)}" for part, count in counts.items())
+            for name, counts in parts.items()
+        )
+        caption = "Where the parameters are. Heads and neurons alone are removed; everything else stays."
+        blocks.append(Picture("parameters", figure, f"Parameters by part. {alt}.", caption))
+    return Section("Size", tuple(blocks))
+
+
+def _parts(inputs: Inputs) -> dict[str, dict[str, int]]:
+    """Returns parameters by part of the models of which they are known, as finely as all of those allow."""
+    shapes = _shapes(inputs)
+    coarse = {name: _by_shape(shape) for name, shape in shapes.items()}
+    fine = {subject.name: dict(subject.parts) for subject in inputs.subjects if subject.parts is not None}
+    for name in [name for name in shapes if name not in fine]:  # What is not removed is the same in both.
+        origin = next((other for other in fine if other in shapes), None)
+        if origin is not None:
+            grown = {part: coarse[name][part] - coarse[origin][part] for part in ("attention", "mlp")}
+            fine[name] = {**fine[origin], **{p: fine[origin].get(p, 0) + count for p, count in grown.items()}}
+    right = all(sum(fine.get(s.name, {}).values()) == s.parameters for s in inputs.subjects if s.name in coarse)
+    known = fine if right else coarse
+    return {s.name: known[s.name] for s in inputs.subjects if sum(known.get(s.name, {}).values()) == s.parameters}
+
+
+def _shapes(inputs: Inputs) -> dict[str, ModelShape]:
+    """Finds the shapes of models in the plans that made them, and the baseline's in what they were made from."""
+    shapes: dict[str, ModelShape] = {}
+    base = inputs.subject(inputs.baseline)
+    for subject in inputs.subjects:
+        before, after = _before_and_after(subject)
+        if after is not None:
+            shapes[subject.name] = after
+        if before is not None and base is not None and before.parameters == base.parameters:
+            shapes.setdefault(base.name, before)
+    return shapes
+
+
+def _before_and_after(subject: Subject) -> tuple[ModelShape | None, ModelShape | None]:
+    if subject.plan is not None:
+        return subject.plan.shape_before, subject.plan.shape_after
+    made = subject.entry.pruned if subject.entry is not None else None
+    try:
+        before, after = (
+            ModelShape.from_dict((made or {})[name], where=subject.name, error=ReportError)
+            for name in ("shape_before", "shape_after")
+        )
+    except (KeyError, ReportError):
+        return None, None
+    return before, after
+
+
+def _by_shape(shape: ModelShape) -> dict[str, int]:
+    attention, mlp = shape.attention_parameters, shape.mlp_parameters
+    return {"embeddings and the rest": shape.parameters - attention - mlp, "attention": attention, "mlp": mlp}
+
+
+def perplexity_section(inputs: Inputs, colours: dict[str, str]) -> Section | None:
+    """Says what each text's perplexity is, with its difference from the baseline's."""
+    blocks: list[Block] = []
+    for index, measure in enumerate(find_measures(inputs.evaluation, "perplexity"), start=1):
+        changes = {name: change(measure, name, inputs.baseline) for name in measure.records}
+        if spoken := _spoken(measure, inputs):
+            blocks.append(Text(_perplexity_words(measure, spoken, inputs)))
+        rows = tuple(
+            (
+                name,
+                number(record.value, record.standard_error),
+                difference(changes[name]),
+                times(record.value / measure.records[inputs.baseline].value)
+                if changes[name] is not None and inputs.baseline is not None
+                else MISSING,
+                f"{record.n:,}",
+            )
+            for name, record in measure.records.items()
+        )
+        header = ("model", "perplexity \u00b1 standard error", "difference", "ratio", "windows")
+        blocks.append(drop_empty_columns(Table(f"Perplexity, {measure.label}", header, rows), MISSING))
+        if any(name != inputs.baseline for name in measure.records):
+            blocks.append(_perplexity_picture(inputs, measure, colours, f"perplexity-{index}"))
+    return Section("Perplexity", tuple(blocks)) if blocks else None
+
+
+def _spoken(measure: Measure, inputs: Inputs, most: int = 3) -> list[str]:
+    """Names the models that sentences are about: the report's own, or all of a few."""
+    names = [name for name in measure.records if name != inputs.baseline]
+    if inputs.focus in names:
+        return [name for name in names if name == inputs.focus]
+    return names if len(names) <= most else []
+
+
+def _perplexity_words(measure: Measure, spoken: list[str], inputs: Inputs) -> str:
+    base = measure.records.get(inputs.baseline or "")
+    parts = []
+    for name in spoken:
+        record, found = measure.records[name], change(measure, name, inputs.baseline)
+        words = f"that of {name} is {number(record.value, record.standard_error)}"
+        if found is not None and base is not None:
+            words += f", {times(record.value / base.value)} as high ({difference(found)})"
+        parts.append(words)
+    if base is not None:
+        parts.insert(0, f"the perplexity of {inputs.baseline} is {number(base.value, base.standard_error)}")
+    else:
+        parts[0] = parts[0].replace("that of", "the perplexity of", 1)
+    return f"On {measure.label}, {'; '.join(parts)}."
+
+
+def _perplexity_picture(inputs: Inputs, measure: Measure, colours: dict[str, str], name: str) -> Picture:
+    ratios = {subject.name: removed(inputs, subject) for subject in inputs.subjects}
+    with style():
+        figure = perplexity_figure(
+            measure, ratios=ratios, baseline=inputs.baseline, colours=colours, lines=_lines(inputs)
+        )
+    points = "; ".join(f"{n}: {number(r.value)} at {percent(ratios[n])} removed" for n, r in measure.records.items())
+    caption = f"Perplexity on {measure.label} against the share of parameters removed; bars are standard errors."
+    return Picture(name, figure, f"Perplexity against ratio. {points}.", caption)
+
+
+def _lines(inputs: Inputs) -> list[list[str]]:
+    """Joins models that were made alike, but for the ratio."""
+    groups: dict[str, list[str]] = {}
+    for subject in inputs.compared:
+        made = subject.plan.provenance if subject.plan is not None else None
+        if made is None and subject.entry is not None and subject.entry.pruned is not None:
+            made = subject.entry.pruned.get("provenance")
+        if made is not None:
+            options = {k: v for k, v in (made.get("options") or {}).items() if k not in ("ratio", "heads_ratio")}
+            key = json.dumps([made.get("fingerprint"), made.get("calibration"), options], sort_keys=True, default=str)
+            groups.setdefault(key, []).append(subject.name)
+    return [names for names in groups.values() if len(names) > 1]
+
+
+def difference(found: Change | None, *, scale: float = 1.0) -> str:
+    """Returns a difference with its standard error, marked where it is not paired."""
+    if found is None:
+        return MISSING
+    error = found.difference.standard_error
+    text = number(found.difference.value * scale, None if error is None else error * scale, signed=True)
+    return text if found.paired else text + _UNPAIRED
+
+
+def accuracy_section(inputs: Inputs, colours: dict[str, str]) -> Section | None:
+    """Says what each task's zero-shot accuracy is, with the differences question by question."""
+    tasks, means = headlines(inputs.evaluation), averages(inputs.evaluation)
+    if not tasks and not means:
+        return None
+    columns = [*tasks, *means]
+    blocks: list[Block] = [Text(_accuracy_words(inputs, tasks, means))]
+    header = ("model", *(heading(measure) for measure in columns))
+    values = tuple((s.name, *(accuracy(m, s.name) for m in columns)) for s in inputs.subjects)
+    blocks.append(drop_empty_columns(Table("Accuracy, % \u00b1 standard error", header, values), MISSING))
+    changes = tuple(
+        (s.name, *(_accuracy_change(m, tasks, means, s.name, inputs.baseline) for m in columns))
+        for s in inputs.compared
+    )
+    if any(cell != MISSING for row in changes for cell in row[1:]):
+        caption = f"Difference from {inputs.baseline} in percentage points \u00b1 standard error"
+        blocks.append(drop_empty_columns(Table(caption, header, changes), MISSING))
+        blocks.append(
+            Text(
+                "Differences are taken question by question, so that their errors are smaller than those of the two "
+                "accuracies. p: two-sided exact McNemar test; with several tasks and models, a few small values are "
+                "expected by chance."
+            )
+        )
+    return Section("Zero-shot accuracy", tuple(blocks))
+
+
+def heading(measure: Measure) -> str:
+    """Returns the title of a task's column."""
+    metric = "" if measure.metric == "accuracy" else f", {measure.metric}"
+    few = measure.settings.get("num_fewshot")
+    return f"{measure.label}{metric}" + (f", {few}-shot" if few and "fewshot" not in measure.label else "")
+
+
+def accuracy(measure: Measure, model: str | None) -> str:
+    """Returns an accuracy in percent with its standard error, another metric as it is."""
+    record = measure.records.get(model or "")
+    if record is None:
+        return MISSING
+    scale, error = _scale(measure), record.standard_error
+    return number(scale * record.value, None if error is None else scale * error)
+
+
+def _scale(measure: Measure) -> float:
+    return 100.0 if measure.first.unit == "accuracy" else 1.0
+
+
+def _accuracy_change(
+    measure: Measure, tasks: Sequence[Measure], means: Sequence[Measure], model: str, baseline: str | None
+) -> str:
+    if measure in means:
+        return difference(average_change(measure, tasks, model, baseline), scale=100)
+    found = change(measure, model, baseline)
+    if found is None or found.difference.p_value is None:
+        return difference(found, scale=_scale(measure))
+    value = probability(found.difference.p_value)
+    return f"{difference(found, scale=_scale(measure))}\n(p {value if value.startswith('<') else '= ' + value})"
+
+
+def _accuracy_words(inputs: Inputs, tasks: Sequence[Measure], means: Sequence[Measure]) -> str:
+    sentences = []
+    for measure in means:
+        suffix = measure.label.removeprefix(measure.task).removeprefix(", ")
+        parts = []
+        for name in _spoken(measure, inputs):
+            found = average_change(measure, tasks, name, inputs.baseline)
+            points = f" ({difference(found, scale=100)} points)" if found is not None else ""
+            parts.append(f"{name} {accuracy(measure, name)} %{points}")
+        if parts and inputs.baseline in measure.records:
+            parts.insert(0, f"{inputs.baseline} {accuracy(measure, inputs.baseline)} %")
+        if parts:
+            where = f" ({suffix})" if suffix else ""
+            sentences.append(f"Questions answered correctly, averaged over the tasks{where}: {'; '.join(parts)}.")
+    limits = sorted({m.settings["limit"] for m in tasks if isinstance(m.settings.get("limit"), int)})
+    if limits:
+        words = " or ".join(map(str, limits))
+        sentences.append(f"Only the first {words} questions of a task were asked where a limit is set.")
+    return " ".join(sentences) or "No example precedes a question unless the column says so."

@@ -1,0 +1,612 @@
+"""The report: what its numbers say, what it looks like to a browser, and that nothing is ever half-written."""
+
+import base64
+import errno
+import itertools
+import json
+import math
+import random
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from huggingface_hub import ModelCard, metadata_load
+from tiny_models import find, make_model
+from tiny_tokenizer import make_tokenizer
+
+import amprune
+from amprune.errors import ReportError
+from amprune.evaluation.records import Evaluation, ModelEntry, Record
+from amprune.evaluation.workload import Workload
+from amprune.model_card import read_card
+from amprune.plan import make_plan
+from amprune.report import ReportFiles, write_report
+from amprune.report.numbers import number, percent, probability, scaled, seconds, shortened, times
+from amprune.scores import ImportanceScores, LayerScores
+from amprune.shape import ModelShape
+
+DENSE = "smollm2-135m"
+TASKS = {"winogrande": 0.53, "piqa": 0.68, "arc_easy": 0.585, "arc_challenge": 0.29, "hellaswag": 0.43}
+DEVICE = "cpu (AMD EPYC 9B14, 2 threads)"
+VERSIONS = {"python": "3.11.7", "amprune": "0.1.0", "torch": "2.13.0+cpu", "transformers": "5.23.0", "lm-eval": "0.4.9"}
+EMBEDDINGS = 28_311_552
+
+
+def smollm_shape(
+    *, layers: int = 30, heads: int = 9, groups: int = 3, neurons: int = 1536, hidden: int = 576
+) -> ModelShape:
+    """Sizes like SmolLM2-135M's."""
+    units = layers * (heads * 2 * 64 * hidden + groups * 2 * 64 * hidden + neurons * 3 * hidden)
+    return ModelShape(
+        model_type="llama",
+        num_layers=layers,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        head_dim=64,
+        intermediate_size=neurons,
+        parameters=units + EMBEDDINGS + 2 * layers * hidden + hidden,
+        query_head_parameters=2 * 64 * hidden,
+        key_value_head_parameters=2 * 64 * hidden,
+        neuron_parameters=3 * hidden,
+        query_head_counts=tuple(range(1, heads + 1)),
+    )
+
+
+def made_scores(shape: ModelShape, seed: int = 0) -> ImportanceScores:
+    """Scores that grow with depth and have long tails, as those of real models do."""
+    draw = np.random.default_rng(seed)
+    layers = []
+    for index in range(shape.num_layers):
+        scale = 0.2 * math.exp(2 * index / shape.num_layers)
+        heads = scale * draw.lognormal(0, 0.6, shape.num_attention_heads)
+        groups = heads.reshape(shape.num_key_value_heads, -1).sum(axis=1) * 0.8
+        neurons = 0.05 * scale * draw.lognormal(0, 0.8, shape.intermediate_size)
+        layers.append(LayerScores(*(values.astype(np.float32) for values in (heads, groups, neurons))))
+    calibration = {"name": "builtin", "samples": 50, "tokens": 13579, "seed": 0, "sha256": "ab" * 32}
+    return ImportanceScores(tuple(layers), shape, "c0ffee" * 8, "amp", calibration, {"dtype": "bfloat16"})
+
+
+def pruned_records(folder: Path, scores: ImportanceScores, **options: Any) -> tuple[Path, dict[str, Any], int]:
+    """Writes what amprune leaves beside a pruned model's weights."""
+    plan = make_plan(scores, **options)
+    plan.save(folder / "amprune" / "plan.json")
+    scores.save(folder / "amprune" / "scores.safetensors")
+    made = {"ratio_target": plan.ratio_target, "ratio_actual": plan.ratio_actual, "provenance": plan.provenance}
+    shapes = {"shape_before": plan.shape_before.to_dict(), "shape_after": plan.shape_after.to_dict()}
+    return folder, {**made, **shapes}, plan.shape_after.parameters
+
+
+def entry(name: str, parameters: int, source: str = "", pruned: dict[str, Any] | None = None) -> ModelEntry:
+    return ModelEntry(
+        name=name, source=source or name, sha256=(name.encode().hex() * 64)[:64], model_type="llama", dtype="bfloat16",
+        parameters=parameters, weight_bytes=2 * parameters, license="apache-2.0", pruned=pruned,
+        base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
+    )  # fmt: skip
+
+
+def measured(
+    name: str,
+    parameters: int,
+    *,
+    perplexity: float,
+    loss: float = 0.0,
+    speed: float = 1.0,
+    cases: Sequence[tuple[int, int, str]] = ((1, 12, "eager"), (16, 512, "eager"), (1, 12, "compile")),
+    limit: int | None = None,
+    questions: int = 400,
+) -> Iterator[Record]:
+    """Every record of one model; `loss` is what its accuracies lack, `speed` its decoding speedup at batch 1."""
+    common: dict[str, Any] = {
+        "model": name,
+        "device": DEVICE,
+        "versions": VERSIONS,
+        "time": "2026-11-22T10:00:00+00:00",
+    }
+    dtype = {"dtype": "bfloat16"}
+    sizes = {"parameters": parameters, "weight_bytes": 2 * parameters, "weight_bytes_per_token": 2 * parameters,
+             "kv_cache_bytes_per_token": 23040, "macs_per_token": 1.02 * parameters}  # fmt: skip
+    for metric, value in sizes.items():
+        unit = "bytes" if "bytes" in metric else metric
+        yield Record(measurement="size", task="model", metric=metric, value=value, unit=unit, settings=dtype, **common)
+    draw, shared = random.Random(f"{name} losses"), random.Random("windows")
+    losses = [math.log(perplexity) + shared.gauss(0, 0.2) + draw.gauss(0, 0.02) for _ in range(141)]
+    error = perplexity * np.std(losses, ddof=1) / math.sqrt(141)
+    yield Record(
+        measurement="perplexity", task="wikitext2 test", metric="perplexity", unit="perplexity", n=141,
+        value=perplexity, standard_error=float(error), items=tuple(losses), items_hash="windows",
+        settings={"sequence_length": 2048, "windows": None, **dtype},
+        data={"name": "wikitext2 test", "sha256": "9f" * 32, "tokens": 289_000, "predicted": 288_000}, **common,
+    )  # fmt: skip
+    yield from zero_shot(name, loss, common, limit, questions)
+    for batch, prompt, mode in cases:
+        yield from latency(name, speed, common, batch, prompt, mode)
+
+
+def zero_shot(name: str, loss: float, common: dict[str, Any], limit: int | None, questions: int) -> Iterator[Record]:
+    values, errors = [], []
+    for task, accuracy in TASKS.items():
+        shared, own = random.Random(task), random.Random(f"{name} {task}")
+        dense = [float(shared.random() < accuracy) for _ in range(questions)]
+        items = [(0.0 if hit and own.random() < 2 * loss else hit) if loss else hit for hit in dense]
+        for metric in ("acc", "acc_norm") if task != "winogrande" else ("acc",):
+            value = sum(items) / questions
+            error = math.sqrt(value * (1 - value) / questions)
+            headline = "acc" if task == "winogrande" else "acc_norm"
+            if metric == headline:
+                values.append(value)
+                errors.append(error)
+            yield Record(
+                measurement="zero_shot", task=task, metric=metric, value=value, unit="accuracy", n=questions,
+                standard_error=error, items=tuple(items), items_hash=f"{task} {questions}",
+                settings={"limit": limit, "num_fewshot": 0, "task_version": "1.0", "dtype": "bfloat16"},
+                data={"name": f"{task}.jsonl", "sha256": "5e" * 32}, **common,
+            )  # fmt: skip
+    yield Record(
+        measurement="zero_shot", task="average", metric="accuracy", value=sum(values) / 5, unit="accuracy",
+        n=5 * questions, standard_error=math.hypot(*errors) / 5,
+        settings={"limit": limit, "tasks": list(TASKS), "dtype": "bfloat16"}, **common,
+    )  # fmt: skip
+
+
+def latency(name: str, speed: float, common: dict[str, Any], batch: int, prompt: int, mode: str) -> Iterator[Record]:
+    task, draw = f"batch {batch}, prompt {prompt}, new 128, {mode}", random.Random(f"{name} {batch} {mode}")
+    settings = {"batch_size": batch, "prompt_tokens": prompt, "new_tokens": 128, "mode": mode, "warmup": 10, "runs": 20,
+                "dtype": "bfloat16"}  # fmt: skip
+    prefill, decode = (
+        0.03 * batch * prompt / 12 / speed,
+        3.1 * (1 + batch / 9) / speed * (0.8 if mode != "eager" else 1),
+    )
+    seconds_of = {"prefill": prefill, "decode": decode, "total": prefill + decode}
+    for metric, mean in seconds_of.items():
+        items = tuple(mean * (1 + abs(draw.gauss(0, 0.03))) for _ in range(20))
+        yield Record(
+            measurement="latency", task=task, metric=metric, value=sum(items) / 20, unit="s", n=20, seed=0,
+            standard_error=float(np.std(items, ddof=1) / math.sqrt(20)), items=items, items_hash=f"together {task}",
+            settings=settings, **common,
+        )  # fmt: skip
+    yield Record(measurement="memory", task=task, metric="peak", value=4.1e8 / speed, unit="bytes", settings=settings,
+                 **common)  # fmt: skip
+    if batch == 1:
+        yield Record(
+            measurement="energy", task=task, metric="energy", value=1.21 / speed, unit="Wh per 1,000 tokens", n=5,
+            standard_error=0.02, settings=settings, note="CPU power is modelled by CodeCarbon, not measured", **common,
+        )  # fmt: skip
+
+
+def write_example(folder: Path, models: Sequence[tuple[str, float, float, float, float]] = ()) -> Path:
+    """Writes an evaluation of a dense and some pruned models: name, ratio, perplexity, lost accuracy, speed."""
+    models = models or [("pruned-20", 0.2, 58.97, 0.07, 1.18), ("pruned-30", 0.3, 121.4, 0.13, 1.27)]
+    shape = smollm_shape()
+    scores, evaluation = made_scores(shape), Evaluation()
+    evaluation.add_model(entry(DENSE, shape.parameters))
+    evaluation.add(measured(DENSE, shape.parameters, perplexity=17.67))
+    for index, (name, ratio, perplexity, loss, speed) in enumerate(models):
+        place, made, parameters = pruned_records(folder / f"model {index}", scores, ratio=ratio)
+        evaluation.add_model(entry(name, parameters, str(place), made))
+        evaluation.add(measured(name, parameters, perplexity=perplexity, loss=loss, speed=speed))
+    evaluation.save(folder / "evaluation.json")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> ReportFiles:
+    """The report of a dense and two pruned models."""
+    return write_report(write_example(tmp_path_factory.mktemp("compared")))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny dense model and what amprune made of it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    dense, out = folder / "dense", folder / "pruned"
+    make_model(find("llama-gqa")).save_pretrained(dense)
+    make_tokenizer().save_pretrained(dense)
+    (dense / "README.md").write_text("---\nlicense: mit\nlanguage: [en]\n---\n\n# Dense\n")
+    scores = amprune.score(dense, calibration="builtin", samples=4)
+    amprune.apply_plan(dense, amprune.make_plan(scores, ratio=0.3), out, scores=scores)
+    return dense, out
+
+
+@pytest.fixture
+def checkpoint(tiny: tuple[Path, Path], tmp_path: Path) -> Path:
+    """A pruned checkpoint with an evaluation beside its records."""
+    dense, made = tiny
+    out = Path(shutil.copytree(made, tmp_path / "out"))
+    plan = amprune.PruningPlan.load(out / "amprune" / "plan.json")
+    content = json.loads((out / "amprune" / "plan.json").read_text())
+    content.pop("layers")
+    evaluation = Evaluation()
+    evaluation.add_model(entry("dense", plan.shape_before.parameters, str(dense)))
+    evaluation.add_model(entry("mine", plan.shape_after.parameters, "where/it/was/before", content))
+    evaluation.add(measured("dense", plan.shape_before.parameters, perplexity=17.67))
+    evaluation.add(measured("mine", plan.shape_after.parameters, perplexity=58.97, loss=0.07, speed=1.18))
+    evaluation.save(out / "amprune" / "evaluation.json")
+    return out
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_figures_are_rounded_to_their_errors() -> None:
+    assert number(17.6712, 0.3049) == "17.7 ± 0.3"
+    assert number(17.6712, 0.0149) == "17.671 ± 0.015"
+    assert number(0.4532, 0.0099) == "0.453 ± 0.010"
+    assert number(176703.4, 2947.0) == "176,700 ± 2,900"
+    assert number(5.3e8, 2.1e7) == "5.3e+08 ± 2e+07"
+    assert (number(17.6712), number(1365.9), number(5.3e8)) == ("17.67", "1,366", "5.3e+08")
+    assert (number(-3.21, 0.8, signed=True), number(3.21, 0.8, signed=True)) == ("\u22123.2 ± 0.8", "+3.2 ± 0.8")
+    assert number(-0.001, 0.2, signed=True) == "0.00 ± 0.20"
+    assert (percent(0.2), percent(-0.153), percent(0.94, 0)) == ("20.0 %", "\u221215.3 %", "94 %")
+    assert (scaled(134515008), scaled(269e6, "B"), scaled(6.7e9), scaled(12, "B")) == (
+        "134.5 M", "269.0 MB", "6.700 B", "12 B")  # fmt: skip
+    assert (seconds(0.0278), seconds(3.55), times(1.1789), times(59.94)) == ("27.8 ms", "3.55 s", "1.18x", "59.9x")
+    assert (probability(0.0004), probability(0.0312), probability(0.5)) == ("< 0.001", "0.031", "0.50")
+    assert shortened("a" * 20 + "b" * 20, 11) == "aaaaa\u2026bbbbb"
+
+
+def test_the_markdown_says_what_was_measured(compared: ReportFiles) -> None:
+    text = compared.markdown.read_text()
+    assert text.count("# 2 models against smollm2-135m") == 1
+    assert "| pruned-20 | 107.6 M | 20.0 % | 59.0 ± 1.0 |" in text
+    assert "that of pruned-20 is 59.0 ± 1.0, 3.34x as high (+41.3 ± 0.7)" in text
+    assert re.search(r"1\.18x measured of 1\.25x ideal, 94 % of the ideal; 15 % of the time is saved", text)
+    assert re.search(r"\| pruned-20 \| \u22127\.2 ± 1\.3 \(p < 0\.001\) \|", text)
+    assert re.search(r"smollm2-135m 50\.5 ± 1\.1 %; pruned-20 43\.7 ± 1\.1 % \(\u22126\.9 ± 0\.6 points\)", text)
+    assert "347.5 MB (\u221215.3 %)" in text
+    assert "CPU power is modelled by CodeCarbon, not measured." in text
+    assert "| pruned-20 | 107,610,048 | 20.00 % | 215.2 MB |" in text
+    assert "0.432 kg CO2e a kWh" in text
+    assert "3 of 9 query heads of every layer were removed" in text
+    assert "9f9f9f9f9f9f" in text
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        assert (compared.markdown.parent / target).is_file(), target
+    assert all(figure.stat().st_size > 1000 for figure in compared.figures)
+
+
+def test_the_average_is_compared_by_pairs(compared: ReportFiles) -> None:
+    """Its error is that of five means of paired differences, far below that of two averages."""
+    evaluation = Evaluation.load(compared.markdown.parent / "evaluation.json")
+    records = {(r.model, r.task): r for r in evaluation.records.values() if r.metric != "acc" or r.task == "winogrande"}
+    errors = []
+    for task in TASKS:
+        pair = zip(records["pruned-20", task].items, records[DENSE, task].items, strict=True)
+        errors.append(np.std([a - b for a, b in pair], ddof=1) / math.sqrt(400))
+    assert f"± {100 * math.hypot(*errors) / 5:.1f} points)" in compared.markdown.read_text()
+
+
+def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
+    write_example(tmp_path / "a", [("pruned", 0.3, 58.97, 0.07, 1.18)])
+    first = write_report(tmp_path / "a")
+    before = files_in(tmp_path / "a")
+    write_report(tmp_path / "a")
+    assert files_in(tmp_path / "a") == before
+    assert b"Date" not in first.figures[0].read_bytes()
+
+
+def test_figures_that_are_no_longer_drawn_go(tmp_path: Path) -> None:
+    write_example(tmp_path)
+    files = write_report(tmp_path)
+    (tmp_path / "figures" / "mine.png").write_bytes(b"holiday")
+    shutil.rmtree(tmp_path / "model 0")
+    shutil.rmtree(tmp_path / "model 1")
+    left = write_report(tmp_path)
+    assert {path.stem for path in files.figures} - {path.stem for path in left.figures} == {"heads", "neurons"}
+    assert set((tmp_path / "figures").iterdir()) == {*left.figures, tmp_path / "figures" / "mine.png"}
+
+
+def test_a_checkpoint_gets_its_report_and_its_card(checkpoint: Path) -> None:
+    files = write_report(checkpoint)
+    assert files.markdown == checkpoint / "amprune" / "report.md"
+    assert {path.stem for path in files.figures} == {"perplexity-1", "latency", "parameters", "heads", "neurons"}
+    report, card = files.markdown.read_text(), (checkpoint / "README.md").read_text()
+    assert "# mine: dense with 30.1 % of its parameters removed" in report
+    assert "| logits | passed |" in report
+    assert report.count("Verified: its logits equal") == card.count("Verified: its logits equal") == 1
+    assert "59.0 ± 1.0" in card
+    assert "](amprune/figures/heads.png)" in card
+    for target in re.findall(r"\]\((amprune/[^)]+)\)", card):
+        assert (checkpoint / target).is_file(), target
+    assert files.card == checkpoint / "README.md"
+    assert files.card_kept is None
+    write_report(checkpoint)
+    assert (checkpoint / "README.md").read_text() == card, "renewing twice is renewing once"
+
+
+def test_the_front_matter_is_what_the_hub_reads(checkpoint: Path) -> None:
+    file = checkpoint / "README.md"
+    file.write_text(file.read_text().replace("- pruned\n", "- pruned\n- mine\n", 1))
+    write_report(checkpoint)
+    front = metadata_load(file)
+    assert front is not None
+    assert (front["license"], front["language"], front["library_name"]) == ("mit", ["en"], "transformers")
+    assert front["tags"] == ["pruned", "mine", "amprune"]
+    assert front["base_model"] == ["HuggingFaceTB/SmolLM2-135M-Instruct"]
+    data = ModelCard.load(file).data
+    assert data.eval_results is not None
+    found = {(result.dataset_name, result.metric_type): result for result in data.eval_results}
+    assert found["wikitext2 test", "perplexity"].metric_value == 58.97
+    assert found["wikitext2 test", "perplexity"].dataset_type == "Salesforce/wikitext"
+    assert {name for name, _ in found} == {"wikitext2 test", "average", *TASKS}
+    names = [(result.dataset_type, result.dataset_config, result.metric_name) for result in data.eval_results]
+    assert len(set(names)) == len(names)
+
+
+def test_a_foreign_card_is_kept(checkpoint: Path) -> None:
+    (checkpoint / "README.md").write_text("# My own words\n")
+    files = write_report(checkpoint)
+    assert (checkpoint / "README.md").read_text() == "# My own words\n"
+    assert files.card is None
+    assert "was not written by amprune" in str(files.card_kept)
+    (checkpoint / "README.md").unlink()
+    assert write_report(checkpoint).card == checkpoint / "README.md"
+    assert read_card(checkpoint).dense == "dense"
+
+
+def test_without_an_evaluation_the_records_are_drawn(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    out = Path(shutil.copytree(tiny[1], tmp_path / "out"))
+    files = write_report(out)
+    text = files.markdown.read_text()
+    assert f"amprune evaluate DENSE {out} -o {out}/amprune/evaluation.json" in text
+    assert {path.stem for path in files.figures} == {"heads", "neurons", "parameters"}
+    card = (out / "README.md").read_text()
+    assert "amprune evaluate" not in card
+    assert "## Results" in card
+    assert "model-index" not in card
+    assert read_card(out).dense == "dense"
+
+
+def test_a_checkpoint_without_scores_or_verification_is_drawn_too(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    out = Path(shutil.copytree(tiny[1], tmp_path / "out"))
+    (out / "amprune" / "scores.safetensors").unlink()
+    (out / "amprune" / "verification.json").unlink()
+    files = write_report(out)
+    assert {path.stem for path in files.figures} == {"parameters"}
+    assert "no record of a verification" in files.markdown.read_text()
+    assert "Verified" not in (out / "README.md").read_text()
+
+
+def test_one_model_alone(tmp_path: Path) -> None:
+    evaluation = Evaluation()
+    evaluation.add_model(entry("only", 134_515_008))
+    evaluation.add(measured("only", 134_515_008, perplexity=17.67))
+    evaluation.save(tmp_path / "evaluation.json")
+    text = write_report(tmp_path).markdown.read_text()
+    assert "# only, measured" in text
+    assert "17.67 ± 0.30" in text
+    assert not any(word in text for word in ("speedup |", "difference |", "None", "nan"))
+
+
+@pytest.mark.parametrize("kind", ["size", "perplexity", "zero_shot", "latency", "memory", "energy"])
+def test_any_measurement_may_be_missing_or_alone(kind: str, tmp_path: Path) -> None:
+    write_example(tmp_path, [("pruned", 0.2, 58.97, 0.07, 1.18)])
+    full = Evaluation.load(tmp_path / "evaluation.json")
+    for name, keep in (("without", False), ("alone", True)):
+        evaluation = Evaluation(models=full.models)
+        evaluation.add(record for record in full.records.values() if (record.measurement == kind) is keep)
+        evaluation.save(tmp_path / name / "evaluation.json")
+        text = write_report(tmp_path / name).markdown.read_text()
+        assert not re.search(r"\b(None|nan|inf)\b", text)
+
+
+def test_other_settings_are_never_set_against_each_other(tmp_path: Path) -> None:
+    write_example(tmp_path, [("pruned", 0.2, 58.97, 0.07, 1.18)])
+    evaluation = Evaluation.load(tmp_path / "evaluation.json")
+    parameters = evaluation.models["pruned"].parameters
+    limited = measured("pruned", parameters, perplexity=58.97, loss=0.07, limit=100, questions=100, cases=())
+    evaluation.add(record for record in limited if record.measurement == "zero_shot")
+    evaluation.save(tmp_path / "evaluation.json")
+    text = write_report(tmp_path).markdown.read_text()
+    assert "piqa, limit 100, acc\\_norm" in text or "piqa, limit 100, acc_norm" in text
+    assert "piqa, no limit, acc_norm" in text
+    assert "over the first 100 items" in text
+    difference = next(line for line in text.splitlines() if line.startswith("| pruned |") and "(p " in line)
+    assert difference.count("(p ") == 5, "only the unlimited figures have a partner"
+
+
+def test_other_items_are_compared_without_pairs(tmp_path: Path) -> None:
+    write_example(tmp_path, [("pruned", 0.2, 58.97, 0.07, 1.18)])
+    content = json.loads((tmp_path / "evaluation.json").read_text())
+    for record in content["records"]:
+        if record["model"] == "pruned" and "items_hash" in record:
+            record["items_hash"] += " of another run"
+    (tmp_path / "evaluation.json").write_text(json.dumps(content))
+    text = write_report(tmp_path).markdown.read_text()
+    assert "+41.3 ± 1.0 (not paired)" in text
+    assert "1.18x, not paired" in text
+    assert "comparisons are not paired" in text
+    assert "(p " not in text
+
+
+def test_the_baseline_can_be_another(tmp_path: Path) -> None:
+    text = write_report(write_example(tmp_path), baseline="pruned-30").markdown.read_text()
+    assert "# 2 models against pruned-30" in text
+    assert "Difference from pruned-30 in percentage points" in text
+
+
+def test_costs_follow_the_workload(tmp_path: Path) -> None:
+    write_example(tmp_path, [("pruned", 0.2, 58.97, 0.07, 1.18)])
+    workload = Workload(tokens_per_day=5e6, price_per_hour=2.0, currency="EUR", grid_intensity=0.1, days=7)
+    text = write_report(tmp_path, workload=workload).markdown.read_text()
+    assert "7 days of 5,000,000 tokens a day" in text
+    assert "2 EUR an hour" in text
+    assert "0.1 kg CO2e a kWh" in text
+
+
+NASTY = "<script>alert(1)</script>|`$x_$*[a](b)\"'&amp;"
+
+
+def test_names_are_escaped(tmp_path: Path) -> None:
+    files = write_report(write_example(tmp_path, [(NASTY, 0.3, 58.97, 0.07, 1.18)]))
+    html, text = files.html.read_text(), files.markdown.read_text()
+    assert "<script" not in html
+    assert "&lt;script&gt;alert(1)" in html
+    assert "<script" not in text
+    rows = [line for line in text.splitlines() if line.startswith("| &lt;script>")]
+    assert rows
+    header = next(line for line in text.splitlines() if line.startswith("| model | parameters"))
+    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows[:1]} == {len(re.findall(r"\|", header))}
+    assert all("alert(1)" not in path.name for path in files.figures)
+
+
+def bad_inputs(folder: Path) -> dict[str, tuple[dict[str, Any], str]]:
+    """Writes what cannot be drawn: arguments of write_report and what the error says."""
+    empty, damaged, other, numbers, nameless = (
+        folder / n for n in ("empty", "damaged", "other", "numbers", "nameless")
+    )
+    for place in (empty, damaged, other, nameless):
+        place.mkdir(parents=True)
+    (damaged / "evaluation.json").write_text('{"format": "amprune evaluation 1", "models": [')
+    (other / "evaluation.json").write_text('{"results": {}}')
+    Evaluation().save(nameless / "evaluation.json")
+    write_example(numbers, [("pruned", 0.2, 58.97, 0.07, 1.18)])
+    good = Path(shutil.copytree(numbers, folder / "good"))
+    content = json.loads((numbers / "evaluation.json").read_text())
+    content["records"][-1]["standard_error"] = "many"
+    (numbers / "evaluation.json").write_text(json.dumps(content))
+    return {
+        "no folder": ({"folder": folder / "none"}, "is no folder"),
+        "nothing to draw": ({"folder": empty}, "amprune evaluate DENSE PRUNED"),
+        "not JSON": ({"folder": damaged}, "not JSON"),
+        "another format": ({"folder": other}, "format"),
+        "no models": ({"folder": nameless}, "names no model"),
+        "no number": ({"folder": numbers}, "is damaged"),
+        "unknown baseline": ({"folder": good, "baseline": "x"}, f"models are {DENSE}, pruned"),
+        "no such evaluation": ({"folder": good, "evaluation": folder / "x.json"}, "cannot read"),
+    }
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["no folder", "nothing to draw", "not JSON", "another format", "no models", "no number", "unknown baseline",
+     "no such evaluation"],
+)  # fmt: skip
+def test_what_cannot_be_drawn_is_said_and_leaves_nothing(case: str, tmp_path: Path) -> None:
+    arguments, expected = bad_inputs(tmp_path)[case]
+    before = files_in(tmp_path)
+    with pytest.raises(ReportError, match=re.escape(expected)):
+        write_report(**arguments)
+    assert files_in(tmp_path) == before
+
+
+def test_an_evaluation_of_other_models_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    write_example(tmp_path / "others")
+    with pytest.raises(ReportError, match="has no figures of"):
+        write_report(checkpoint, evaluation=tmp_path / "others" / "evaluation.json")
+
+
+def test_a_damaged_plan_is_said(checkpoint: Path) -> None:
+    (checkpoint / "amprune" / "plan.json").write_text("{}")
+    with pytest.raises(ReportError, match="records are damaged"):
+        write_report(checkpoint)
+
+
+def test_a_report_of_someone_else_is_kept(tmp_path: Path) -> None:
+    write_example(tmp_path, [("pruned", 0.2, 58.97, 0.07, 1.18)])
+    (tmp_path / "report.md").write_text("my own\n")
+    before = files_in(tmp_path)
+    with pytest.raises(ReportError, match="was not written by amprune report"):
+        write_report(tmp_path)
+    assert files_in(tmp_path) == before
+
+
+@pytest.mark.parametrize("successes", [0, 3, 7])
+def test_a_full_disk_leaves_nothing_half_written(
+    successes: int, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, whole, calls = files_in(checkpoint), Path.write_bytes, itertools.count()
+
+    def fail(self: Path, data: bytes) -> int:
+        if next(calls) < successes:
+            return whole(self, data)
+        whole(self, data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    with pytest.raises(ReportError, match="No space left"):
+        write_report(checkpoint)
+    assert files_in(checkpoint) == before
+    assert not (checkpoint / "amprune" / "figures").exists()
+
+
+def test_a_file_in_the_way_is_an_error(tmp_path: Path) -> None:
+    write_example(tmp_path, [("pruned", 0.2, 58.97, 0.07, 1.18)])
+    (tmp_path / "figures").write_text("not a folder")
+    before = files_in(tmp_path)
+    with pytest.raises(ReportError, match="cannot write the report"):
+        write_report(tmp_path)
+    assert files_in(tmp_path) == before
+
+
+def test_groups_within_and_random_orders_are_drawn(tmp_path: Path) -> None:
+    """Large maps: 80 layers of 64 heads in 8 groups, heads removed in three ways."""
+    shape = smollm_shape(layers=80, heads=64, groups=8, neurons=512, hidden=4096)
+    scores, evaluation = made_scores(shape), Evaluation()
+    evaluation.add_model(entry("dense", shape.parameters))
+    options: dict[str, dict[str, Any]] = {
+        "groups": {"heads_mode": "groups"}, "within": {"heads_mode": "within"}, "random": {"order": "random"},
+    }  # fmt: skip
+    for name, choice in options.items():
+        folder, made, parameters = pruned_records(tmp_path / name, scores, ratio=0.25, **choice)
+        evaluation.add_model(entry(name, parameters, str(folder), made))
+    evaluation.save(tmp_path / "evaluation.json")
+    files = write_report(tmp_path)
+    text = files.markdown.read_text()
+    assert {path.stem for path in files.figures} == {"parameters", "heads", "heads-2", "heads-3", "neurons"}
+    assert "random kept others than the best, on purpose" in text
+
+
+LAUNCH = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+          "--disable-component-update", "--disable-sync"]  # fmt: skip
+MANY = [(f"m{i} {'a very long name of a pruned model ' * 2}{i}" if i % 2 else f"pruned-{i}", 0.05 * i,
+         17.67 * 10 ** (i * i / 9), 0.02 * i, 1 + 0.05 * i) for i in range(1, 10)]  # fmt: skip
+
+
+def look(page: Any, file: Path) -> tuple[list[str], list[str]]:
+    """Opens a report, checks what is seen, and returns what the console says and what was fetched."""
+    problems: list[str] = []
+    requests: list[str] = []
+    page.on("console", lambda message: problems.append(message.text))
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto(file.as_uri())
+    pictures = page.locator("img").all()
+    sizes = [picture.evaluate("image => [image.naturalWidth, image.clientWidth]") for picture in pictures]
+    assert len(pictures) == len(list((file.parent / "figures").glob("*.svg")))
+    assert all(natural > 0 and shown > 300 for natural, shown in sizes)
+    assert all(picture.is_visible() and picture.get_attribute("alt") for picture in pictures)
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    assert "None" not in page.evaluate("document.body.innerText")
+    return problems, requests
+
+
+@pytest.mark.parametrize("models", [[], MANY, [(NASTY, 0.3, 58.97, 0.07, 1.18)]], ids=["two", "ten", "nasty"])
+def test_a_browser_shows_it_whole_on_a_desk_and_on_a_phone(models: list[Any], tmp_path: Path) -> None:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("needs chromium on the PATH")
+    page_file = write_report(write_example(tmp_path, models)).html
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=LAUNCH)
+        try:
+            for width in (1280, 360):
+                problems, requests = look(browser.new_page(viewport={"width": width, "height": 800}), page_file)
+                assert problems == []
+                assert [url for url in requests if not url.startswith("data:")] == [page_file.as_uri()]
+        finally:
+            browser.close()
+
+
+def test_the_html_holds_its_figures(compared: ReportFiles) -> None:
+    html = compared.html.read_text()
+    encoded = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', html)
+    drawn = [path.read_bytes() for path in compared.figures if path.suffix == ".svg"]
+    assert [base64.b64decode(data) for data in encoded] == drawn
+    assert "<script" not in html
+    assert not re.search(r'(?:src|href)="(?!data:|#)', html)
