@@ -95,7 +95,7 @@ def card_text(
 
 {_MARKER}{name} -->
 
-# {escaped(dense)}, {plan.ratio_actual:.1%} pruned
+# {escaped(dense)}, {100 * plan.ratio_actual:.1f} % pruned
 
 Made from {escaped(dense)} by structured pruning with amprune {__version__}: {removal(plan)}, by the criterion of
 [AMP](https://arxiv.org/abs/2504.21174). It is an ordinary checkpoint.
@@ -156,7 +156,7 @@ def how_it_was_made(plan: PruningPlan, logit_difference: float | None) -> tuple[
     return (
         scored,
         "Verified: its logits equal those of the dense model with the removed units masked (largest difference "
-        f"{logit_difference:.1e} of their standard deviation, in float64).",
+        f"{f'{logit_difference:.1e}' if logit_difference else '0'} of their standard deviation, in float64).",
     )
 
 

@@ -5,7 +5,7 @@
 write.py      START HERE: everything once, in order; files appear whole or not at all
 inputs.py     what is read
 measures.py   the same measurement of several models, and how they differ
-contents.py   what is shown, from the sections of quality.py, speed.py, importance.py, provenance.py
+contents.py   what is shown, from the sections of quality.py, speed.py, sizes.py, importance.py, provenance.py
 blocks.py     paragraphs, tables and figures, before they are Markdown or HTML
 numbers.py    figures as text, rounded to what their standard errors support
 drawing.py    how figures look; figures_measured.py and figures_importance.py draw them

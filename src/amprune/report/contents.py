@@ -28,9 +28,8 @@ from amprune.report.quality import (
     difference,
     heading,
     perplexity_section,
-    removed,
-    size_section,
 )
+from amprune.report.sizes import removed, size_section
 from amprune.report.speed import amount, latency_section, resources_section, rise, workload_section
 
 _TILED = 3
@@ -159,7 +158,7 @@ def _speed_columns(inputs: Inputs) -> tuple[list[tuple[str, dict[str, str]]], li
         ideals = {name: ideal_speedup(inputs.evaluation, name, inputs.baseline) for name in changes}
         columns.append(("decoding speedup", {n: times(c.difference.value) for n, c in changes.items() if c}))
         columns.append(("ideal", {name: times(value) for name, value in ideals.items() if value is not None}))
-        cases.append(f"speed, memory and energy: {measure.label}")
+        cases.append(f"speed: {measure.label}")
     for measurement, words in (("memory", "peak memory"), ("energy", "energy")):
         for measure in find_measures(inputs.evaluation, measurement)[:1]:
             unit = "" if measure.first.unit == "bytes" else f", {measure.first.unit}"

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from amprune.report.drawing import BASELINE_COLOUR, logarithmic, new_figure
 from amprune.report.labels import ENDS, Label, write_labels
-from amprune.report.measures import Measure, change, decode_steps
+from amprune.report.measures import Measure, change, decode_steps, quartiles
 from amprune.report.numbers import number, percent, scaled, shortened, times
 
 _PARTS = {
@@ -99,12 +99,13 @@ def _latency_panel(
     axes: Axes, measure: Measure, *, baseline: str | None, ideals: Mapping[str, float], colours: Mapping[str, str]
 ) -> None:
     steps, records = decode_steps(measure), measure.records
-    milliseconds = {name: 1000 * record.value / steps for name, record in records.items()}
+    spreads = {name: [1000 * value / steps for value in quartiles(record)] for name, record in records.items()}
+    milliseconds = {name: middle for name, (_, middle, _) in spreads.items()}
     dense = milliseconds.get(baseline or "")
     for row, (name, value) in enumerate(milliseconds.items()):
-        error = records[name].standard_error
-        spread = None if error is None else 1000 * error / steps
-        axes.barh(row, value, height=0.68, color=colours[name], xerr=spread, ecolor="#222222", capsize=2)
+        low, _, high = spreads[name]
+        axes.barh(row, value, height=0.68, color=colours[name])
+        axes.errorbar(value, row, xerr=[[value - low], [high - value]], color="#222222", capsize=2, linewidth=1.0)
         words = number(value)
         found = change(measure, name, baseline)
         if found is not None:
@@ -114,8 +115,7 @@ def _latency_panel(
             axes.plot([ideal, ideal], [row - 0.42, row + 0.42], color="black", linewidth=1.8)
             words += f" of {times(ideals[name])} ideal"
         words += ")" if found is not None else ""
-        reach = value + (spread or 0.0)
-        axes.annotate(words, (reach, row), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.annotate(words, (high, row), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8)
     axes.set_yticks(range(len(milliseconds)), [shortened(name, 22) for name in milliseconds])
     axes.invert_yaxis()
     axes.set_title(measure.label)

@@ -144,13 +144,21 @@ def ideal_speedup(evaluation: Evaluation, model: str, baseline: str | None) -> f
     return None
 
 
+def quartiles(record: Record) -> tuple[float, float, float]:
+    """Returns the lower quartile, the median and the upper quartile of a latency's runs."""
+    if len(record.items) < 2:
+        return record.value, record.value, record.value
+    low, middle, high = statistics.quantiles(record.items, n=4, method="inclusive")
+    return low, middle, high
+
+
 def tokens_per_second(record: Record) -> float | None:
-    """Returns the generated tokens a second of a total latency."""
+    """Returns the generated tokens a second of a total latency, by its median."""
     settings = record.settings
     new, batch = settings.get("new_tokens"), settings.get("batch_size", 1)
-    if not isinstance(new, int) or not isinstance(batch, int) or record.value <= 0:
+    if not isinstance(new, int) or not isinstance(batch, int) or (seconds := quartiles(record)[1]) <= 0:
         return None
-    return new * batch / record.value
+    return new * batch / seconds
 
 
 def decode_steps(measure: Measure) -> int:

@@ -13,15 +13,20 @@ from amprune.report.measures import (
     decode_steps,
     find_measures,
     ideal_speedup,
+    quartiles,
     tokens_per_second,
 )
 from amprune.report.numbers import MISSING, number, percent, scaled, seconds, times
 
+_MEDIANS = (
+    "Times are medians over the runs. A speedup is the median over pairs of runs in the same round, with its quartiles "
+    "in brackets."
+)
 _IDEAL = (
     "The ideal is the baseline's weight bytes read for a decoded token over the model's: what decoding would gain if "
     "reading weights were all that it took. Attention over the context, kernel launches and the sampling of tokens do "
     "not shrink with the weights; with large batches, arithmetic counts instead of bytes. The prefill has no such "
-    "ideal. A speedup is the median over pairs of runs in the same round, with the quartiles in brackets."
+    "ideal. "
 )
 
 
@@ -40,6 +45,7 @@ def latency_section(inputs: Inputs, colours: dict[str, str]) -> Section | None:
             for name, measures in stages.items()
         }
         blocks.append(_latency_table(inputs, label, found))
+    blocks.append(Text(_MEDIANS))
     if stages["decode"]:
         blocks.append(_latency_picture(inputs, stages["decode"], colours))
     if any(ideal_speedup(inputs.evaluation, subject.name, inputs.baseline) for subject in inputs.compared):
@@ -80,7 +86,7 @@ def _latency_table(inputs: Inputs, label: str, stages: dict[str, Measure | None]
 def _time(measure: Measure | None, name: str, *, per_token: bool = False) -> str:
     if measure is None or name not in measure.records:
         return MISSING
-    return seconds(measure.records[name].value / (decode_steps(measure) if per_token else 1))
+    return seconds(quartiles(measure.records[name])[1] / (decode_steps(measure) if per_token else 1))
 
 
 def _speedup(measure: Measure | None, name: str, baseline: str | None) -> str:
@@ -137,7 +143,7 @@ def _latency_picture(inputs: Inputs, measures: tuple[Measure, ...], colours: dic
         f"{measure.label}: " + ", ".join(f"{name} {_time(measure, name, per_token=True)}" for name in measure.records)
         for measure in measures
     )
-    caption = "Time for a decoded token; whiskers are standard errors" + (
+    caption = "Median time for a decoded token; whiskers are quartiles" + (
         ", a black mark is where the ideal lies." if ideals else "."
     )
     return Picture("latency", figure, f"Milliseconds a decoded token. {words}.", caption)
