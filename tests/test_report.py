@@ -603,6 +603,14 @@ def test_a_browser_shows_it_whole_on_a_desk_and_on_a_phone(models: list[Any], tm
             browser.close()
 
 
+def test_a_model_may_be_larger_or_slower_and_have_any_name(tmp_path: Path) -> None:
+    """Names that the font of the figures lacks, a pruned baseline, a dense model that is larger than it."""
+    write_example(tmp_path, [("模型", 0.3, 17.67, 0.0, 0.9), ("$", 0.2, 17.0, 0.0, 1.0)])
+    text = write_report(tmp_path, baseline="模型").markdown.read_text()
+    assert re.search(r"\| smollm2-135m \| 134\.5 M \| \u221242\.9 % \|", text)
+    assert "| 模型 | 94.15 M |" in text
+
+
 def test_the_html_holds_its_figures(compared: ReportFiles) -> None:
     html = compared.html.read_text()
     encoded = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', html)

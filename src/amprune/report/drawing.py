@@ -2,7 +2,8 @@
 
 import io
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import matplotlib.style
@@ -42,9 +43,13 @@ _STYLE: dict[str, Any] = {
 }
 
 
-def style() -> Any:
-    """Returns a context in which figures are drawn."""
-    return matplotlib.style.context(["default", _STYLE])
+@contextmanager
+def style() -> Iterator[None]:
+    """Sets how figures are drawn; a user's own settings do not count."""
+    with matplotlib.style.context(["default", _STYLE]), warnings.catch_warnings():
+        # A name may hold characters that the font lacks; the tables show them.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        yield
 
 
 def colours_of(names: Iterable[str], baseline: str | None) -> dict[str, str]:
@@ -73,9 +78,7 @@ def to_png(figure: Figure) -> bytes:
 
 def _saved(figure: Figure, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    with style(), warnings.catch_warnings():
-        # A name may hold characters that the font lacks; the tables show them.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+    with style():
         if figure.get_layout_engine() is not None:  # laid out once, for both formats
             figure.draw_without_rendering()
             figure.set_layout_engine("none")

@@ -62,7 +62,7 @@ def _latency_table(inputs: Inputs, label: str, stages: dict[str, Measure | None]
         ideal = ideal_speedup(inputs.evaluation, name, inputs.baseline)
         decode = stages["decode"]
         gained = change(decode, name, inputs.baseline) if decode is not None else None
-        share = percent(gained.difference.value / ideal, 0) if gained is not None and ideal is not None else MISSING
+        share = percent(gained.difference.value / ideal, 0) if gained and ideal and ideal > 1 else MISSING
         rows.append(
             (
                 name,
@@ -120,12 +120,12 @@ def _latency_sentence(inputs: Inputs, measure: Measure, name: str) -> str:
         return ""
     speedup, ideal = found.difference.value, ideal_speedup(inputs.evaluation, name, inputs.baseline)
     text = f"{name} decodes ({measure.label}) at {times(speedup)} the speed of {inputs.baseline}"
-    if ideal is None:
+    if ideal is None or ideal <= 1:
         return f"{text}."
     text += f": {times(speedup)} measured of {times(ideal)} ideal, {percent(speedup / ideal, 0)} of the ideal"
     if speedup >= ideal:
         return f"{text}. Nothing is left of what fewer weight bytes can give."
-    if speedup <= 1 or ideal <= 1:
+    if speedup <= 1:
         return f"{text}; {times(ideal / speedup)} is left."
     saved, possible = percent(time_saved(speedup), 0), percent(time_saved(ideal), 0)
     return f"{text}; {saved} of the time is saved where {possible} could be, and {times(ideal / speedup)} is left."
