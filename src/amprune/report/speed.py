@@ -99,7 +99,7 @@ def speedup_words(found: Change) -> str:
     text = times(found.difference.value)
     if found.difference.quartiles is not None:
         low, high = found.difference.quartiles
-        text += f" ({low:.2f} to {high:.2f})"
+        text += f"\n({low:.2f} to {high:.2f})"
     return text if found.paired else f"{text}, not paired"
 
 
