@@ -84,7 +84,7 @@ def measure_perplexity(
         progress: told how far it is.
 
     Raises:
-        EvaluationError: the text is too short, the model too small for the windows, or its logits NaN.
+        EvaluationError: the text is too short, the model too small for the windows, or its loss no number.
     """
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and sequence_length > positions:
@@ -109,7 +109,12 @@ def measure_perplexity(
 
     _, fitted = halve_until_it_fits(measure, batch_size, what=text.name)
     mean = statistics.fmean(losses)
-    value, error = math.exp(mean) if mean < _LARGEST_LOSS else math.inf, standard_error(losses)
+    if not mean < _LARGEST_LOSS:
+        raise EvaluationError(
+            f"{text.name}: the mean loss is {mean:.4g} nats a token, of which there is no perplexity; the weights are "
+            "damaged, or --dtype float32 is needed"
+        )
+    value, error = math.exp(mean), standard_error(losses)
     result = Perplexity(
         value=value,
         standard_error=None if error is None else value * error,

@@ -114,7 +114,7 @@ def evaluate(
         CheckpointError: one of the models is none, or lacks a tokenizer.
     """
     folder = None if data_dir is None else Path(data_dir).expanduser()
-    _check(measure, texts, limit, batch_size, latency)
+    _check(measure, texts, tasks, limit, batch_size, latency)
     jobs, data = [_Job("size", size_figures, needs_tokenizer=False)], []
     if "perplexity" in measure:
         found = [load_text(Path(text)) for text in texts] or [load_wikitext(split, data_dir=folder)]
@@ -158,6 +158,7 @@ def evaluate(
 def _check(
     measure: Sequence[str],
     texts: Sequence[PathLike],
+    tasks: Sequence[str],
     limit: int | None,
     batch_size: int,
     latency: Sequence[LatencySettings],
@@ -165,6 +166,9 @@ def _check(
     unknown = [name for name in measure if name not in MEASUREMENTS]
     if unknown:
         raise EvaluationError(f"cannot measure {unknown[0]!r}; choose from {', '.join(MEASUREMENTS)}")
+    for kind, chosen in (("zero_shot", tasks), ("latency", latency), ("energy", latency)):
+        if kind in measure and not chosen:
+            raise EvaluationError(f"{kind}: no {'task' if kind == 'zero_shot' else 'case'} is given; give one or more")
     names = [Path(text).name for text in texts]
     if twice := [name for name in names if names.count(name) > 1]:
         raise EvaluationError(f"two texts are called {twice[0]!r}, and figures are kept by name; rename one")

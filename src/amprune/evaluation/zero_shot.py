@@ -95,7 +95,8 @@ def open_tasks(names: Sequence[str], *, data_dir: Path | None = None) -> tuple[T
 
 def _check_known(name: str, manager: Any) -> None:
     if name not in manager.all_tasks:
-        near = difflib.get_close_matches(name, [*TASKS, *manager.all_tasks], n=3, cutoff=0.5)
+        near = [task for task in TASKS if name in task]
+        near = near or difflib.get_close_matches(name, [*TASKS, *manager.all_tasks], n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(dict.fromkeys(near))}?" if near else "`lm-eval ls tasks` lists them"
         raise EvaluationError(f"lm-evaluation-harness has no task {name!r}; {hint}")
 
