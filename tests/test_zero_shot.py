@@ -268,6 +268,19 @@ def test_a_task_of_free_answers(model: PreTrainedModel, tmp_path: Path) -> None:
     assert found["exact_match"].items == (0, 0, 0)
 
 
+def test_a_task_with_examples_of_its_own_and_two_ways_to_read_an_answer(model: PreTrainedModel, tmp_path: Path) -> None:
+    rows = [{"question": f"{number} and 1?", "answer": f"So. #### {number + 1}"} for number in range(8)]
+    folder = data_folder(tmp_path, "gsm8k_test", rows)
+    found = {count: measured(model, "gsm8k", folder, limit=2, num_fewshot=count) for count in (None, 5, 2)}
+    metrics = ["exact_match (strict-match)", "exact_match (flexible-extract)"]
+    assert all(list(accuracies) == metrics for accuracies in found.values())
+    assert {accuracy.n for accuracies in found.values() for accuracy in accuracies.values()} == {2}
+    assert {len(accuracy.items) for accuracies in found.values() for accuracy in accuracies.values()} == {2}
+    first = {count: accuracies[metrics[0]] for count, accuracies in found.items()}
+    assert {count: accuracy.num_fewshot for count, accuracy in first.items()} == {None: 5, 5: 5, 2: 2}
+    assert first[None].items_hash == first[5].items_hash != first[2].items_hash
+
+
 def test_rows_without_the_fields_of_the_task(model: PreTrainedModel, tmp_path: Path) -> None:
     data_folder(tmp_path, "copa_validation", [{"premise": "The dog barked."}])
     with pytest.raises(EvaluationError, match=r"task copa cannot run on its items from .*copa_validation\.jsonl"):

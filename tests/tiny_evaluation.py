@@ -1,5 +1,6 @@
 """What tests measure: tiny checkpoints with a tokenizer, a short text, settings that take no time."""
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from tiny_tokenizer import make_tokenizer
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from amprune.evaluation import LatencySettings
+from amprune.evaluation.data import TASK_FILES
 
 DATA_DIR = Path(os.environ.get("AMPRUNE_DATA_DIR", "no-data"))
 needs_data = pytest.mark.skipif(
@@ -63,3 +65,15 @@ def text_file(path: Path, sentences: int = 18) -> Path:
     lines = (f"{number}. {_SENTENCES[number % 3]}" for number in range(sentences))
     path.write_text("".join(lines), encoding="utf-8")
     return path
+
+
+def task_folder(folder: Path) -> Path:
+    """Writes a data folder with WinoGrande alone, as many rows as the real file has, no two alike."""
+    (folder / "tasks").mkdir()
+    rows = (
+        {"sentence": f"The _ of {number} is red.", "option1": "fox", "option2": "dog", "answer": "12"[number % 2]}
+        for number in range(TASK_FILES["winogrande"].rows)
+    )
+    file = folder / "tasks" / TASK_FILES["winogrande"].file
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    return folder
