@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from amprune.inspection import Inspection
     from amprune.pipeline import PrunedModel
     from amprune.plan import PruningPlan
+    from amprune.recovery import RecoveredModel
     from amprune.report import ReportFiles
     from amprune.report.measures import Measure
     from amprune.verification import VerificationReport
@@ -29,10 +30,10 @@ stdout, stderr = Console(highlight=False, soft_wrap=True), Console(stderr=True, 
 
 
 @contextmanager
-def reported(debug: bool, *, kept: Path | None = None) -> Iterator[None]:
+def reported(debug: bool, *, kept: Path | None = None, again: str = "") -> Iterator[None]:
     """Prints what goes wrong as one paragraph on stderr and exits with 1; tracebacks only with --debug.
 
-    `kept` is where a command keeps what it has when it is interrupted.
+    `kept` is where a command keeps what it has when it is interrupted; with the option `again` it goes on from there.
     """
     logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("amprune").setLevel(logging.INFO)
@@ -45,7 +46,8 @@ def reported(debug: bool, *, kept: Path | None = None) -> Iterator[None]:
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         finished = kept is not None and kept.exists()
-        left = f"what was finished is in {kept}, the same command goes on from there" if finished else None
+        option = f" with {again}" if again else ""
+        left = f"what was finished is in {kept}, the same command{option} goes on from there" if finished else None
         stderr.print(f"amprune: interrupted; {left or 'nothing was left behind'}", markup=False)
         raise typer.Exit(130) from None
     except (typer.Exit, typer.Abort):
@@ -198,7 +200,8 @@ def show_evaluation(evaluation: "Evaluation", models: Sequence[str], output: Pat
     stdout.print(table)
     if len(models) > 1:
         stdout.print(f"In brackets: difference from {models[0]}, paired; of a latency, how many times faster.")
-    stdout.print(f"`amprune report {output.parent}` draws it.", markup=False)
+    folder = output.parent.parent if output.parent.name == "amprune" else output.parent  # in a checkpoint
+    stdout.print(f"`amprune report {folder}` draws it.", markup=False)
 
 
 def _row_name(measure: "Measure") -> str:
@@ -234,6 +237,20 @@ def _figure(measure: "Measure", model: str, tasks: Sequence["Measure"], *, basel
     found = change.difference
     spread = None if found.standard_error is None else scale * found.standard_error
     return f"{text} ({number(scale * found.value, spread, signed=True)})"
+
+
+def show_recovery(result: "RecoveredModel") -> None:
+    """Says how the losses changed and where the model is."""
+    record = result.record
+    stdout.print(
+        f"Recovered model in {result.folder}, {record['steps']} steps on {record['data']['name']}", markup=False
+    )
+    if record["validation_before"] is not None:
+        stdout.print(f"Validation loss {record['validation_before']:.4f} -> {record['validation_after']:.4f}")
+    stdout.print(
+        f"Merged: logits equal those of the model with its adapter; rounding to the checkpoint's dtype moves them by "
+        f"{record['rounding']:.1e} of their standard deviation"
+    )
 
 
 def show_report(files: "ReportFiles") -> None:

@@ -7,6 +7,7 @@ AmpruneError
 ├── ScoresError              scores cannot be computed, read, or belong to another model
 ├── PlanError                a plan cannot be made, read, or belongs to another model
 ├── VerificationError        a written checkpoint is not the model that it should be
+├── RecoveryError            a model cannot be recovered
 ├── EvaluationError          a model cannot be measured, or the data for it cannot be read
 ├── ReportError              a report cannot be drawn
 └── MissingDependencyError   an optional package or file is not installed
@@ -41,6 +42,10 @@ class PlanError(AmpruneError):
 
 class VerificationError(AmpruneError):
     """A written checkpoint is not the model that it should be."""
+
+
+class RecoveryError(AmpruneError):
+    """A model cannot be recovered by training."""
 
 
 class EvaluationError(AmpruneError):

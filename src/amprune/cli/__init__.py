@@ -2,10 +2,11 @@
 
 options.py     the application, and the arguments and options that commands share
 pruning.py     from a model to a smaller one
+recovering.py  from a pruned model to a recovered one
 measuring.py   what that cost and what it gained
 """
 
-from amprune.cli import measuring, pruning
+from amprune.cli import measuring, pruning, recovering
 from amprune.cli.options import app
 
-__all__ = ["app", "measuring", "pruning"]
+__all__ = ["app", "measuring", "pruning", "recovering"]

@@ -1,0 +1,90 @@
+"""LoRA: adapters on every linear layer of attention and MLP, and their way into the weights."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from safetensors.torch import load_file
+
+from amprune.architecture import quiet_transformers
+from amprune.checkpoint import Checkpoint
+from amprune.errors import RecoveryError
+from amprune.recovery.settings import RecoverySettings
+
+_PREFIX, _DOWN, _UP = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an adapter adds to a weight: `scale * up @ down`."""
+
+    down: torch.Tensor
+    """Shape (rank, inputs)."""
+    up: torch.Tensor
+    """Shape (outputs, rank)."""
+    scale: float
+    transposed: bool
+    """The weight has the shape (inputs, outputs), as in GPT-2."""
+
+    def to_weight(self) -> torch.Tensor:
+        """Returns the product, in float32 and in the weight's own shape."""
+        product = self.scale * (self.up @ self.down)
+        return product.T if self.transposed else product
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Returns what the adapter adds to the layer's output, without multiplying the factors."""
+        down, up = self.down.to(inputs.dtype), self.up.to(inputs.dtype)
+        return self.scale * (inputs @ down.T) @ up.T
+
+
+def with_adapters(model: Any, settings: RecoverySettings) -> Any:
+    """Freezes a model and puts an adapter, in float32, on every linear layer but the language-model head."""
+    if settings.load_in_4bit:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=settings.gradient_checkpointing)
+    elif settings.gradient_checkpointing:
+        model.enable_input_require_grads()
+    config = LoraConfig(
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    with quiet_transformers():
+        return get_peft_model(model, config)
+
+
+def read_adapter(folder: Path, checkpoint: Checkpoint) -> dict[str, Update]:
+    """Reads a saved adapter as updates of a checkpoint's tensors.
+
+    Raises:
+        RecoveryError: it is no adapter, or one of another model.
+    """
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        stored = load_file(folder / "adapter_model.safetensors")
+    except (OSError, ValueError) as error:
+        raise RecoveryError(f"{folder} holds no adapter: {error}") from error
+    scale, transposed = float(config["lora_alpha"]) / int(config["r"]), bool(config.get("fan_in_fan_out"))
+    updates = {}
+    for name in (name for name in stored if name.endswith(_DOWN)):
+        module = name.removeprefix(_PREFIX).removesuffix(_DOWN)
+        update = Update(stored[name].float(), stored[f"{_PREFIX}{module}{_UP}"].float(), scale, transposed)
+        _check_fits(update, f"{module}.weight", checkpoint, folder)
+        updates[f"{module}.weight"] = update
+    return updates
+
+
+def _check_fits(update: Update, tensor: str, checkpoint: Checkpoint, folder: Path) -> None:
+    if tensor not in checkpoint:
+        raise RecoveryError(f"{folder} is the adapter of another model: {checkpoint.folder} has no tensor {tensor}")
+    shape = (update.up.shape[0], update.down.shape[1])
+    expected, found = checkpoint.header(tensor).shape, shape[::-1] if update.transposed else shape
+    if found != expected:
+        raise RecoveryError(
+            f"{folder} is the adapter of another model: it changes {tensor} by a matrix of {found}, but in "
+            f"{checkpoint.folder} it is {expected}"
+        )

@@ -1,0 +1,124 @@
+"""From a trained adapter, or trained weights, to an ordinary checkpoint that computes the same."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from amprune.checkpoint import Checkpoint, copy_sidecars, read_checkpoint, write_shards
+from amprune.checkpoint.loading import loading_problems, vocabulary_size
+from amprune.checkpoint.streaming import streamed_model
+from amprune.errors import RecoveryError
+from amprune.memory import release_memory
+from amprune.progress import Progress, no_progress
+from amprune.recovery.adapters import Update, read_adapter
+
+TOLERANCE = 1e-4
+"""Largest allowed difference of a logit before rounding, in standard deviations: sums are taken in float32."""
+_SEQUENCES, _LENGTH = 2, 48
+
+
+def write_recovered(
+    base: Checkpoint, trained: Path, folder: Path, *, max_shard_size: str = "5GB", progress: Progress = no_progress
+) -> float:
+    """Writes the merged checkpoint into `folder`, holding one shard in memory at a time, and compares it.
+
+    Args:
+        base: what was trained.
+        trained: the saved adapter, or, of full fine-tuning, the saved model.
+        folder: a staged folder.
+        max_shard_size: such as 200MB or 5GB.
+        progress: told how far it is.
+
+    Returns:
+        How far the logits of the written model are from those of the trained one, as a root mean square in units of
+        their standard deviation, in float64: what rounding the sums to the checkpoint's dtype costs.
+
+    Raises:
+        RecoveryError: the merged model differs before rounding, the written folder does not load or is not what was
+            merged, or the adapter is another model's.
+    """
+    weights = _Merged(base, read_adapter(trained, base)) if _is_adapter(trained) else read_checkpoint(trained)
+
+    def get(name: str) -> torch.Tensor:
+        tensor = weights[name] if name in weights else weights[weights.resolve(name)]
+        return tensor.to(base.header(name).dtype).contiguous()
+
+    names = {base.stored_name(name): name for name in base}
+    headers = {stored: base.header(name) for stored, name in names.items()}
+    with progress("Merging", sum(header.bytes for header in headers.values())) as advance:
+        copy_sidecars(base.folder, folder)
+        (folder / "config.json").write_bytes((base.folder / "config.json").read_bytes())
+        write_shards(folder, headers, lambda stored: get(names[stored]), max_shard_size=max_shard_size, advance=advance)
+    with progress("Comparing", 3) as advance:
+        return _check(base, weights, folder, get, advance)
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file()
+
+
+class _Merged(Checkpoint):
+    """A checkpoint with an adapter's updates added to its tensors, in float32."""
+
+    def __init__(self, base: Checkpoint, updates: Mapping[str, Update]) -> None:
+        vars(self).update(vars(base))
+        self.updates = updates
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor = super().__getitem__(name)
+        return tensor.float() + self.updates[name].to_weight() if name in self.updates else tensor
+
+
+def _check(
+    base: Checkpoint,
+    weights: Checkpoint,
+    folder: Path,
+    get: Callable[[str], torch.Tensor],
+    advance: Callable[[int], None],
+) -> float:
+    """Holds three things: merged equals adapter, written equals merged but for rounding, and the folder loads."""
+    for kind, names in loading_problems(folder).items():
+        raise RecoveryError(f"from_pretrained finds {len(names)} {kind.replace('_', ' ')}, such as {names[0]}")
+    expected = _logits(weights, {})
+    advance(1)
+    if isinstance(weights, _Merged):
+        beside = _logits(base, weights.updates)
+        difference = float((beside - expected).abs().max() / expected.std())
+        if not difference <= TOLERANCE:
+            raise RecoveryError(
+                f"the merged model's logits differ from those of the model with its adapter by {difference:.1e} of "
+                f"their standard deviation, more than {TOLERANCE:.0e}"
+            )
+    advance(1)
+    written = read_checkpoint(folder)
+    for name in base:
+        if not torch.equal(written[name], get(name)):
+            raise RecoveryError(f"{folder}: tensor {name} is not what was merged; is the disk sound?")
+    found = _logits(written, {})
+    advance(1)
+    return float((found - expected).square().mean().sqrt() / expected.std())
+
+
+def _logits(checkpoint: Checkpoint, updates: Mapping[str, Update]) -> torch.Tensor:
+    """Computes (2, length, vocabulary) logits of seeded random tokens in float64, with updates beside the weights."""
+    model = streamed_model(checkpoint, torch.float64)
+    length = min(_LENGTH, checkpoint.positions or _LENGTH)
+    ids = torch.randint(vocabulary_size(model), (_SEQUENCES, length), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode(), _beside(model, updates):
+        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    del model
+    release_memory()
+    return logits
+
+
+@contextmanager
+def _beside(model: Any, updates: Mapping[str, Update]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for name, update in updates.items():
+            hook = lambda _, inputs, output, update=update: output + update(inputs[0])  # noqa: E731
+            module = model.get_submodule(name.removesuffix(".weight"))
+            stack.callback(module.register_forward_hook(hook).remove)
+        yield
