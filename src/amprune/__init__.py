@@ -3,6 +3,7 @@
 The stages, each a module that reads and writes files (`pipeline.py` runs them in order):
 
     MODEL -> score -> scores.safetensors -> make_plan -> plan.json -> apply_plan -> OUT -> verify
+    OUT -> recover -> OUT; any models -> evaluate -> evaluation.json -> write_report -> report.html
 
 The method is AMP: "Efficient LLMs with AMP: Attention Heads and MLP Pruning", arXiv 2504.21174.
 """
@@ -21,14 +22,18 @@ if TYPE_CHECKING:
         EvaluationError,
         MissingDependencyError,
         PlanError,
+        RecoveryError,
         ReportError,
         ScoresError,
         UnsupportedModelError,
         VerificationError,
     )
+    from amprune.evaluation import Evaluation, LatencySettings, evaluate
     from amprune.inspection import inspect
     from amprune.pipeline import PrunedModel, apply_plan, prune, score, verify
     from amprune.plan import PruningPlan, make_plan
+    from amprune.recovery import RecoveredModel, RecoverySettings, recover
+    from amprune.report import write_report
     from amprune.scores import ImportanceScores
     from amprune.shape import ModelShape
     from amprune.slicing import prune_model
@@ -43,14 +48,18 @@ _MODULES = {
         "EvaluationError",
         "MissingDependencyError",
         "PlanError",
+        "RecoveryError",
         "ReportError",
         "ScoresError",
         "UnsupportedModelError",
         "VerificationError",
     ),
+    "evaluation": ("Evaluation", "LatencySettings", "evaluate"),
     "inspection": ("inspect",),
     "pipeline": ("PrunedModel", "apply_plan", "prune", "score", "verify"),
     "plan": ("PruningPlan", "make_plan"),
+    "recovery": ("RecoveredModel", "RecoverySettings", "recover"),
+    "report": ("write_report",),
     "scores": ("ImportanceScores",),
     "shape": ("ModelShape",),
     "slicing": ("prune_model",),
@@ -63,26 +72,34 @@ __all__ = [
     "CalibrationError",
     "CalibrationSet",
     "CheckpointError",
+    "Evaluation",
     "EvaluationError",
     "ImportanceScores",
+    "LatencySettings",
     "MissingDependencyError",
     "ModelShape",
     "PlanError",
     "PrunedModel",
     "PruningPlan",
+    "RecoveredModel",
+    "RecoveryError",
+    "RecoverySettings",
     "ReportError",
     "ScoresError",
     "UnsupportedModelError",
     "VerificationError",
     "VerificationReport",
     "apply_plan",
+    "evaluate",
     "inspect",
     "load_calibration",
     "make_plan",
     "prune",
     "prune_model",
+    "recover",
     "score",
     "verify",
+    "write_report",
 ]
 
 
