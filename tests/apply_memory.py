@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 import amprune
-import amprune.pipeline  # the imports are part of the baseline
+import amprune.stages  # the imports are part of the baseline
 from amprune.architecture import describe
 from amprune.checkpoint import TensorHeader, read_checkpoint, write_json, write_shards
 from amprune.scores import ImportanceScores, LayerScores

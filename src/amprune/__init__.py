@@ -30,13 +30,14 @@ if TYPE_CHECKING:
     )
     from amprune.evaluation import Evaluation, LatencySettings, evaluate
     from amprune.inspection import inspect
-    from amprune.pipeline import PrunedModel, apply_plan, prune, score, verify
+    from amprune.pipeline import prune, run
     from amprune.plan import PruningPlan, make_plan
     from amprune.recovery import RecoveredModel, RecoverySettings, recover
     from amprune.report import write_report
     from amprune.scores import ImportanceScores
     from amprune.shape import ModelShape
     from amprune.slicing import prune_model
+    from amprune.stages import PrunedModel, apply_plan, score, verify
     from amprune.verification import VerificationReport
 
 _MODULES = {
@@ -56,13 +57,14 @@ _MODULES = {
     ),
     "evaluation": ("Evaluation", "LatencySettings", "evaluate"),
     "inspection": ("inspect",),
-    "pipeline": ("PrunedModel", "apply_plan", "prune", "score", "verify"),
+    "pipeline": ("prune", "run"),
     "plan": ("PruningPlan", "make_plan"),
     "recovery": ("RecoveredModel", "RecoverySettings", "recover"),
     "report": ("write_report",),
     "scores": ("ImportanceScores",),
     "shape": ("ModelShape",),
     "slicing": ("prune_model",),
+    "stages": ("PrunedModel", "apply_plan", "score", "verify"),
     "verification": ("VerificationReport",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
@@ -97,6 +99,7 @@ __all__ = [
     "prune",
     "prune_model",
     "recover",
+    "run",
     "score",
     "verify",
     "write_report",

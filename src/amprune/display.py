@@ -2,6 +2,7 @@
 
 import json
 import logging
+import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,11 +20,11 @@ from amprune.progress import Advance
 if TYPE_CHECKING:
     from amprune.evaluation import Evaluation
     from amprune.inspection import Inspection
-    from amprune.pipeline import PrunedModel
     from amprune.plan import PruningPlan
     from amprune.recovery import RecoveredModel
     from amprune.report import ReportFiles
     from amprune.report.measures import Measure
+    from amprune.stages import PrunedModel
     from amprune.verification import VerificationReport
 
 stdout, stderr = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False)
@@ -199,7 +200,7 @@ def show_evaluation(evaluation: "Evaluation", models: Sequence[str], output: Pat
             table.add_row(escape(_row_name(measure)), *cells)
     stdout.print(table)
     if len(models) > 1:
-        stdout.print(f"In brackets: difference from {models[0]}, paired; of a latency, how many times faster.")
+        stdout.print(f"In brackets: difference from {models[0]}, paired; of a latency (median), how many times faster.")
     folder = output.parent.parent if output.parent.name == "amprune" else output.parent  # in a checkpoint
     stdout.print(f"`amprune report {folder}` draws it.", markup=False)
 
@@ -229,7 +230,8 @@ def _figure(measure: "Measure", model: str, tasks: Sequence["Measure"], *, basel
         less = f" ({record.value / theirs.value - 1:+.1%})" if theirs is not None and model != baseline else ""
         return scaled(record.value, "B" if record.unit == "bytes" else "") + less
     if measure.measurement == "latency":
-        return seconds(record.value) + (f" ({times(change.difference.value)})" if change else "")
+        middle = statistics.median(record.items or (record.value,))
+        return seconds(middle) + (f" ({times(change.difference.value)})" if change else "")
     scale, error = (100 if record.unit == "accuracy" else 1), record.standard_error
     text = number(scale * record.value, None if error is None else scale * error)
     if change is None:

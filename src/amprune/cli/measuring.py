@@ -5,7 +5,19 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from amprune.cli.options import Debug, Device, DeviceMap, Dtype, Json, Revision, Seed, TrustRemoteCode, app, options_of
+from amprune.cli.options import (
+    Debug,
+    Device,
+    DeviceMap,
+    Dtype,
+    Json,
+    Revision,
+    Seed,
+    TrustRemoteCode,
+    app,
+    options_of,
+    words,
+)
 from amprune.display import emit, progress, reported, show_evaluation, show_report
 from amprune.errors import EvaluationError
 
@@ -16,10 +28,6 @@ def _numbers(text: str, option: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise EvaluationError(f"{option} is {text!r}, expected whole numbers such as 1 or 1,8,32") from None
-
-
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 @app.command("evaluate")
@@ -82,11 +90,11 @@ def evaluate_command(
         common: dict[str, Any] = {"new_tokens": new_tokens, "warmup": warmup, "runs": runs, "seed": seed}
         cases = [
             LatencySettings(batch_size=batch, prompt_tokens=prompt, mode=how, **common)  # type: ignore[arg-type]
-            for how in _words(mode)
+            for how in words(mode)
             for batch in batches
             for prompt in prompts
         ]
-        given |= {"measure": _words(measure), "texts": text or (), "tasks": _words(tasks), "latency": cases}
+        given |= {"measure": words(measure), "texts": text or (), "tasks": words(tasks), "latency": cases}
         evaluation = evaluate(**given, progress=progress)
         names = names_of(models)
         emit(evaluation.to_dict(), as_json, lambda: show_evaluation(evaluation, names, output))

@@ -81,3 +81,8 @@ def main(
 def options_of(arguments: dict[str, Any], *others: str) -> dict[str, Any]:
     """Picks what goes to the library function of the same words: all but the command line's own arguments."""
     return {name: value for name, value in arguments.items() if name not in ("as_json", "debug", *others)}
+
+
+def words(text: str) -> list[str]:
+    """Reads `one,two`."""
+    return [word.strip() for word in text.split(",") if word.strip()]

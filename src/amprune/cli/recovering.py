@@ -1,4 +1,4 @@
-"""From a pruned model to a recovered one: recover."""
+"""Training after pruning, and the whole way in one command: recover and run."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,19 +6,23 @@ from typing import Annotated
 import typer
 
 from amprune.cli.options import (
+    Calibration,
     Debug,
     Device,
     Dtype,
+    HeadMultiple,
     Json,
     MaxShardSize,
     Model,
+    NeuronMultiple,
     Out,
     Overwrite,
     Revision,
     TrustRemoteCode,
     app,
+    words,
 )
-from amprune.display import emit, progress, reported, show_recovery
+from amprune.display import emit, progress, reported, show_recovery, show_report
 
 Data = Annotated[str, typer.Option(help="alpaca (from the hub), builtin, or a .json, .jsonl, .parquet or .txt file.")]
 TrainingSamples = Annotated[int | None, typer.Option("--samples", help="Samples to draw (default: all).")]
@@ -96,3 +100,58 @@ def recover_command(
                 model, result, data_dir=data_dir, limit=limit, windows=windows, device=device, progress=progress
             )
         emit({"out": str(result.folder), **result.record}, as_json, lambda: show_recovery(result))
+
+
+@app.command("run")
+def run_command(
+    model: Model,
+    out: Out,
+    ratio: Annotated[float, typer.Option(help="Share of all parameters to remove, such as 0.2.")],
+    recover: Annotated[bool, typer.Option("--recover", help="Train after pruning.")] = False,
+    evaluate: Annotated[bool, typer.Option("--evaluate", help="Measure dense, pruned and recovered model.")] = False,
+    calibration: Calibration = "alpaca",
+    calibration_samples: Annotated[int, typer.Option(help="Calibration samples, drawn at random.")] = 50,
+    neuron_multiple: NeuronMultiple = 1,
+    head_multiple: HeadMultiple = 1,
+    data: Data = "alpaca",
+    training_samples: Annotated[int | None, typer.Option(help="Samples to train on (default: all).")] = None,
+    distil: Annotated[bool, typer.Option("--distil", help="Let the dense model teach.")] = False,
+    epochs: Annotated[float, typer.Option(help="Passes over the training data.")] = 2.0,
+    max_steps: MaxSteps = None,
+    gradient_accumulation: Annotated[int, typer.Option(help="Forward passes an optimizer step.")] = 16,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder with wikitext2/ and tasks/, instead of the hub.")
+    ] = None,
+    measure: Annotated[
+        str, typer.Option(help="What --evaluate measures, with commas.")
+    ] = "perplexity,zero_shot,latency,energy",
+    limit: Annotated[int | None, typer.Option(help="Only the first items of each task.")] = None,
+    windows: Annotated[int | None, typer.Option(help="Only the first windows of WikiText-2.")] = None,
+    seed: Annotated[int, typer.Option(help="Of every draw.")] = 0,
+    device: Device = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Do it all: prune, recover, evaluate, report; the same command goes on where it was interrupted."""
+    with reported(debug, kept=out.with_name(f"{out.name}.run.json")):
+        from amprune.pipeline import run
+        from amprune.recovery import RecoverySettings
+
+        training = RecoverySettings(
+            epochs=epochs, max_steps=max_steps, gradient_accumulation=gradient_accumulation, seed=seed
+        )
+        files = run(
+            model, out, ratio=ratio, recovery=training if recover else None, distil=distil, data=data,
+            training_samples=training_samples, measure=evaluate, device=device, overwrite=overwrite,
+            pruning={
+                "calibration": calibration, "samples": calibration_samples, "seed": seed,
+                "neuron_multiple": neuron_multiple, "head_multiple": head_multiple,
+            },
+            evaluation={
+                "measure": words(measure), "data_dir": data_dir, "limit": limit, "windows": windows,
+            },
+            progress=progress,
+        )  # fmt: skip
+        summary = {"out": str(out), "markdown": str(files.markdown), "html": str(files.html)}
+        emit(summary, as_json, lambda: show_report(files))
