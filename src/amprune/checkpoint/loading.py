@@ -53,6 +53,7 @@ def loaded_model(
                     device_map=device_map,
                     offload_folder=offload,
                     local_files_only=True,
+                    trust_remote_code=False,  # else transformers asks on the terminal
                 )
         except (OSError, ValueError, RuntimeError, ImportError) as error:
             raise CheckpointError(f"transformers cannot load {folder}: {error}") from error
@@ -72,7 +73,7 @@ def loading_problems(folder: Path) -> dict[str, list[str]]:
     }
     try:
         with quiet_transformers():
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
             _, report = model_class.from_pretrained(
                 None,

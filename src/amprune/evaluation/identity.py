@@ -35,6 +35,8 @@ class Subject:
     name: str
     folder: Path
     entry: ModelEntry
+    positions: int | None
+    """The longest sequence that the model was made for, where its config says."""
 
 
 def open_subjects(
@@ -77,7 +79,7 @@ def _open(name: str, model: str, revision: str | None, dtype: str, progress: Pro
     config = read_json(source.folder / "config.json", hint=what_else(source.folder))
     stored = stored_tensors(source.folder)
     dtypes = Counter(str(tensor.header.dtype).removeprefix("torch.") for tensor in stored.values())
-    parameters = _parameters(source.folder)
+    parameters, positions = _parameters(source.folder)
     _check_weights(source.folder)
     plan_file = source.folder / RECORDS / "plan.json"
     front = _front_matter(source.folder / "README.md")
@@ -93,11 +95,11 @@ def _open(name: str, model: str, revision: str | None, dtype: str, progress: Pro
         license=source.license or _first(front.get("license")),
         pruned=_pruned(PruningPlan.load(plan_file)) if plan_file.is_file() else None,
     )
-    return Subject(name, source.folder, entry)
+    return Subject(name, source.folder, entry, positions)
 
 
-def _parameters(folder: Path) -> int:
-    """Counts on the meta device, from the config alone."""
+def _parameters(folder: Path) -> tuple[int, int | None]:
+    """Counts on the meta device, from the config alone; returns the model's positions, too."""
     try:
         with quiet_transformers(), torch.device("meta"):
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -106,7 +108,8 @@ def _parameters(folder: Path) -> int:
         why = " ".join(str(error).split())
         raise CheckpointError(f"{folder} is no causal language model of transformers: {why}") from error
     model.tie_weights()
-    return sum(parameter.numel() for parameter in model.parameters())
+    positions = getattr(model.config, "max_position_embeddings", None)
+    return sum(parameter.numel() for parameter in model.parameters()), positions
 
 
 def _check_weights(folder: Path) -> None:

@@ -122,15 +122,19 @@ def _note(latency: Latency, marks: tuple[float, float]) -> None:
     latency.total.append(total)
 
 
-def _generator(name: str, model: PreTrainedModel, settings: LatencySettings) -> Any:
-    """Returns a function that generates once and returns the seconds to the first new token and to the last."""
-    length = settings.prompt_tokens + settings.new_tokens
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and length > positions:
+def check_positions(name: str, positions: int | None, settings: LatencySettings) -> None:
+    """Raises EvaluationError when a model lacks the positions for a case."""
+    if positions is not None and settings.prompt_tokens + settings.new_tokens > positions:
         raise EvaluationError(
             f"{name} has {positions:,} positions, too few for {settings.prompt_tokens} prompt and "
             f"{settings.new_tokens} new tokens; ask for fewer"
         )
+
+
+def _generator(name: str, model: PreTrainedModel, settings: LatencySettings) -> Any:
+    """Returns a function that generates once and returns the seconds to the first new token and to the last."""
+    length = settings.prompt_tokens + settings.new_tokens
+    check_positions(name, getattr(model.config, "max_position_embeddings", None), settings)
     device = input_device(model)
     draw = torch.Generator().manual_seed(settings.seed)
     shape = (settings.batch_size, settings.prompt_tokens)

@@ -40,16 +40,25 @@ class Perplexity:
     """Of the token ids of the measured windows."""
 
 
-def windows_of(text: Text, tokenizer: Any, *, sequence_length: int, limit: int | None = None) -> tuple[Any, int]:
-    """Cuts a tokenised text into windows of shape (windows, sequence_length); returns the number of all tokens, too.
-
-    Raises:
-        EvaluationError: the text is shorter than one window, or a length is no length.
-    """
+def check_windows(positions: int | None, sequence_length: int, limit: int | None) -> None:
+    """Raises EvaluationError for windows that are none, or that do not fit a model's positions."""
     if sequence_length < 2:
         raise EvaluationError(f"the sequence length is {sequence_length}, expected 2 or more")
     if limit is not None and limit < 1:
         raise EvaluationError(f"the number of windows is {limit}, expected 1 or more")
+    if positions is not None and sequence_length > positions:
+        raise EvaluationError(
+            f"windows of {sequence_length:,} tokens do not fit the model's {positions:,} positions; give "
+            f"--sequence-length {positions} or less"
+        )
+
+
+def windows_of(text: Text, tokenizer: Any, *, sequence_length: int, limit: int | None = None) -> tuple[Any, int]:
+    """Cuts a tokenised text into windows of shape (windows, sequence_length); returns the number of all tokens, too.
+
+    Raises:
+        EvaluationError: the text is shorter than one window.
+    """
     with quiet_transformers():
         ids = tokenizer(text.content, return_tensors="pt", verbose=False)["input_ids"][0]
     count = len(ids) // sequence_length
@@ -86,12 +95,7 @@ def measure_perplexity(
     Raises:
         EvaluationError: the text is too short, the model too small for the windows, or its loss no number.
     """
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and sequence_length > positions:
-        raise EvaluationError(
-            f"windows of {sequence_length:,} tokens do not fit the model's {positions:,} positions; give "
-            f"--sequence-length {positions} or less"
-        )
+    check_windows(getattr(model.config, "max_position_embeddings", None), sequence_length, limit)
     windows, tokens = windows_of(text, tokenizer, sequence_length=sequence_length, limit=limit)
     if (largest := int(windows.max())) >= (known := vocabulary_size(model)):
         raise EvaluationError(

@@ -28,8 +28,8 @@ from amprune.evaluation.figures import (
 )
 from amprune.evaluation.guards import halve_until_it_fits, nan_refused, out_of_memory
 from amprune.evaluation.identity import Subject, open_subjects
-from amprune.evaluation.latency import Latency, LatencySettings, generation_run, measure_latency
-from amprune.evaluation.perplexity import SEQUENCE_LENGTH
+from amprune.evaluation.latency import Latency, LatencySettings, check_positions, generation_run, measure_latency
+from amprune.evaluation.perplexity import SEQUENCE_LENGTH, check_windows
 from amprune.evaluation.records import Evaluation
 from amprune.evaluation.session import Session, device_name, open_session
 from amprune.evaluation.zero_shot import TASKS, open_tasks
@@ -128,6 +128,11 @@ def evaluate(
         data += [task.data.sha256 if task.data else task.name for task in opened]
     given = [models] if isinstance(models, str | os.PathLike) else list(models)
     subjects = open_subjects(given, revision=revision, dtype=dtype, progress=progress)
+    for subject in subjects:
+        if "perplexity" in measure:
+            check_windows(subject.positions, sequence_length, windows)
+        for case in latency if {"latency", "energy"} & set(measure) else ():
+            check_positions(subject.name, subject.positions, case)
     request = {
         "measure": list(measure), "data": data, "sequence_length": sequence_length, "windows": windows,
         "tasks": list(tasks), "limit": limit, "num_fewshot": num_fewshot,
