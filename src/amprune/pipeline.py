@@ -10,7 +10,7 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,47 +152,70 @@ def run(
 
     folder = Path(out).expanduser()
     pruned = folder.with_name(f"{folder.name}.pruned") if recovery is not None else folder
-    state = folder.with_name(f"{folder.name}.run.json")
     request = {
         "model": str(model), "ratio": ratio, "recovery": asdict(recovery) if recovery else None, "distil": distil,
         "data": str(data), "training_samples": training_samples, "pruning": {**(pruning or {})},
     }  # fmt: skip
-    _begin(folder, pruned, state, request, overwrite=overwrite)
-    if not pruned.exists() and not folder.exists():
-        prune(model, pruned, ratio=ratio, device=device, progress=progress, **(pruning or {}))
-    if recovery is not None and not folder.exists():
+    state = _begin(open_source(model).protected, {folder, pruned}, folder, request, overwrite=overwrite)
+    replace = overwrite or state.resumed  # what an interrupted run of the same request has written, it may replace
+    if "prune" not in state.done:
+        prune(model, pruned, ratio=ratio, device=device, overwrite=replace, progress=progress, **(pruning or {}))
+        state.finish("prune")
+    if recovery is not None and "recover" not in state.done:
+        training = folder.with_name(f"{folder.name}.training")
         recover(
             pruned, folder, data=data, samples=training_samples, settings=recovery,
-            teacher=model if distil else None, resume=folder.with_name(f"{folder.name}.training").exists(),
-            device=device, progress=progress,
+            teacher=model if distil else None, resume=state.resumed and training.exists(), device=device,
+            overwrite=replace, progress=progress,
         )  # fmt: skip
+        state.finish("recover")
     if measure:
         between = [f"{folder.name}, not recovered={pruned}"] if pruned != folder else []
-        place = folder / RECORDS / "evaluation.json"
-        options = evaluation or {}
+        place, options = folder / RECORDS / "evaluation.json", evaluation or {}
         evaluate([f"dense={model}", *between, folder], place, device=device, progress=progress, **options)
     files = write_report(folder)
-    state.unlink()
+    state.file.unlink()
     if pruned != folder:
         shutil.rmtree(pruned)
     return files
 
 
-def _begin(folder: Path, pruned: Path, state: Path, request: dict[str, Any], *, overwrite: bool) -> None:
-    """Finds an interrupted run of the same request, or clears the place for a new one."""
-    request = json.loads(json.dumps(request, default=str))
-    before = json.loads(state.read_text(encoding="utf-8")) if state.is_file() else None
-    if before == request:
-        logger.info("going on with the run that %s tells of", state)
-        return
-    for place in {folder, pruned}:
-        check_output(place, overwrite=overwrite, protected=())
+@dataclass(frozen=True)
+class _State:
+    """What a run was asked for and has finished, in `OUT.run.json`."""
+
+    file: Path
+    request: dict[str, Any]
+    done: list[str]
+    resumed: bool
+
+    def finish(self, stage: str) -> None:
+        self.done.append(stage)
+        self.save()
+
+    def save(self) -> None:
+        partial = self.file.with_name(f"{self.file.name}.partial")
+        write_json(partial, {"request": self.request, "done": self.done})
+        partial.replace(self.file)
+
+
+def _begin(
+    protected: tuple[Path, ...], places: set[Path], folder: Path, request: dict[str, Any], *, overwrite: bool
+) -> _State:
+    """Finds an interrupted run of the same request, or begins a new one where nothing is in its way."""
+    file, request = folder.with_name(f"{folder.name}.run.json"), json.loads(json.dumps(request, default=str))
+    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    if before is not None and before.get("request") == request:
+        logger.info("going on with the run that %s tells of; done: %s", file, ", ".join(before["done"]) or "nothing")
+        return _State(file, request, before["done"], resumed=True)
     if before is not None and not overwrite:
         raise CheckpointError(
-            f"{state} tells of an interrupted run that was asked for with other settings; ask for the same again, or "
+            f"{file} tells of an interrupted run that was asked for with other settings; ask for the same again, or "
             "give --overwrite to start anew"
         )
-    for place in (folder, pruned, folder.with_name(f"{folder.name}.training")):
-        shutil.rmtree(place, ignore_errors=True)
-    state.parent.mkdir(parents=True, exist_ok=True)
-    write_json(state, request)
+    for place in places:
+        check_output(place, overwrite=overwrite, protected=protected)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    state = _State(file, request, [], resumed=False)
+    state.save()
+    return state
