@@ -1,6 +1,9 @@
 """LoRA: adapters on every linear layer of attention and MLP, and their way into the weights."""
 
 import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,10 +45,6 @@ class Update:
 
 def with_adapters(model: Any, settings: RecoverySettings) -> Any:
     """Freezes a model and puts an adapter, in float32, on every linear layer but the language-model head."""
-    if settings.load_in_4bit:
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=settings.gradient_checkpointing)
-    elif settings.gradient_checkpointing:
-        model.enable_input_require_grads()
     config = LoraConfig(
         r=settings.lora_rank,
         lora_alpha=settings.lora_alpha,
@@ -53,8 +52,29 @@ def with_adapters(model: Any, settings: RecoverySettings) -> Any:
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
-    with quiet_transformers():
+    with quiet_transformers(), _quiet_peft():
+        if settings.load_in_4bit:
+            model = prepare_model_for_kbit_training(
+                model,
+                use_gradient_checkpointing=settings.gradient_checkpointing,
+                gradient_checkpointing_kwargs={"use_reentrant": False},
+            )
         return get_peft_model(model, config)
+
+
+@contextmanager
+def _quiet_peft() -> Iterator[None]:
+    """Silences what PEFT says of its own doing: names that transformers renames, and how GPT-2 stores its layers."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`.*gradient_checkpointing.*` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False but the target module is `Conv1D`")
+        yield
+
+
+def enable_gradient_checkpointing(model: Any) -> None:
+    """Lets a model compute activations anew in the backward pass; transformers 5.23 gave the method another name."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def read_adapter(folder: Path, checkpoint: Checkpoint) -> dict[str, Update]:

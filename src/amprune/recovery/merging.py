@@ -69,7 +69,9 @@ class _Merged(Checkpoint):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         tensor = super().__getitem__(name)
-        return tensor.float() + self.updates[name].to_weight() if name in self.updates else tensor
+        if name not in self.updates:
+            return tensor
+        return tensor.to(torch.promote_types(tensor.dtype, torch.float32)) + self.updates[name].to_weight()
 
 
 def _check(

@@ -1,47 +1,54 @@
 """PRUNED -> OUT: data, training, merge, comparison, in order. START HERE in this folder."""
 
-import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from accelerate import PartialState
 
 from amprune import __version__
-from amprune.architecture import quiet_transformers
 from amprune.checkpoint import (
     RECORDS,
     Checkpoint,
     Source,
     check_output,
     open_source,
+    parse_size,
     read_checkpoint,
     staged_folder,
     write_json,
 )
-from amprune.checkpoint.loading import load_tokenizer, loaded_model, vocabulary_size
-from amprune.errors import MissingDependencyError, RecoveryError
+from amprune.checkpoint.loading import load_tokenizer
+from amprune.errors import RecoveryError
 from amprune.evaluation import Evaluation, evaluate
 from amprune.memory import release_memory
 from amprune.progress import Progress, no_progress
-from amprune.recovery.adapters import with_adapters
 from amprune.recovery.merging import write_recovered
+from amprune.recovery.models import check_device, check_teacher, teaching_model, trainable_model
+from amprune.recovery.runs import (
+    EPOCHS,
+    LOG,
+    begin_run,
+    is_finished,
+    last_checkpoint,
+    nothing_left,
+    read_log,
+    steps_done,
+)
 from amprune.recovery.samples import TrainingData, load_training_data
 from amprune.recovery.settings import RecoverySettings
-from amprune.recovery.training import EPOCHS, LOG, bfloat16_works, last_checkpoint, read_log, total_steps, train
+from amprune.recovery.training import total_steps, train
 
 logger = logging.getLogger(__name__)
 PathLike = str | os.PathLike[str]
 RECORD = "recovery.json"
-_REQUEST, _DONE = "request.json", "done.json"
 
 
 @dataclass(frozen=True)
@@ -101,11 +108,16 @@ def recover(
     """
     chosen = settings or RecoverySettings()
     chosen.check()
+    check_device(device, chosen)
+    parse_size(max_shard_size)
     source = open_source(model, revision=revision, dtype=dtype)
     folder = Path(out).expanduser()
     if _is_first():
         check_output(folder, overwrite=overwrite, protected=source.protected)
     base = read_checkpoint(source.folder)
+    dense = open_source(teacher, dtype=dtype) if teacher is not None else None
+    if dense is not None:
+        check_teacher(dense, base)
     tokenizer = _tokenizer(source, trust_remote_code=trust_remote_code)
     watch = progress if _is_first() else no_progress
     found = load_training_data(
@@ -117,14 +129,18 @@ def recover(
         logger.info("%s was not pruned by amprune; it is trained as it is", source.name)
     request = {
         "model": base.fingerprint, "data": found.to_dict(), "settings": chosen.to_dict(), "dtype": dtype,
-        "teacher": str(teacher) if teacher is not None else None,
+        "teacher": str(teacher) if teacher is not None else None, "keep_epochs": keep_epochs,
+        "processes": _processes(),
     }  # fmt: skip
     training = folder.with_name(f"{folder.name}.training")
-    start = _prepare(training, request, resume=resume, overwrite=overwrite)
-    trained, steps = _trained(
-        source, tokenizer, found, chosen, training, start,
-        teacher=teacher, device=device, dtype=dtype, each_epoch=keep_epochs, progress=watch,
-    )  # fmt: skip
+    if _is_first():
+        begin_run(training, request, resume=resume, overwrite=overwrite)
+    _wait_for_everyone(device)
+    with nothing_left(training) if _is_first() else nullcontext():
+        trained = _trained(
+            source, dense, tokenizer, found, chosen, training,
+            device=device, dtype=dtype, each_epoch=keep_epochs, progress=watch,
+        )  # fmt: skip
     if not _is_first():
         return None
     log = tuple(read_log(training / LOG))
@@ -133,7 +149,7 @@ def recover(
     def write(weights: Path, place: Path, *, replace: bool) -> dict[str, Any]:
         with staged_folder(place, overwrite=replace, protected=source.protected) as partial:
             difference = write_recovered(base, weights, partial, max_shard_size=max_shard_size, progress=progress)
-            record = _record(request, source, steps, losses, difference)
+            record = _record(request, source, steps_done(trained), losses, difference)
             _write_records(source.folder, partial, training, record)
             # CARD
         return record
@@ -151,12 +167,23 @@ def _is_first() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _wait_for_everyone(device: str | None) -> None:
+    """Lets no process look into the folder of the run before the first has put it in order."""
+    if _processes() > 1:
+        PartialState(cpu=device is not None and device.startswith("cpu")).wait_for_everyone()
+
+
 def _tokenizer(source: Source, *, trust_remote_code: bool) -> Any:
     tokenizer = load_tokenizer(source.folder, trust_remote_code=trust_remote_code)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token_id is None:
         raise RecoveryError(f"the tokenizer in {source.folder} has neither a padding nor an end-of-sequence token")
+    tokenizer.padding_side = "right"  # so that padding moves no position
     return tokenizer
 
 
@@ -165,7 +192,7 @@ def _length(settings: RecoverySettings, base: Checkpoint) -> int:
 
 
 def _check_batch(data: TrainingData, settings: RecoverySettings) -> None:
-    batch = settings.batch_size * int(os.environ.get("WORLD_SIZE", "1"))
+    batch = settings.batch_size * _processes()
     if len(data.training) < batch:
         raise RecoveryError(
             f"{data.name} leaves {len(data.training)} samples to train on, fewer than a batch of {batch}; give more "
@@ -173,142 +200,40 @@ def _check_batch(data: TrainingData, settings: RecoverySettings) -> None:
         )
 
 
-def _prepare(training: Path, request: dict[str, Any], *, resume: bool, overwrite: bool) -> Path | None:
-    """Makes the folder of the run; returns the checkpoint to go on from."""
-    if not _is_first():
-        return last_checkpoint(training) if resume else None
-    request = json.loads(json.dumps(request))
-    if training.exists() and not resume:
-        ours = (training / _REQUEST).is_file() or not any(training.iterdir())
-        if not (ours and overwrite):
-            step = last_checkpoint(training)
-            found = f"an interrupted run, last checkpoint {step.name}" if step else "a run without a checkpoint yet"
-            raise RecoveryError(
-                f"{training} holds {found if ours else 'something else'}; go on with --resume, or remove it"
-            )
-        shutil.rmtree(training)
-    if resume and (training / _REQUEST).is_file():
-        before = json.loads((training / _REQUEST).read_text(encoding="utf-8"))
-        if different := sorted(key for key in request if before.get(key) != request[key]):
-            raise RecoveryError(
-                f"the interrupted run in {training} was asked for with another {', '.join(different)}; ask for the "
-                "same again, or remove the folder and start anew"
-            )
-        start = last_checkpoint(training)
-        logger.info("going on from %s", start.name if start else "the start: there is no checkpoint yet")
-        return start
-    training.mkdir(parents=True, exist_ok=True)
-    write_json(training / _REQUEST, request)
-    return None
-
-
 def _trained(
     source: Source,
+    dense: Source | None,
     tokenizer: Any,
     data: TrainingData,
     settings: RecoverySettings,
     training: Path,
-    start: Path | None,
     *,
-    teacher: PathLike | None,
     device: str | None,
     dtype: str,
     each_epoch: bool,
     progress: Progress,
-) -> tuple[Path, int]:
-    """Trains, unless an interrupted run had come to its end; returns what was trained, and after how many steps."""
-    final, done = training / "final", training / "final" / _DONE
-    if done.is_file():
-        return final, int(json.loads(done.read_text(encoding="utf-8"))["steps"])
+) -> Path:
+    """Trains, unless an interrupted run had come to its end; returns the checkpoint of the last step."""
+    start = last_checkpoint(training)
+    if start is not None and is_finished(start):
+        return start
     transformers.set_seed(settings.seed)
     with (
-        _trainable(source.folder, settings, dtype=dtype, device=device) as model,
-        _teacher(teacher, model, dtype=dtype) as wise,
+        trainable_model(source.folder, settings, dtype=dtype, device=device) as model,
+        teaching_model(dense, dtype=dtype) as teacher,
         progress("Training", total_steps(data, settings, processes=_processes())) as advance,
     ):
-        if start is not None:
-            advance(int(start.name.rpartition("-")[2]))
+        advance(steps_done(start) if start is not None else 0)
         trainer = train(
             model, tokenizer, data, settings, training,
-            teacher=wise, device=device, resume_from=start, each_epoch=each_epoch, advance=advance,
+            teacher=teacher, device=device, resume_from=start, each_epoch=each_epoch, advance=advance,
         )  # fmt: skip
-        trainer.save_model(str(final))
-        steps = int(trainer.state.global_step)
-        if _is_first():
-            write_json(done, {"steps": steps})
         trainer.accelerator.wait_for_everyone()
         del trainer
     release_memory()
-    return final, steps
-
-
-def _processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-@contextmanager
-def _trainable(folder: Path, settings: RecoverySettings, *, dtype: str, device: str | None) -> Iterator[Any]:
-    """Loads the model to train, with its adapter unless it is trained in full."""
-    if settings.load_in_4bit:
-        yield with_adapters(_in_four_bits(folder), settings)
-        return
-    with loaded_model(folder, dtype=_training_dtype(folder, settings, dtype, device), device="cpu") as model:
-        model.config.use_cache = False
-        if settings.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        yield model if settings.full else with_adapters(model, settings)
-
-
-def _training_dtype(folder: Path, settings: RecoverySettings, dtype: str, device: str | None) -> str:
-    """Full fine-tuning keeps its weights in float32; float16 would overflow, and is never trained in."""
-    if settings.full:
-        return "float32"
-    stored = str(read_checkpoint(folder).dtype).removeprefix("torch.") if dtype == "auto" else dtype
-    if stored in ("float16", "bfloat16"):
-        wanted = "bfloat16" if bfloat16_works(device) else "float32"
-        if stored != wanted:
-            logger.info("training in %s in place of %s", wanted, stored)
-        return wanted
-    return "float32"
-
-
-def _in_four_bits(folder: Path) -> Any:
-    try:
-        import_module("bitsandbytes")
-    except ImportError as error:
-        raise MissingDependencyError("--load-in-4bit needs bitsandbytes: `pip install bitsandbytes`") from error
-    if not torch.cuda.is_available():
-        raise RecoveryError("--load-in-4bit needs a CUDA device, and there is none here; leave it out")
-    config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32,
-    )  # fmt: skip
-    place = {"": int(os.environ.get("LOCAL_RANK", "0"))}
-    with quiet_transformers(bars_on_terminal=True):
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map=place)
-    model.config.use_cache = False
-    return model
-
-
-@contextmanager
-def _teacher(model: PathLike | None, student: Any, *, dtype: str) -> Iterator[PreTrainedModel | None]:
-    """Loads the dense model that teaches.
-
-    Raises:
-        RecoveryError: its vocabulary is another.
-    """
-    if model is None:
-        yield None
-        return
-    source = open_source(model, dtype=dtype)
-    with loaded_model(source.folder, dtype=dtype, device="cpu") as teacher:
-        ours, theirs = vocabulary_size(student), vocabulary_size(teacher)
-        if ours != theirs:
-            raise RecoveryError(
-                f"the teacher {source.name} has a vocabulary of {theirs:,} tokens, the student one of {ours:,}; give "
-                "the dense model that it was pruned from"
-            )
-        yield teacher.requires_grad_(False)
+    if (end := last_checkpoint(training)) is None:
+        raise RecoveryError(f"{training} holds no checkpoint although the training ended; is the disk sound?")
+    return end
 
 
 def _record(

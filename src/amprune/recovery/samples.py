@@ -127,7 +127,7 @@ def _encode(record: Mapping[str, Any], tokenizer: Any, where: str, max_length: i
 
 
 def _prompt_tokens(tokenizer: Any, text: str, ids: Sequence[int], prompt: str, *, special: bool) -> int:
-    """Counts the tokens that begin before the response.
+    """Counts the leading tokens that end within the prompt.
 
     A token that spans both belongs to the response: it is what the model has to say after the prompt.
     """
@@ -135,19 +135,23 @@ def _prompt_tokens(tokenizer: Any, text: str, ids: Sequence[int], prompt: str, *
         return 0
     if getattr(tokenizer, "is_fast", False):
         offsets = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
-        return sum(1 for start, end in offsets["offset_mapping"] if end <= len(prompt))
+        ends = enumerate(end for _, end in offsets["offset_mapping"])
+        return next((index for index, end in ends if end > len(prompt)), len(ids))
     alone = tokenizer(prompt, add_special_tokens=special, verbose=False)["input_ids"]
     pairs = enumerate(zip(alone, ids, strict=False))
     return next((index for index, (ours, theirs) in pairs if ours != theirs), min(len(alone), len(ids)))
 
 
 def _packed(samples: Sequence[Sample], length: int) -> list[Sample]:
-    """Joins samples, in their order, and cuts the whole into sequences; the first label of a sample is left out."""
+    """Joins samples, in their order, and cuts the whole into sequences.
+
+    The first label of a sample is left out, and that of a sequence: nothing predicts them.
+    """
     ids: list[int] = []
     labels: list[int] = []
     for sample in samples:
         ids += sample["input_ids"]
         labels += [IGNORED, *sample["labels"][1:]]
-    starts = range(0, len(ids), length)
-    pieces = [{"input_ids": ids[start : start + length], "labels": labels[start : start + length]} for start in starts]
-    return [piece for piece in pieces if any(label != IGNORED for label in piece["labels"][1:])]
+    spans = (slice(start, start + length) for start in range(0, len(ids), length))
+    pieces = [{"input_ids": ids[span], "labels": [IGNORED, *labels[span][1:]]} for span in spans]
+    return [piece for piece in pieces if any(label != IGNORED for label in piece["labels"])]

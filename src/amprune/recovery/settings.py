@@ -50,9 +50,11 @@ class RecoverySettings:
         for name in ("lora_alpha", "learning_rate", "epochs", "temperature"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise RecoveryError(f"{_words(name)} is {getattr(self, name)}, expected a positive number")
-        for name, end in (("lora_dropout", 1.0), ("validation_share", 1.0), ("teacher_weight", 1.0 + 1e-12)):
-            if not 0 <= getattr(self, name) < end:
-                raise RecoveryError(f"{_words(name)} is {getattr(self, name)}, expected 0 or more and below 1")
+        for name in ("lora_dropout", "validation_share", "teacher_weight"):
+            value, whole = getattr(self, name), name == "teacher_weight"
+            if not (0 <= value < 1 or (whole and value == 1)):
+                expected = "0 to 1" if whole else "0 or more and below 1"
+                raise RecoveryError(f"{_words(name)} is {value}, expected {expected}")
         for name in ("max_steps", "validation_steps"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise RecoveryError(f"{_words(name)} is {value}, expected 1 or more")

@@ -1,11 +1,14 @@
 """The training run, by the transformers Trainer: loss, log, checkpoints."""
 
 import json
-import logging
 import math
+import os
+import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
@@ -21,28 +24,16 @@ from transformers import (
     TrainingArguments,
 )
 
+from amprune.architecture import quiet_transformers
 from amprune.errors import RecoveryError, reason
 from amprune.progress import Advance
 from amprune.recovery.distillation import divergence, teacher_hidden
+from amprune.recovery.models import bfloat16_works
+from amprune.recovery.runs import EPOCHS, LOG, cut_log, last_checkpoint, steps_done, where_to_go_on
 from amprune.recovery.samples import IGNORED, Sample, TrainingData
 from amprune.recovery.settings import RecoverySettings
 
-logger = logging.getLogger(__name__)
-LOG = "training.jsonl"
-EPOCHS = "epochs"
 _CHUNK = 512
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """Returns the newest whole checkpoint of a run; the Trainer writes its state file last."""
-    found = []
-    for path in folder.glob("checkpoint-*"):
-        try:
-            state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        found.append((int(state["global_step"]), path))
-    return max(found)[1] if found else None
 
 
 def train(
@@ -77,23 +68,30 @@ def train(
     if teacher is not None:
         teacher.to(trainer.args.device)  # type: ignore[arg-type]
     trainer.remove_callback(PrinterCallback)
-    log = _Log(folder / LOG, trainer, resume_from, advance)
-    trainer.add_callback(log)
-    if each_epoch:
-        trainer.add_callback(_EachEpoch(trainer, folder / EPOCHS))
-    try:
+    with quiet_transformers(), _disk_errors(folder):
+        trainer.add_callback(_Log(folder / LOG, trainer, resume_from, advance))
+        if each_epoch:
+            trainer.add_callback(_EachEpoch(trainer, folder / EPOCHS))
         if resume_from is None and data.validation:
             trainer.evaluate()
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-        if data.validation and log.validated != trainer.state.global_step:
-            trainer.evaluate()
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
-            raise
-        raise RecoveryError(
-            f"cannot write to {folder}: {reason(error)}; {_where(folder)}. Free some space and go on with --resume"
-        ) from error
+    trainer.check_weights()
     return trainer
+
+
+@contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    """Turns failures of the disk into one clear error; torch reports them as runtime errors of its zip writer."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        of_disk = ("PytorchStreamWriter", "inline_container", "unexpected pos")
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in of_disk):
+            raise
+        again = "go on with --resume" if last_checkpoint(folder) else "run again"
+        raise RecoveryError(
+            f"cannot write to {folder}: {reason(error)}; {where_to_go_on(folder)}. Free some space and {again}"
+        ) from error
 
 
 def _masked(sample: Sample) -> Sample:
@@ -109,8 +107,8 @@ def total_steps(data: TrainingData, settings: RecoverySettings, *, processes: in
 
 
 def _arguments(settings: RecoverySettings, folder: Path, data: TrainingData, device: str | None) -> TrainingArguments:
-    steps = total_steps(data, settings)
-    return TrainingArguments(
+    steps = total_steps(data, settings, processes=int(os.environ.get("WORLD_SIZE", "1")))
+    arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=1,
@@ -135,12 +133,8 @@ def _arguments(settings: RecoverySettings, folder: Path, data: TrainingData, dev
         label_names=["labels"],
         report_to=[],
     )
-
-
-def bfloat16_works(device: str | None) -> bool:
-    """Tells whether a device computes in bfloat16; every CPU does."""
-    on_cuda = torch.cuda.is_available() and not (device or "cuda").startswith("cpu")
-    return torch.cuda.is_bf16_supported() if on_cuda else True
+    arguments._n_gpu = min(1, arguments.n_gpu)  # else one process would spread each batch over all devices
+    return arguments
 
 
 class _Recovery(Trainer):
@@ -170,15 +164,30 @@ class _Recovery(Trainer):
                 weight, hidden = self.settings.teacher_weight, teacher_hidden(self.teacher, ids, mask)[:, :-1][wanted]
                 apart = divergence(ours, hidden, self.teacher, temperature=self.settings.temperature)
                 total = (1 - weight) * total + weight * apart
-        loss = total / (len(targets) if num_items_in_batch is None else num_items_in_batch)
+        # A validation loss is the mean over samples, in whatever batches and on however many devices.
+        shared = num_items_in_batch if model.training else None
+        loss = total / (len(targets) if shared is None else shared)
         if not bool(torch.isfinite(loss)):
-            raise RecoveryError(
-                f"the loss is {float(loss)} at step {self.state.global_step}; {_where(self.folder)}; try a lower "
-                "--learning-rate, or --dtype float32"
-            )
-        if num_items_in_batch is not None:
+            what, step = ("loss", 1) if model.training else ("validation loss", 0)
+            self._stop(f"the {what} is {float(loss)} at step {self.state.global_step + step}")
+        if shared is not None:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over devices
         return (loss, {"logits": logits}) if return_outputs else loss
+
+    def check_weights(self) -> None:
+        """Raises RecoveryError if the last step, whose loss nothing has seen, broke the weights."""
+        model: Any = self.model
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
+                self._stop(f"{name} is not finite after step {self.state.global_step}")
+
+    def _stop(self, what: str) -> NoReturn:
+        """Raises the error, and removes a checkpoint that holds the weights that failed."""
+        shutil.rmtree(self.folder / f"checkpoint-{self.state.global_step}", ignore_errors=True)
+        raise RecoveryError(
+            f"{what}; {where_to_go_on(self.folder)}; remove {self.folder} and start anew with a lower --learning-rate, "
+            "or with --dtype float32"
+        )
 
 
 class _Log(TrainerCallback):
@@ -187,12 +196,19 @@ class _Log(TrainerCallback):
     def __init__(self, path: Path, trainer: _Recovery, resume_from: Path | None, advance: Advance | None) -> None:
         self.path, self.trainer, self.advance = path, trainer, advance
         self.since = (time.perf_counter(), 0)
-        self.validated: int | None = None
         if trainer.is_world_process_zero():
-            _cut(path, int(resume_from.name.rpartition("-")[2]) if resume_from else -1)
+            cut_log(path, steps_done(resume_from) if resume_from else -1)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Begins to take the time."""
+        self.since = (time.perf_counter(), self.trainer.tokens)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Tells that an optimizer step is done."""
+        """Tells that an optimizer step is done; of the last, everything is logged and kept."""
+        if state.global_step >= state.max_steps:
+            control.should_save, control.should_evaluate = True, self.trainer.eval_dataset is not None
+        # The Trainer averages losses since the last line; a run that goes on from a checkpoint knows none before it.
+        control.should_log = control.should_log or control.should_save
         if self.advance is not None and state.is_world_process_zero:
             self.advance(1)
 
@@ -204,7 +220,7 @@ class _Log(TrainerCallback):
             return
         entry: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch or 0, 4)}
         if "eval_loss" in logs:
-            entry["validation_loss"], self.validated = logs["eval_loss"], state.global_step
+            entry["validation_loss"] = logs["eval_loss"]
         elif "loss" in logs:
             entry |= {name: float(logs[name]) for name in ("loss", "learning_rate", "grad_norm") if name in logs}
             entry["tokens_per_second"] = self._speed()
@@ -218,40 +234,18 @@ class _Log(TrainerCallback):
     def _speed(self) -> float:
         now, tokens = time.perf_counter(), self.trainer.tokens
         (before, done), self.since = self.since, (now, tokens)
-        return round((tokens - done) / (now - before), 1)
-
-
-def _cut(path: Path, step: int) -> None:
-    """Leaves out of the log what came after the checkpoint that training goes on from."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = []
-    for line in lines:
-        try:
-            entry = json.loads(line)
-        except ValueError:  # the line that was being written
-            continue
-        if entry["step"] <= step:
-            kept.append(line + "\n")
-    path.write_text("".join(kept), encoding="utf-8")
+        everywhere: int = self.trainer.accelerator.num_processes * (tokens - done)
+        return round(everywhere / (now - before), 1)
 
 
 class _EachEpoch(TrainerCallback):
-    """Keeps the weights of every epoch."""
+    """Keeps the weights of every epoch, also of the last, shorter one."""
 
     def __init__(self, trainer: Trainer, folder: Path) -> None:
         self.trainer, self.folder = trainer, folder
 
-    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Saves what was trained so far."""
-        self.trainer.save_model(str(self.folder / f"epoch-{round(state.epoch or 0)}"))
-
-
-def _where(folder: Path) -> str:
-    last = last_checkpoint(folder)
-    return f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """Reads a training log; empty where there is none."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines if line.strip()]
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Saves what was trained so far, before the step's checkpoint: a run that goes on from there would not."""
+        epoch = state.epoch or 0.0
+        if epoch.is_integer() or state.global_step >= state.max_steps:
+            self.trainer.save_model(str(self.folder / f"epoch-{math.ceil(epoch)}"))
