@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch.nn.functional import kl_div, log_softmax
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 CHUNK = 64
 """Tokens whose distributions over the vocabulary exist in float32 at a time."""
@@ -25,24 +24,41 @@ def divergence(
         teacher: whose language-model head is applied a chunk at a time, without a gradient.
         temperature: both distributions are softened by it; its square keeps the gradient's scale (Hinton et al., 2015).
     """
-    total = student.new_zeros((), dtype=torch.float32)
-    for ours, states in zip(torch.split(student, CHUNK), torch.split(hidden, CHUNK), strict=True):
-        # Recomputed in the backward pass, so that no float32 distribution is kept for it.
-        total = total + checkpoint(_chunk, ours, states, teacher, temperature, use_reentrant=False)
+    total: torch.Tensor = _Divergence.apply(student, hidden, teacher, temperature)  # type: ignore[no-untyped-call]
     return total
 
 
-def _chunk(student: torch.Tensor, hidden: torch.Tensor, teacher: PreTrainedModel, temperature: float) -> torch.Tensor:
-    with torch.no_grad():
-        wanted = log_softmax(head_logits(teacher, hidden).float() / temperature, dim=-1)
-    ours = log_softmax(student.float() / temperature, dim=-1)
-    return kl_div(ours, wanted, reduction="sum", log_target=True) * temperature**2
+class _Divergence(torch.autograd.Function):
+    """The divergence, and along with it its gradient, `temperature * (student - teacher)` in probabilities.
+
+    Automatic differentiation would keep several float32 tensors over the vocabulary for each token; this keeps one, in
+    the dtype of the logits.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: torch.Tensor, hidden: torch.Tensor, teacher: PreTrainedModel, temperature: float
+    ) -> torch.Tensor:
+        total, gradient = student.new_zeros((), dtype=torch.float32), torch.empty_like(student)
+        chunks = (torch.split(tensor, CHUNK) for tensor in (student, hidden, gradient))
+        for ours, states, slope in zip(*chunks, strict=True):
+            wanted = log_softmax(head_logits(teacher, states).float() / temperature, dim=-1)
+            found = log_softmax(ours.float() / temperature, dim=-1)
+            total += kl_div(found, wanted, reduction="sum", log_target=True) * temperature**2
+            slope.copy_(found.exp_().sub_(wanted.exp_()).mul_(temperature))
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * float(upstream), None, None, None  # a tensor would be rounded to the logits' dtype first
 
 
 @torch.no_grad()
 def teacher_hidden(teacher: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """Returns the last hidden states, shape (batch, length, hidden size)."""
-    output: Any = teacher.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    output: Any = teacher.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
     states: torch.Tensor = output.last_hidden_state
     return states
 
@@ -50,22 +66,23 @@ def teacher_hidden(teacher: PreTrainedModel, input_ids: torch.Tensor, attention_
 @torch.no_grad()
 def head_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     """Returns the logits of hidden states (tokens, hidden size), scaled or capped as the family does it."""
-    with _base_replaced(model, hidden[None]):
+    with _decoder_replaced(model, hidden[None]):
         output: Any = model(inputs_embeds=hidden[None], use_cache=False)
     logits: torch.Tensor = output.logits[0]
     return logits
 
 
 @contextmanager
-def _base_replaced(model: PreTrainedModel, hidden: torch.Tensor) -> Iterator[None]:
-    """Lets the base model hand out given states, so that the family's own `forward` makes logits of them."""
-    base: Any = model.base_model
-    own = vars(base).get("forward")  # set where the model is spread over devices
-    base.forward = lambda *arguments, **options: BaseModelOutputWithPast(last_hidden_state=hidden)
+def _decoder_replaced(model: PreTrainedModel, hidden: torch.Tensor) -> Iterator[None]:
+    """Lets the decoder hand out given states, so that the family's own `forward` makes logits of them."""
+    decoder: Any = model.get_decoder()
+    own = vars(decoder).get("forward")  # set where the model is spread over devices
+    given = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)  # which GPT-2 reads, too
+    decoder.forward = lambda *arguments, **options: given
     try:
         yield
     finally:
         if own is None:
-            del base.forward
+            del decoder.forward
         else:
-            base.forward = own
+            decoder.forward = own
