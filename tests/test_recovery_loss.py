@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import GQA, MHA, Tiny, make_model
-from tiny_recovery import TOKENIZER, load, losses, mean_loss, plain_loss, save_chats, save_tiny, settings, weights
+from tiny_recovery import TOKENIZER, load, losses, mean_loss, plain_loss, save_chats, save_tiny, train, weights
 from torch.nn.functional import log_softmax, softmax
 
 from amprune import RecoveryError
 from amprune.memory import release_memory
-from amprune.recovery import RecoveredModel, recover
 from amprune.recovery.distillation import CHUNK, divergence, teacher_hidden
 from amprune.recovery.samples import TrainingData, load_training_data
 
@@ -32,12 +31,6 @@ def tokenised(chats: Path, **options: Any) -> TrainingData:
     return load_training_data(chats, TOKENIZER, max_length=128, **{"validation_share": 0.0, **options})
 
 
-def run(model: Path, chats: Path, out: Path, *, teacher: Path | None = None, **changes: Any) -> RecoveredModel:
-    result = recover(model, out, data=chats, settings=settings(**changes), teacher=teacher, device="cpu")
-    assert result is not None
-    return result
-
-
 # The data's loss.
 
 
@@ -48,7 +41,7 @@ def test_the_loss_of_a_step_is_the_mean_over_the_response_tokens_of_all_its_batc
     expected = mean_loss(load(model), tokenised(chats).training)
     apart = [total / count for total, count in (plain_loss(load(model), s) for s in tokenised(chats).training)]
     assert abs(sum(apart) / len(apart) - expected) > 1e-3  # lengths differ, so that the two means do
-    log = run(
+    log = train(
         model, chats, tmp_path / "out", batch_size=batch_size, gradient_accumulation=6 // batch_size, max_steps=1
     ).log
     assert losses(log)[0][1] == pytest.approx(expected, abs=1e-5)
@@ -56,11 +49,7 @@ def test_the_loss_of_a_step_is_the_mean_over_the_response_tokens_of_all_its_batc
 
 def test_a_last_step_of_fewer_batches_is_the_mean_over_its_own(model: Path, chats: Path, tmp_path: Path) -> None:
     samples = tokenised(chats, samples=3).training
-    result = recover(
-        model, tmp_path / "out", data=chats, samples=3, device="cpu",
-        settings=settings(learning_rate=1e-30, max_steps=2),
-    )  # fmt: skip
-    assert result is not None
+    result = train(model, chats, tmp_path / "out", samples=3, learning_rate=1e-30, max_steps=2)
     found = [loss for _, loss in losses(result.log)]
     dense = load(model)
     possible = [
@@ -71,8 +60,8 @@ def test_a_last_step_of_fewer_batches_is_the_mean_over_its_own(model: Path, chat
 
 
 def test_padding_changes_neither_losses_nor_gradients_nor_weights(model: Path, chats: Path, tmp_path: Path) -> None:
-    one = run(model, chats, tmp_path / "one", batch_size=1, gradient_accumulation=6)
-    three = run(model, chats, tmp_path / "three", batch_size=3, gradient_accumulation=2)
+    one = train(model, chats, tmp_path / "one", batch_size=1, gradient_accumulation=6)
+    three = train(model, chats, tmp_path / "three", batch_size=3, gradient_accumulation=2)
     for name in ("loss", "grad_norm", "learning_rate"):
         assert dict(losses(one.log, name)) == pytest.approx(dict(losses(three.log, name)), abs=1e-5)
     assert losses(one.log)[-1][1] < losses(one.log)[0][1]
@@ -90,7 +79,7 @@ def test_a_tokenizer_that_pads_on_the_left_is_made_to_pad_on_the_right(chats: Pa
     make_model(tiny).save_pretrained(tmp_path / "model")
     left = TOKENIZER.__class__.from_pretrained(save_tiny(tmp_path / "any"), padding_side="left")
     left.save_pretrained(tmp_path / "model")
-    log = run(tmp_path / "model", chats, tmp_path / "out", batch_size=6, gradient_accumulation=1, max_steps=1).log
+    log = train(tmp_path / "model", chats, tmp_path / "out", batch_size=6, gradient_accumulation=1, max_steps=1).log
     expected = mean_loss(load(tmp_path / "model"), tokenised(chats).training)
     assert losses(log)[0][1] == pytest.approx(expected, abs=1e-5)
 
@@ -99,7 +88,7 @@ def test_packed_sequences_are_one_text_each(model: Path, chats: Path, tmp_path: 
     packed = tokenised(chats, packing=True).training
     assert 1 < len(packed) < 6
     expected = mean_loss(load(model), packed)
-    log = run(model, chats, tmp_path / "out", packing=True, gradient_accumulation=len(packed), max_steps=1).log
+    log = train(model, chats, tmp_path / "out", packing=True, gradient_accumulation=len(packed), max_steps=1).log
     assert losses(log)[0][1] == pytest.approx(expected, abs=1e-5)
 
 
@@ -107,7 +96,7 @@ def test_the_validation_loss_is_the_mean_over_samples_before_during_and_after(
     model: Path, chats: Path, tmp_path: Path
 ) -> None:
     data = tokenised(chats, validation_share=0.5)
-    result = run(model, chats, tmp_path / "out", validation_share=0.5, validation_steps=2, max_steps=5)
+    result = train(model, chats, tmp_path / "out", validation_share=0.5, validation_steps=2, max_steps=5)
 
     def expected(folder: Path) -> float:
         found = [plain_loss(load(folder), sample) for sample in data.validation]
@@ -195,7 +184,7 @@ def test_the_loss_with_a_teacher_is_the_weighted_sum(weight: float, model: Path,
         with torch.no_grad():
             apart += float(plain_divergence(student(ids).logits[0, places], wise(ids).logits[0, places], 2.0))
         count += len(places)
-    log = run(
+    log = train(
         model, chats, tmp_path / "out", teacher=teacher, teacher_weight=weight, temperature=2.0, batch_size=2,
         gradient_accumulation=3, max_steps=1, validation_share=0.0,
     ).log  # fmt: skip
@@ -206,7 +195,7 @@ def test_the_loss_with_a_teacher_is_the_weighted_sum(weight: float, model: Path,
 def test_a_model_that_teaches_itself_learns_nothing_and_validates_on_the_data(
     model: Path, chats: Path, tmp_path: Path
 ) -> None:
-    result = run(
+    result = train(
         model, chats, tmp_path / "out", teacher=model, teacher_weight=1.0, gradient_accumulation=5, max_steps=1,
         validation_share=0.1,
     )  # fmt: skip
@@ -221,7 +210,7 @@ def test_a_teacher_of_another_vocabulary_is_refused_before_anything_is_written(
 ) -> None:
     teacher = save_tiny(tmp_path / "teacher", Tiny("llama", "wide", {**MHA, "vocab_size": 200}))
     with pytest.raises(RecoveryError, match="teacher has a vocabulary of 200 tokens, the student one of 160; give the"):
-        run(model, chats, tmp_path / "out", teacher=teacher)
+        train(model, chats, tmp_path / "out", teacher=teacher)
     assert {path.name for path in tmp_path.iterdir()} == {"teacher"}
 
 

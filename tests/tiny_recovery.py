@@ -1,5 +1,6 @@
 """Tiny models with a tokenizer, tiny sets and settings to train with, and losses computed by other means."""
 
+import gc
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,10 @@ from tiny_tokenizer import make_tokenizer
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from amprune.recovery import RecoverySettings
+from amprune.recovery import RecoveredModel, RecoverySettings, recover
 from amprune.recovery.samples import Sample
+
+gc.freeze()  # else each merge searches the imported libraries for garbage
 
 TOKENIZER = make_tokenizer()
 SETTINGS = RecoverySettings(
@@ -54,6 +57,17 @@ def save_chats(folder: Path, *, repeat: int = 1) -> Path:
 
 def settings(**changes: Any) -> RecoverySettings:
     return replace(SETTINGS, **changes)
+
+
+_OPTIONS = ("samples", "teacher", "resume", "keep_epochs", "dtype", "max_shard_size", "overwrite", "progress", "device")
+
+
+def train(model: Path, data: Any, out: Path, **changes: Any) -> RecoveredModel:
+    """Recovers on the CPU; changes are those of the settings and further arguments of `recover`."""
+    options = {name: changes.pop(name) for name in _OPTIONS if name in changes}
+    result = recover(model, out, **{"data": data, "settings": settings(**changes), "device": "cpu", **options})
+    assert result is not None
+    return result
 
 
 @torch.no_grad()

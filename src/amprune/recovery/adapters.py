@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from amprune.architecture import quiet_transformers
 from amprune.checkpoint import Checkpoint
-from amprune.errors import RecoveryError
+from amprune.errors import RecoveryError, reason
 from amprune.recovery.settings import RecoverySettings
 
 _PREFIX, _DOWN, _UP = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
@@ -81,20 +82,22 @@ def read_adapter(folder: Path, checkpoint: Checkpoint) -> dict[str, Update]:
     """Reads a saved adapter as updates of a checkpoint's tensors.
 
     Raises:
-        RecoveryError: it is no adapter, or one of another model.
+        RecoveryError: it is no adapter, a damaged one, or one of another model.
     """
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         stored = load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError) as error:
-        raise RecoveryError(f"{folder} holds no adapter: {error}") from error
-    scale, transposed = float(config["lora_alpha"]) / int(config["r"]), bool(config.get("fan_in_fan_out"))
+        scale, transposed = float(config["lora_alpha"]) / int(config["r"]), bool(config["fan_in_fan_out"])
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise RecoveryError(f"{folder} holds no adapter, or a damaged one: {reason(error)}") from error
+    modules = {name.removeprefix(_PREFIX).removesuffix(_DOWN) for name in stored if name.endswith(_DOWN)}
+    if stored.keys() != {f"{_PREFIX}{module}{factor}" for module in modules for factor in (_DOWN, _UP)}:
+        raise RecoveryError(f"{folder} is no LoRA adapter, or a damaged one: its tensors are not in pairs")
     updates = {}
-    for name in (name for name in stored if name.endswith(_DOWN)):
-        module = name.removeprefix(_PREFIX).removesuffix(_DOWN)
-        update = Update(stored[name].float(), stored[f"{_PREFIX}{module}{_UP}"].float(), scale, transposed)
-        _check_fits(update, f"{module}.weight", checkpoint, folder)
-        updates[f"{module}.weight"] = update
+    for module in sorted(modules):
+        down, up = (stored[f"{_PREFIX}{module}{factor}"].float() for factor in (_DOWN, _UP))
+        updates[f"{module}.weight"] = Update(down, up, scale, transposed)
+        _check_fits(updates[f"{module}.weight"], f"{module}.weight", checkpoint, folder)
     return updates
 
 

@@ -85,6 +85,8 @@ def _check(
     for kind, names in loading_problems(folder).items():
         raise RecoveryError(f"from_pretrained finds {len(names)} {kind.replace('_', ' ')}, such as {names[0]}")
     expected = _logits(weights, {})
+    if not torch.isfinite(expected).all():
+        raise RecoveryError("the logits of the trained model are not finite; train again at a lower --learning-rate")
     advance(1)
     if isinstance(weights, _Merged):
         beside = _logits(base, weights.updates)
@@ -97,11 +99,19 @@ def _check(
     advance(1)
     written = read_checkpoint(folder)
     for name in base:
-        if not torch.equal(written[name], get(name)):
+        if not _same(written[name], get(name)):
             raise RecoveryError(f"{folder}: tensor {name} is not what was merged; is the disk sound?")
     found = _logits(written, {})
+    if not torch.isfinite(found).all():
+        raise RecoveryError(f"the logits are not finite once the weights are rounded to {base.dtype}")
     advance(1)
     return float((found - expected).square().mean().sqrt() / expected.std())
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Compares bit by bit: what is no number equals nothing, not even itself."""
+    bits = [tensor.reshape(-1).view(torch.uint8) for tensor in (one, other)]
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(*bits)
 
 
 def _logits(checkpoint: Checkpoint, updates: Mapping[str, Update]) -> torch.Tensor:
