@@ -13,8 +13,8 @@ PACKAGE = ROOT / "src" / "amprune"
 # A module imports only from those above it.
 ORDER = [
     "errors", "memory", "progress", "families", "shape", "architecture", "checkpoint", "texts", "calibration", "scores",
-    "criteria", "scoring", "plan", "slicing", "verification", "evaluation", "model_card", "recovery", "stages", "inspection", "report", "pipeline", "demo",
-    "display", "cli", "__main__",
+    "criteria", "scoring", "plan", "slicing", "recovered", "verification", "evaluation", "model_card", "recovery",
+    "stages", "inspection", "report", "pipeline", "demo", "display", "cli", "__main__",
 ]  # fmt: skip
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

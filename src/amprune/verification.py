@@ -19,6 +19,7 @@ from amprune.errors import AmpruneError, VerificationError
 from amprune.memory import release_memory
 from amprune.plan import PruningPlan, check_plan
 from amprune.progress import Progress, no_progress
+from amprune.recovered import RECORD, is_recovered, read_recovery
 from amprune.slicing import masks, output_config
 
 TOLERANCE = 1e-5
@@ -75,6 +76,7 @@ def verify_checkpoint(
 
     Both models are streamed module by module from their files, so that memory stays small, and computed in float64
     whatever dtype is stored: stored values are exact there, so that one tolerance serves every dtype and depth.
+    Of an output that was trained after pruning, the logits are held to be finite alone, as is every weight.
     """
     checks: list[Check] = []
     difference: float | None = None
@@ -104,7 +106,11 @@ def verify_checkpoint(
         run("files", lambda: _check_files(folder, dense.folder))
         run("tokenizer", lambda: _check_tokenizer(folder, dense.folder, trust_remote_code=trust_remote_code))
         run("reload", lambda: _check_reload(folder))
-        run("logits", compare_logits)
+        if is_recovered(folder):
+            run("weights", lambda: _check_finite(output()))
+            run("logits", lambda: _check_trained(folder, output(), advance))
+        else:
+            run("logits", compare_logits)
     return VerificationReport(tuple(checks), difference)
 
 
@@ -176,6 +182,23 @@ def _check_reload(folder: Path) -> str:
     return "AutoModelForCausalLM takes every tensor: none missing, unexpected or mismatched"
 
 
+def _check_finite(output: Checkpoint) -> str:
+    for name in output:
+        if not torch.isfinite(output[name]).all():
+            raise VerificationError(f"{name} holds values that are not finite")
+    return "every value is finite"
+
+
+def _check_trained(folder: Path, output: Checkpoint, advance: Callable[[int], None]) -> str:
+    """Computes the logits of an output whose weights are no longer those of the dense model."""
+    read_recovery(folder)  # a record that cannot be read excuses nothing
+    logits = _logits(output, {})
+    advance(2)
+    if not torch.isfinite(logits).all():
+        raise VerificationError("the recovered model gives logits that are not finite")
+    return f"finite; not compared: the weights were trained after pruning ({RECORD})"
+
+
 def _logit_difference(
     output: Checkpoint, dense: Checkpoint, plan: PruningPlan, advance: Callable[[int], None]
 ) -> float:
@@ -217,5 +240,10 @@ def read_plan(folder: Path) -> PruningPlan:
     """Reads the plan that an output carries."""
     path = folder / RECORDS / "plan.json"
     if not path.is_file():
+        if is_recovered(folder):
+            raise VerificationError(
+                f"{path} is missing: {folder} was trained from a model that amprune did not prune, so that there is "
+                "nothing to hold it to"
+            )
         raise VerificationError(f"{path} is missing; {folder} was not made by amprune, or its records were removed")
     return PruningPlan.load(path)
