@@ -12,6 +12,7 @@ import yaml
 from amprune import __version__
 from amprune.checkpoint import RECORDS, Source
 from amprune.plan import PruningPlan
+from amprune.recovered import Recovery, data_sentence, training_sentences
 from amprune.verification import VerificationReport
 
 CARD = "README.md"
@@ -49,6 +50,33 @@ def write_model_card(folder: Path, plan: PruningPlan, report: VerificationReport
     (folder / CARD).write_text(text, encoding="utf-8")
 
 
+def write_recovered_card(folder: Path, record: Mapping[str, Any], *, source: Source) -> None:
+    """Writes the `README.md` of a model that was trained: the card of what it was trained from, and the training.
+
+    Args:
+        folder: where the records are already; a plan among them says that the model was pruned.
+        record: the content of `recovery.json`.
+        source: what was trained; the front matter of its card is carried over.
+
+    Raises:
+        RecoveryError: the record is damaged.
+    """
+    recovery = Recovery.from_dict(record, where="the record of the training")
+    head, plan_file = read_card(source.folder), folder / RECORDS / "plan.json"
+    plan = PruningPlan.load(plan_file) if plan_file.is_file() else None
+    front = _recovered_front(head, source, pruned=plan is not None)
+    base = front.get("base_model")
+    known = head.dense or (str(base[0]) if isinstance(base, list) and base else None) or "the dense model"
+    text = card_text(
+        plan,
+        dense=recovery.source if plan is None else known,
+        front=front,
+        records=[path.name for path in (folder / RECORDS).iterdir()],
+        recovery=recovery,
+    )
+    (folder / CARD).write_text(text, encoding="utf-8")
+
+
 def read_card(folder: Path) -> CardHead:
     """Reads the front matter of a folder's `README.md` and whether amprune wrote it."""
     file = folder / CARD
@@ -64,29 +92,34 @@ def read_card(folder: Path) -> CardHead:
 
 
 def card_text(
-    plan: PruningPlan,
+    plan: PruningPlan | None,
     *,
     dense: str,
     front: Mapping[str, object],
     records: Sequence[str],
-    logit_difference: float | None,
+    logit_difference: float | None = None,
+    recovery: Recovery | None = None,
     results: str = "",
+    measured: bool = False,
     limits: Sequence[str] = (),
 ) -> str:
-    """Returns the whole card of a pruned model.
+    """Returns the whole card of a pruned or trained model.
 
     Args:
-        plan: by which the model was pruned.
+        plan: by which the model was pruned; None of a dense model that was trained.
         dense: what the dense model is called.
         front: YAML front matter.
         records: names of the files in the folder `amprune/`.
         logit_difference: what the verification found; None where there was none.
+        recovery: how the model was trained; None where it was not.
         results: Markdown.
-        limits: plain sentences beside those that hold for every pruned model.
+        measured: whether the results tell of the model's quality.
+        limits: plain sentences beside those that hold for every such model.
     """
     name = json.dumps(dense, ensure_ascii=False).replace(">", "\\u003e")
-    rows = "\n".join(f"| {' | '.join(row)} |" for row in size_rows(plan))
-    sentences = "\n".join(f"- {escaped(sentence)}" for sentence in how_it_was_made(plan, logit_difference))
+    made = () if plan is None else how_it_was_made(plan, logit_difference)
+    trained = () if recovery is None else training_sentences(recovery)
+    sentences = "\n".join(f"- {escaped(sentence)}" for sentence in (*made, *trained))
     middle = f"{results.strip()}\n\n" if results.strip() else ""
     more = "".join(f"- {escaped(limit)}\n" for limit in limits)
     header = yaml.safe_dump(dict(front), sort_keys=False, allow_unicode=True)
@@ -95,15 +128,7 @@ def card_text(
 
 {_MARKER}{name} -->
 
-# {escaped(dense)}, {100 * plan.ratio_actual:.1f} % pruned
-
-Made from {escaped(dense)} by structured pruning with amprune {__version__}: {removal(plan)}, by the criterion of
-[AMP](https://arxiv.org/abs/2504.21174). It is an ordinary checkpoint.
-
-| | dense | pruned |
-|---|--:|--:|
-{rows}
-
+{_opening(plan, dense, recovered=recovery is not None)}
 {sentences}
 - `{RECORDS}/` holds how it was made: {", ".join(sorted(records))}.
 
@@ -116,9 +141,44 @@ tokenizer = AutoTokenizer.from_pretrained("PATH_OR_ID")
 
 {middle}## Limits
 
-Pruned without any training after it: quality is below that of the dense model and should be measured before use.
+{escaped(_caution(plan, recovery, measured=measured))}
 Everything that the dense model's card says of its risks and licence holds here too.
 {chr(10) + more if more else ""}"""
+
+
+def _opening(plan: PruningPlan | None, dense: str, *, recovered: bool) -> str:
+    """Returns the title, what was done, and the sizes before and after."""
+    by = f"with amprune {__version__}"
+    if plan is None:
+        return f"""# {escaped(dense)}, trained
+
+Made from {escaped(dense)} by training {by}; nothing was removed. It is an ordinary checkpoint.
+"""
+    rows = "\n".join(f"| {' | '.join(row)} |" for row in size_rows(plan))
+    return f"""# {escaped(dense)}, {100 * plan.ratio_actual:.1f} % pruned{" and recovered" if recovered else ""}
+
+Made from {escaped(dense)} by structured pruning {by}: {removal(plan)}, by the criterion of
+[AMP](https://arxiv.org/abs/2504.21174).{" It was then trained to recover." if recovered else ""} It is an ordinary \
+checkpoint.
+
+| | dense | pruned |
+|---|--:|--:|
+{rows}
+"""
+
+
+def _caution(plan: PruningPlan | None, recovery: Recovery | None, *, measured: bool) -> str:
+    if recovery is None:
+        return (
+            "Pruned without any training after it: quality is below that of the dense model and should be measured "
+            "before use."
+        )
+    what = "Trained" if plan is None else "Trained after pruning"
+    if measured:
+        told = "the results above tell of its quality on what was measured, and of nothing else."
+    else:
+        told = "the validation loss is all that is known of its quality, which should be measured before use."
+    return f"{what}: {told} {data_sentence(recovery)}"
 
 
 def removal(plan: PruningPlan) -> str:
@@ -177,6 +237,21 @@ def _front_matter(source: Source) -> dict[str, object]:
     front |= {key: carried[key] for key in ("license", "license_name", "license_link", "language") if key in carried}
     if source.base_model is not None:
         front["base_model"] = [source.base_model]
+    return front
+
+
+def _recovered_front(head: CardHead, source: Source, *, pruned: bool) -> dict[str, object]:
+    """Carries front matter over: of a card by amprune everything but the results, of another what surely holds."""
+    front = _front_matter(source)
+    ours = head.dense is not None
+    if ours:
+        front |= {key: value for key, value in head.front.items() if key != "model-index"}
+    if pruned and "base_model" in head.front:
+        front["base_model"] = head.front["base_model"]
+    tags = front.get("tags")
+    kept = [str(tag) for tag in tags] if isinstance(tags, list) else []
+    first = ["pruned", "amprune"] if pruned else ["amprune"]
+    front["tags"] = list(dict.fromkeys([*(kept if ours else first), "recovered"]))
     return front
 
 

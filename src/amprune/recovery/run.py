@@ -29,6 +29,7 @@ from amprune.checkpoint.loading import load_tokenizer
 from amprune.errors import RecoveryError
 from amprune.evaluation import Evaluation, evaluate
 from amprune.memory import release_memory
+from amprune.model_card import write_recovered_card
 from amprune.progress import Progress, no_progress
 from amprune.recovery.merging import write_recovered
 from amprune.recovery.models import check_device, check_teacher, teaching_model, trainable_model
@@ -151,7 +152,7 @@ def recover(
             difference = write_recovered(base, weights, partial, max_shard_size=max_shard_size, progress=progress)
             record = _record(request, source, steps_done(trained), losses, difference)
             _write_records(source.folder, partial, training, record)
-            # CARD
+            write_recovered_card(partial, record, source=source)
         return record
 
     if keep_epochs:
