@@ -8,24 +8,35 @@ import math
 import random
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import yaml
 from huggingface_hub import ModelCard, metadata_load
+from safetensors.torch import load_file, save_file
 from tiny_models import find, make_model
 from tiny_tokenizer import make_tokenizer
 
 import amprune
-from amprune.errors import ReportError
+from amprune.checkpoint import open_source
+from amprune.errors import ReportError, VerificationError
+from amprune.evaluation.identity import content_hash
 from amprune.evaluation.records import Evaluation, ModelEntry, Record
 from amprune.evaluation.workload import Workload
-from amprune.model_card import read_card
+from amprune.model_card import read_card, write_recovered_card
 from amprune.plan import make_plan
+from amprune.recovered import TrainingLog, read_training_log
 from amprune.report import ReportFiles, write_report
+from amprune.report.figures_training import running_mean
+from amprune.report.inputs import read_inputs
+from amprune.report.labels import _apart
 from amprune.report.numbers import number, percent, probability, scaled, seconds, shortened, times
+from amprune.report.quality import _lines
 from amprune.scores import ImportanceScores, LayerScores
 from amprune.shape import ModelShape
 
@@ -222,7 +233,8 @@ def checkpoint(tiny: tuple[Path, Path], tmp_path: Path) -> Path:
     content.pop("layers")
     evaluation = Evaluation()
     evaluation.add_model(entry("dense", plan.shape_before.parameters, str(dense)))
-    evaluation.add_model(entry("mine", plan.shape_after.parameters, "where/it/was/before", content))
+    mine = entry("mine", plan.shape_after.parameters, "where/it/was/before", content)
+    evaluation.add_model(replace(mine, sha256=content_hash(out)))
     evaluation.add(measured("dense", plan.shape_before.parameters, perplexity=17.67))
     evaluation.add(measured("mine", plan.shape_after.parameters, perplexity=58.97, loss=0.07, speed=1.18))
     evaluation.save(out / "amprune" / "evaluation.json")
@@ -585,13 +597,22 @@ def look(page: Any, file: Path) -> tuple[list[str], list[str]]:
     return problems, requests
 
 
-@pytest.mark.parametrize("models", [[], MANY, [(NASTY, 0.3, 58.97, 0.07, 1.18)]], ids=["two", "ten", "nasty"])
-def test_a_browser_shows_it_whole_on_a_desk_and_on_a_phone(models: list[Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("models", "trained"),
+    [([], ()), (MANY, ()), ([(NASTY, 0.3, 58.97, 0.07, 1.18)], (0,)), (MANY, range(9))],
+    ids=["two", "ten", "nasty", "ten recovered"],
+)
+def test_a_browser_shows_it_whole_on_a_desk_and_on_a_phone(
+    models: list[Any], trained: Sequence[int], tmp_path: Path
+) -> None:
     sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("needs chromium on the PATH")
-    page_file = write_report(write_example(tmp_path, models)).html
+    folder = write_example(tmp_path, models)
+    for index in trained:
+        train_on_paper(folder / f"model {index}", seed=index)
+    page_file = write_report(folder).html
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=LAUNCH)
         try:
@@ -618,3 +639,394 @@ def test_the_html_holds_its_figures(compared: ReportFiles) -> None:
     assert [base64.b64decode(data) for data in encoded] == drawn
     assert "<script" not in html
     assert not re.search(r'(?:src|href)="(?!data:|#)', html)
+
+
+TRAINING = {
+    "lora_rank": 8, "lora_alpha": 16, "lora_dropout": 0.05, "full": False, "load_in_4bit": False, "learning_rate": 3e-4,
+    "epochs": 2.0, "max_steps": None, "batch_size": 1, "gradient_accumulation": 16, "max_length": 512, "packing": False,
+    "temperature": 1.0, "teacher_weight": 0.5,
+}  # fmt: skip
+TRAINED = "Trained from pruned by LoRA (rank 8, alpha 16) on 1,234 samples of alpaca"
+
+
+def record_of(*, steps: int = 200, teacher: str | None = None, **settings: Any) -> dict[str, Any]:
+    """What `recovery.json` holds."""
+    data = {"name": "alpaca", "training": 1234, "tokens": 98765, "validation": 25, "truncated": 3, "skipped": 0}
+    return {
+        "format": 1, "recovered_from": "pruned", "data": data, "settings": {**TRAINING, **settings}, "teacher": teacher,
+        "steps": steps, "validation_before": 4.0717, "validation_after": 2.3104, "rounding": 0.0023,
+        "versions": {"amprune": "0.1.0"},
+    }  # fmt: skip
+
+
+def train_on_paper(folder: Path, *, seed: int = 0, every: int = 2, **choices: Any) -> Path:
+    """Leaves the records of a training beside a model, the log's last line half-written."""
+    record, draw = record_of(**choices), random.Random(seed)
+    steps = record["steps"]
+    lines: list[dict[str, Any]] = [{"step": 0, "epoch": 0.0, "validation_loss": 4.0717}]
+    for step in range(every, steps + 1, every):
+        loss = 2.3 + 1.7 * math.exp(-8 * step / steps)
+        lines.append({"step": step, "epoch": 2 * step / steps, "loss": loss + draw.gauss(0, 0.1), "learning_rate": 1e-4,
+                      "grad_norm": 1.0, "tokens_per_second": 800.0 + step % 3})  # fmt: skip
+        if step % (steps // 5) == 0:
+            lines.append({"step": step, "epoch": 2 * step / steps, "validation_loss": loss + 0.01})
+    (folder / "amprune").mkdir(parents=True, exist_ok=True)
+    (folder / "amprune" / "recovery.json").write_text(json.dumps(record))
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "amprune" / "training.jsonl").write_text(text + '{"step": 9999, "loss": 1')
+    return folder
+
+
+@pytest.fixture
+def recovered(tiny: tuple[Path, Path], tmp_path: Path) -> Path:
+    """A pruned checkpoint whose weights were changed, with the records and the card of a training."""
+    out = Path(shutil.copytree(tiny[1], tmp_path / "recovered"))
+    (out / "amprune" / "verification.json").unlink()
+    weights = {name: tensor + 0.01 * tensor.mean() for name, tensor in load_file(out / "model.safetensors").items()}
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    train_on_paper(out)
+    write_recovered_card(out, record_of(), source=open_source(tiny[1]))
+    return out
+
+
+def test_the_card_of_a_recovered_model_tells_of_the_training(recovered: Path, tiny: tuple[Path, Path]) -> None:
+    card, front = (recovered / "README.md").read_text(), metadata_load(recovered / "README.md")
+    before = metadata_load(tiny[1] / "README.md")
+    assert front is not None
+    assert before is not None
+    assert front == {**before, "tags": ["pruned", "amprune", "recovered"]}
+    assert (front["license"], front["language"]) == ("mit", ["en"])
+    assert "# dense, 30.1 % pruned and recovered" in card
+    assert f"- {TRAINED} (98,765 tokens, at most 512 in one): 200 steps of 1 x 16" in card
+    assert "(2 passes over the data), at a learning rate of 0.0003" in card
+    assert "Validation loss: 4.072 before the training, 2.310 after it (25 samples held out)." in card
+    assert "equal those of the model with its adapters but for rounding to the checkpoint's dtype (2.3e-03 of" in card
+    assert "Pruned without any training" not in card
+    assert "Verified: its logits equal" not in card
+    assert "should be measured before use. It was trained on alpaca, whose licence applies" in card
+    assert "CC BY-NC 4.0" in card
+    assert "plan.json, recovery.json, scores.safetensors, training.jsonl" in card
+    assert "Taught" not in card
+    assert read_card(recovered).dense == "dense"
+
+
+@pytest.mark.parametrize(
+    ("choices", "said", "unsaid"),
+    [
+        ({"full": True}, ["by full fine-tuning on", "Rounding the trained weights"], ["LoRA", "adapters"]),
+        ({"load_in_4bit": True, "max_steps": 200}, ["alpha 16, frozen weights in four bits)"], ["passes over"]),
+        ({"teacher": "/home/me/models/dense", "teacher_weight": 0.3, "temperature": 2.0},
+         ["Taught by dense: 30 % of the loss", "a temperature of 2;"], ["/home/me"]),
+        ({"packing": True}, ["1,234 packed sequences of alpaca"], []),
+    ],
+    ids=["full", "four bits", "teacher", "packed"],
+)  # fmt: skip
+def test_the_card_names_the_way_of_training(
+    choices: dict[str, Any], said: list[str], unsaid: list[str], recovered: Path, tiny: tuple[Path, Path]
+) -> None:
+    write_recovered_card(recovered, record_of(**choices), source=open_source(tiny[1]))
+    card = (recovered / "README.md").read_text()
+    assert [words for words in said if words not in card] == []
+    assert [words for words in unsaid if words in card] == []
+
+
+def test_a_recovered_model_without_validation_says_nothing_of_it(recovered: Path, tiny: tuple[Path, Path]) -> None:
+    record = {**record_of(), "validation_before": None, "validation_after": None}
+    write_recovered_card(recovered, record, source=open_source(tiny[1]))
+    assert "alidation loss" not in (recovered / "README.md").read_text().replace("the validation loss is all", "")
+    (recovered / "amprune" / "recovery.json").write_text(json.dumps(record))
+    (recovered / "amprune" / "training.jsonl").write_text('{"step": 2, "loss": 3.5}\n{"step": 4, "loss": 3.25}\n')
+    text = write_report(recovered).markdown.read_text()
+    section = text[text.index("## Recovery") :]
+    assert "alidation" not in section[: section.index("\n## ", 5)]
+    assert "training loss 3.500 at step 2, 3.250 at step 4" in section
+
+
+def test_results_of_the_pruned_model_are_not_those_of_the_recovered(recovered: Path, checkpoint: Path) -> None:
+    write_report(checkpoint)
+    write_recovered_card(recovered, record_of(), source=open_source(checkpoint))
+    front = metadata_load(recovered / "README.md")
+    assert front is not None
+    assert "model-index" not in front
+    assert front["base_model"] == ["HuggingFaceTB/SmolLM2-135M-Instruct"]
+    assert "## Results" not in (recovered / "README.md").read_text()
+
+
+def test_a_foreign_card_lends_its_licence_and_base(recovered: Path, tmp_path: Path) -> None:
+    pruned = tmp_path / "theirs"
+    pruned.mkdir()
+    front = "---\nlicense: gemma\nlanguage: de\nbase_model: [a/b]\nmodel-index: []\nwidget: x\ntags: [x]\n---\n"
+    (pruned / "README.md").write_text(front)
+    write_recovered_card(recovered, record_of(), source=open_source(pruned))
+    assert metadata_load(recovered / "README.md") == {
+        "library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["pruned", "amprune", "recovered"],
+        "license": "gemma", "language": "de", "base_model": ["a/b"],
+    }  # fmt: skip
+    assert "# a/b, 30.1 % pruned and recovered" in (recovered / "README.md").read_text()
+
+
+def test_a_dense_model_that_was_trained_gets_a_plain_card_and_a_report(
+    recovered: Path, tiny: tuple[Path, Path]
+) -> None:
+    for name in ("plan.json", "scores.safetensors"):
+        (recovered / "amprune" / name).unlink()
+    record = {**record_of(), "recovered_from": "dense"}
+    (recovered / "amprune" / "recovery.json").write_text(json.dumps(record))
+    write_recovered_card(recovered, record, source=open_source(tiny[0]))
+    card, front = (recovered / "README.md").read_text(), metadata_load(recovered / "README.md")
+    assert front is not None
+    assert (front["tags"], front["license"]) == (["amprune", "recovered"], "mit")
+    assert "# dense, trained" in card
+    assert "Trained from dense by LoRA" in card
+    assert not re.search("pruning|pruned", card.replace("structured pruning toolkit", ""))
+    files = write_report(recovered)
+    assert "# recovered: dense, trained" in files.markdown.read_text()
+    assert files.card is not None
+    assert card.split("```python")[0].split("- `amprune/`")[0] in files.card.read_text()
+    with pytest.raises(VerificationError, match="amprune did not prune"):
+        amprune.verify(recovered, dense=tiny[0])
+
+
+def test_the_report_of_a_recovered_model(recovered: Path) -> None:
+    files = write_report(recovered)
+    text = files.markdown.read_text()
+    assert "# recovered: dense with 30.1 % of its parameters removed, then trained" in text
+    assert {path.stem for path in files.figures} == {"heads", "neurons", "parameters", "training"}
+    assert text.count(TRAINED) == 1
+    assert "| recovered | LoRA (rank 8, alpha 16) | 200 | 1,234 | 4.072 | 2.310 | \u22121.761 | 801.0 |" in text
+    assert "validation loss 4.072 at step 0, 2.311 at step 200" in text
+    assert "9,999" not in text
+    assert "not trained after pruning" not in text
+    assert "recovered: It was trained on alpaca, whose licence" in text
+    assert "its logits are no longer those of the masked dense model" in text
+
+
+def test_renewing_the_card_keeps_what_it_says_of_the_training(recovered: Path) -> None:
+    before = (recovered / "README.md").read_text()
+    write_report(recovered)
+    card = (recovered / "README.md").read_text()
+    assert card.count(TRAINED) == before.count(TRAINED) == 1
+    assert card.count("Validation loss: 4.072 before") == 1
+    assert card.count("whose licence applies") == 1
+    assert "](amprune/figures/training.png)" in card
+    assert "Pruned without any training" not in card
+    assert "should be measured before use" in card
+    assert metadata_load(recovered / "README.md") == yaml.safe_load(before.split("---")[1])
+    write_report(recovered)
+    assert (recovered / "README.md").read_text() == card
+
+
+def test_a_measured_recovered_model_is_told_from_the_pruned_one(
+    recovered: Path, tiny: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Both have the same plan; where the folder has moved, its content tells which figures are its own."""
+    evaluation = Evaluation()
+    parameters = amprune.PruningPlan.load(recovered / "amprune" / "plan.json").shape_after.parameters
+    for name, folder, perplexity in (("pruned", tiny[1], 58.97), ("mine", recovered, 24.25)):
+        made = replace(entry(name, parameters), sha256=content_hash(folder))
+        evaluation.add_model(replace(made, source="gone" if name == "mine" else str(folder)))
+        evaluation.add(measured(name, parameters, perplexity=perplexity, cases=()))
+    evaluation.save(recovered / "amprune" / "evaluation.json")
+    text = write_report(recovered).markdown.read_text()
+    assert "# mine: pruned, trained" in text
+    assert "Not trained after pruning: pruned." in text
+    card = (recovered / "README.md").read_text()
+    assert "24.2" in card
+    assert "the results above tell of its quality" in card
+    assert "is all that is known" not in card
+    evaluation.save(tmp_path / "pruned only.json")
+    content = json.loads((tmp_path / "pruned only.json").read_text())
+    content["models"] = [model for model in content["models"] if model["name"] == "pruned"]
+    content["records"] = [found for found in content["records"] if found["model"] == "pruned"]
+    (tmp_path / "pruned only.json").write_text(json.dumps(content))
+    with pytest.raises(ReportError, match="has no figures of"):
+        write_report(recovered, evaluation=tmp_path / "pruned only.json")
+
+
+RUNS = [("pruned-20", 0.2, 58.97, 0.07, 1.18), ("recovered-20", 0.2, 24.3, 0.02, 1.18),
+        ("pruned-30", 0.3, 121.4, 0.13, 1.27), ("recovered-30", 0.3, 34.3, 0.06, 1.27)]  # fmt: skip
+
+
+def test_several_recovered_models_share_a_figure(tmp_path: Path) -> None:
+    write_example(tmp_path, RUNS)
+    train_on_paper(tmp_path / "model 1")
+    train_on_paper(tmp_path / "model 3", seed=1, teacher="dense")
+    files = write_report(tmp_path)
+    text = files.markdown.read_text()
+    assert [path.name for path in files.figures if path.stem == "training"] == ["training.svg", "training.png"]
+    assert f"- recovered-20: {TRAINED}" in text
+    assert "LoRA (rank 8, alpha 16), with a teacher | 200" in text
+    assert "With a teacher, the training loss holds the divergence from it" in text
+    assert "Not trained after pruning: pruned-20, pruned-30." in text
+    assert "recovered-20: It was trained on alpaca" in text
+    assert files.figures == write_report(tmp_path).figures
+
+
+def test_lines_join_models_that_differ_in_the_ratio_alone(tmp_path: Path) -> None:
+    write_example(tmp_path, RUNS)
+    assert _lines(read_inputs(tmp_path)) == []  # Two models of each ratio: what else differs is not known.
+    train_on_paper(tmp_path / "model 1")
+    train_on_paper(tmp_path / "model 3", seed=1)
+    assert _lines(read_inputs(tmp_path)) == [["pruned-20", "pruned-30"], ["recovered-20", "recovered-30"]]
+    train_on_paper(tmp_path / "model 3", seed=1, lora_rank=64)
+    assert _lines(read_inputs(tmp_path)) == [["pruned-20", "pruned-30"]]
+
+
+def test_models_of_one_run_are_drawn_once(tmp_path: Path) -> None:
+    write_example(tmp_path, [("epoch-1", 0.2, 24.3, 0.02, 1.18), ("epoch-2", 0.2, 23.3, 0.02, 1.18)])
+    for index in range(2):
+        train_on_paper(tmp_path / f"model {index}")
+    text = write_report(tmp_path).markdown.read_text()
+    assert "epoch-1, epoch-2: training loss" in text
+
+
+GOOD = (
+    '{"step": 1, "loss": 3.5, "tokens_per_second": 10}\n{"step": 2, "loss": 3.25}\n{"step": 2, "validation_loss": 3}\n'
+)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ['{"step": 3, "lo', "[]", "null", '{"step": "3", "loss": 1}', '{"loss": 1}', '{"step": 3, "loss": NaN}',
+     '{"step": 3, "loss": true}', '{"step": 3, "validation_loss": Infinity}', "\x00\x00", "",
+     '{"step": 3, "loss": null}'],
+)  # fmt: skip
+def test_damaged_lines_of_a_log_are_left_out(damage: str, tmp_path: Path) -> None:
+    (tmp_path / "amprune").mkdir()
+    file = tmp_path / "amprune" / "training.jsonl"
+    file.write_text(f"{damage}\n{GOOD}{damage}")
+    assert read_training_log(tmp_path) == TrainingLog(((1, 3.5), (2, 3.25)), ((2, 3.0),), 10.0)
+    file.write_bytes(b"\xff\xfe\n" + GOOD.encode() + b'{"step": 3, "loss": 1.\xc3')
+    assert len(read_training_log(tmp_path).training) == 2
+
+
+def test_a_log_may_be_missing(recovered: Path) -> None:
+    (recovered / "amprune" / "training.jsonl").unlink()
+    files = write_report(recovered)
+    assert "training" not in {path.stem for path in files.figures}
+    assert TRAINED in files.markdown.read_text()
+
+
+def bad_records() -> dict[str, str]:
+    good = record_of()
+    return {
+        "not JSON": json.dumps(good)[:-9],
+        "no object": "[]",
+        "another format": json.dumps({**good, "format": 2}),
+        "no steps": json.dumps({name: value for name, value in good.items() if name != "steps"}),
+        "loss is a word": json.dumps({**good, "validation_after": "low"}),
+        "loss is NaN": json.dumps({**good, "validation_after": float("nan")}),
+        "no settings": json.dumps({**good, "settings": {}}),
+        "rank is true": json.dumps({**good, "settings": {**TRAINING, "lora_rank": True}}),
+        "no data": json.dumps({**good, "data": None}),
+    }
+
+
+@pytest.mark.parametrize("damage", bad_records())
+def test_a_damaged_record_of_a_training_is_said(damage: str, recovered: Path, tmp_path: Path) -> None:
+    """It stops the report of its own model; beside others it is named, and nothing is claimed of the training."""
+    (recovered / "amprune" / "recovery.json").write_text(bad_records()[damage])
+    before = files_in(recovered)
+    with pytest.raises(ReportError, match="records are damaged"):
+        write_report(recovered)
+    assert files_in(recovered) == before
+    write_example(tmp_path / "two", [("mine", 0.2, 58.97, 0.07, 1.18)])
+    train_on_paper(tmp_path / "two" / "model 0")
+    shutil.copy(recovered / "amprune" / "recovery.json", tmp_path / "two" / "model 0" / "amprune")
+    text = write_report(tmp_path / "two").markdown.read_text()
+    assert "The record of the training is damaged: mine." in text
+    assert "not trained" not in text.lower()
+
+
+def test_a_running_mean_keeps_the_mean_of_a_line() -> None:
+    values = np.arange(30.0)
+    assert np.allclose(running_mean(values, 3)[3:-3], values[3:-3])
+    assert running_mean(values, 3)[0] == 1.5
+    assert np.allclose(running_mean(np.full(30, 2.5), 7), 2.5)
+
+
+def test_labels_in_a_column_stand_apart_in_order() -> None:
+    centres, heights = [10.0, 11.0, 12.0, 95.0, 99.0], [10.0] * 5
+    found = _apart(centres, heights, 0.0, 100.0)
+    assert all(above - below >= 10 for below, above in itertools.pairwise(found))
+    assert found[-1] == 95
+    assert found[0] == 10
+    full = _apart(centres, [30.0] * 5, 0.0, 100.0)
+    assert all(above - below >= 30 for below, above in itertools.pairwise(full))
+
+
+def change_weight(folder: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    save_file({**weights, name: change(weights[name])}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_recovered_model_is_verified_but_for_its_logits(recovered: Path, tiny: tuple[Path, Path]) -> None:
+    report = amprune.verify(recovered, dense=tiny[0])
+    found = {check.name: check for check in report.checks}
+    assert list(found) == ["groups", "config", "dtype and ties", "files", "tokenizer", "reload", "weights", "logits"]
+    assert report.passed
+    assert report.logit_difference is None
+    expected = "finite; not compared: the weights were trained after pruning (recovery.json)"
+    assert found["logits"].detail == expected
+
+
+def test_a_pruned_model_is_still_compared(recovered: Path, tiny: tuple[Path, Path]) -> None:
+    assert [check.name for check in amprune.verify(tiny[1], dense=tiny[0]).checks][-2:] == ["reload", "logits"]
+    (recovered / "amprune" / "recovery.json").unlink()
+    found = {check.name: check for check in amprune.verify(recovered, dense=tiny[0]).checks if not check.passed}
+    assert set(found) == {"logits"}
+    assert "logits differ from those of the masked dense model" in found["logits"].detail
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_recovered_model_with_one_value_that_is_not_finite_fails(
+    value: float, recovered: Path, tiny: tuple[Path, Path]
+) -> None:
+    """Also in the embedding of a token that the logits are not computed of."""
+    weights = load_file(recovered / "model.safetensors")
+    weights["model.embed_tokens.weight"][0, 0] = value
+    save_file(weights, recovered / "model.safetensors", metadata={"format": "pt"})
+    found = {check.name: check for check in amprune.verify(recovered, dense=tiny[0]).checks if not check.passed}
+    assert "model.embed_tokens.weight holds values that are not finite" in found["weights"].detail
+
+
+@pytest.mark.parametrize(
+    ("change", "failing"),
+    [
+        (lambda weight: weight[:, :-1].contiguous(), "reload"),
+        (lambda weight: weight.bfloat16(), "dtype and ties"),
+    ],
+    ids=["shape", "dtype"],
+)
+def test_a_recovered_model_of_another_shape_or_dtype_fails(
+    change: Callable[[torch.Tensor], torch.Tensor], failing: str, recovered: Path, tiny: tuple[Path, Path]
+) -> None:
+    change_weight(recovered, change)
+    report = amprune.verify(recovered, dense=tiny[0])
+    assert not report.passed
+    assert failing in {check.name for check in report.checks if not check.passed}
+
+
+def test_a_damaged_record_excuses_no_comparison(recovered: Path, tiny: tuple[Path, Path]) -> None:
+    (recovered / "amprune" / "recovery.json").write_text("{}")
+    found = {check.name: check for check in amprune.verify(recovered, dense=tiny[0]).checks if not check.passed}
+    assert set(found) == {"logits"}
+    assert "format is None" in found["logits"].detail
+
+
+def test_what_recover_writes_has_a_card_a_proof_and_a_report(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    texts = [f"Cat number {index} sat on the mat." for index in range(12)]
+    settings = amprune.RecoverySettings(max_steps=2, gradient_accumulation=1, logging_steps=1, learning_rate=1e-2)
+    amprune.recover(tiny[1], tmp_path / "out", data=texts, settings=settings, teacher=tiny[0], device="cpu")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Trained from pruned by LoRA (rank 8, alpha 16) on 11 samples of texts" in card
+    assert "Taught by dense" in card
+    assert "(1 sample held out)" in card
+    front = metadata_load(tmp_path / "out" / "README.md")
+    assert front is not None
+    assert front["license"] == "mit"
+    assert amprune.verify(tmp_path / "out", dense=tiny[0]).passed
+    files = write_report(tmp_path / "out")
+    assert "training" in {path.stem for path in files.figures}
+    assert "Trained from pruned by LoRA" in files.markdown.read_text()

@@ -86,7 +86,7 @@ def _open(name: str, model: str, revision: str | None, dtype: str, progress: Pro
     entry = ModelEntry(
         name=name,
         source=model,
-        sha256=_sha256(source.folder, progress),
+        sha256=content_hash(source.folder, progress),
         model_type=str(config.get("model_type", "unknown")),
         dtype=dtypes.most_common(1)[0][0] if dtypes else "unknown",
         parameters=parameters,
@@ -135,8 +135,8 @@ def _pruned(plan: PruningPlan) -> dict[str, Any]:
     }
 
 
-def _sha256(folder: Path, progress: Progress) -> str:
-    """Hashes config.json and the weight files, several files at a time."""
+def content_hash(folder: Path, progress: Progress = no_progress) -> str:
+    """Returns the SHA-256 of config.json and the weight files, read several at a time."""
     files = [file for file, _ in weight_files(folder)]
     with progress(f"Hashing {folder.name}"[:24], len(files)) as advance, ThreadPoolExecutor(4) as pool:
 

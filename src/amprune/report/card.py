@@ -7,6 +7,7 @@ from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from amprune.model_card import FRONT, CardHead, card_text, read_card
+from amprune.recovered import data_sentence
 from amprune.report.inputs import Inputs, Subject
 from amprune.report.measures import Measure, averages, find_measures, headlines
 from amprune.report.provenance import UNTRAINED, limits, logit_difference
@@ -25,24 +26,33 @@ _CONFIGS = {"arc_easy": "ARC-Easy", "arc_challenge": "ARC-Challenge", "winogrand
 def renewed_card(folder: Path, inputs: Inputs, *, records: Sequence[str], results: str) -> str | None:
     """Returns the text of `README.md` with the results, in Markdown; None where someone else wrote the file."""
     head, subject = read_card(folder), inputs.subject(inputs.focus)
-    if head.foreign or subject is None or subject.plan is None:
+    if head.foreign or subject is None or (subject.plan is None and subject.recovery is None):
         return None
+    said = {UNTRAINED} if subject.recovery is None else {f"{subject.name}: {data_sentence(subject.recovery)}"}
     return card_text(
         subject.plan,
         dense=head.dense or inputs.baseline or "the dense model",
         front=_front(head, inputs, subject),
         records=records,
         logit_difference=logit_difference(inputs),
+        recovery=subject.recovery,
         results=results,
-        limits=[limit for limit in limits(inputs) if limit != UNTRAINED],
+        measured=_is_measured(inputs, subject.name),
+        limits=[limit for limit in limits(inputs) if limit not in said],
     )
+
+
+def _is_measured(inputs: Inputs, name: str) -> bool:
+    records = inputs.evaluation.records.values()
+    return any(record.model == name and record.measurement in ("perplexity", "zero_shot") for record in records)
 
 
 def _front(head: CardHead, inputs: Inputs, subject: Subject) -> dict[str, object]:
     """Keeps what the card says already, adds what it lacks, and renews the results."""
     base = inputs.subject(inputs.baseline)
     known = [found.entry for found in (subject, base) if found is not None and found.entry is not None]
-    front = {**FRONT, **head.front}
+    kind = [*(["pruned"] if subject.plan is not None else []), "amprune", *(["recovered"] if subject.trained else [])]
+    front = {**FRONT, "tags": kind, **head.front}
     for entry in known:
         if entry.license is not None:
             front.setdefault("license", entry.license)

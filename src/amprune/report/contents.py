@@ -31,6 +31,7 @@ from amprune.report.quality import (
 )
 from amprune.report.sizes import removed, size_section
 from amprune.report.speed import amount, latency_section, resources_section, rise, workload_section
+from amprune.report.training import recovery_section
 
 _TILED = 3
 """Models that get a summary of their own; more of them are read in the table."""
@@ -48,6 +49,7 @@ def make_contents(inputs: Inputs, *, workload: Workload) -> Contents:
         resources_section(inputs, colours),
         size_section(inputs, colours),
         importance_section(inputs, colours),
+        recovery_section(inputs, colours),
         workload_section(inputs, workload),
         made_section(inputs),
         settings_section(inputs),
@@ -67,7 +69,7 @@ def make_contents(inputs: Inputs, *, workload: Workload) -> Contents:
 def _title(inputs: Inputs) -> str:
     focus = inputs.subject(inputs.focus)
     if focus is not None:
-        return f"{focus.name}: {inputs.baseline} with {percent(removed(inputs, focus))} of its parameters removed"
+        return f"{focus.name}: {inputs.baseline}{_what_was_done(removed(inputs, focus), trained=focus.trained)}"
     if len(inputs.subjects) == 1:
         return f"{inputs.subjects[0].name}, measured"
     if len(inputs.compared) == 1:
@@ -75,15 +77,27 @@ def _title(inputs: Inputs) -> str:
     return f"{len(inputs.compared)} models against {inputs.baseline}"
 
 
+def _what_was_done(share: float, *, trained: bool) -> str:
+    if not trained:
+        return f" with {percent(share)} of its parameters removed"
+    return f" with {percent(share)} of its parameters removed, then trained" if share else ", trained"
+
+
 def _lead(inputs: Inputs) -> str:
     if inputs.focus is None and len(inputs.subjects) == 1:
         return "There is one model, and nothing to compare it with. Every figure was measured by amprune evaluate."
     if not inputs.evaluation.records:
-        return f"What the plan, the scores and the verification tell of {inputs.focus}."
+        return f"What {_known_from(inputs.subject(inputs.focus))} tell of {inputs.focus}."
     others = [subject.name for subject in inputs.compared if subject.name != inputs.focus]
     listed = ", ".join(others) if len(others) <= _TILED else f"{len(others)} other models"
     beside = f" Beside it: {listed}." if inputs.focus is not None and others else ""
     return f"Compared with {inputs.baseline}, question by question and run by run where both had the same.{beside}"
+
+
+def _known_from(subject: Subject | None) -> str:
+    if subject is None or not subject.trained:
+        return "the plan, the scores and the verification"
+    return "the records of the training" if subject.plan is None else "the records of the pruning and of the training"
 
 
 def _tiles(inputs: Inputs, subject: Subject) -> TileGroup:

@@ -1,18 +1,20 @@
-"""What a report is drawn from: an evaluation, and the records of the models that amprune pruned."""
+"""What a report is drawn from: an evaluation, and the records of the models that amprune pruned or recovered."""
 
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from amprune.checkpoint import RECORDS, read_json
 from amprune.errors import AmpruneError, EvaluationError, ReportError
+from amprune.evaluation.identity import content_hash
 from amprune.evaluation.records import Evaluation, ModelEntry
 from amprune.inspection import inspect
 from amprune.model_card import read_card
 from amprune.plan import PruningPlan
+from amprune.recovered import Recovery, TrainingLog, is_recovered, read_recovery, read_training_log
 from amprune.scores import ImportanceScores
 
 EVALUATION = "evaluation.json"
@@ -30,6 +32,11 @@ class Subject:
     scores: ImportanceScores | None = None
     parts: dict[str, int] | None = None
     """Parameters by part of the model, where its folder is at hand."""
+    trained: bool = False
+    """Whether it was trained after pruning."""
+    recovery: Recovery | None = None
+    """How it was trained; None also where the record of it is damaged."""
+    log: TrainingLog = field(default_factory=TrainingLog)
 
 
 @dataclass(frozen=True)
@@ -68,16 +75,17 @@ def read_inputs(
             f"{folder} is no folder; give a checkpoint that amprune pruned, or a folder with {EVALUATION}"
         )
     pruned = (folder / RECORDS / "plan.json").is_file()
-    output = folder / RECORDS if pruned else folder
+    ours = pruned or is_recovered(folder)
+    output = folder / RECORDS if ours else folder
     file = Path(evaluation) if evaluation is not None else output / EVALUATION
-    if not pruned and evaluation is None and not file.is_file():
+    if not ours and evaluation is None and not file.is_file():
         raise ReportError(
             f"{folder} holds neither {RECORDS}/plan.json, as a checkpoint that amprune pruned does, nor {EVALUATION}; "
             f"measure models with `amprune evaluate DENSE PRUNED -o {folder / EVALUATION}`"
         )
     wanted = evaluation is not None or file.is_file()
     measured = _read_evaluation(file) if wanted else Evaluation()
-    if not pruned:
+    if not ours:
         subjects = tuple(_subject(entry) for entry in measured.models.values())
         return Inputs(output, measured, subjects, _baseline(measured, baseline, None), None)
     return _of_checkpoint(folder, output, measured, baseline)
@@ -115,19 +123,17 @@ def _baseline(evaluation: Evaluation, baseline: str | None, focus: str | None) -
 
 
 def _of_checkpoint(folder: Path, output: Path, evaluation: Evaluation, baseline: str | None) -> Inputs:
-    try:
-        plan = PruningPlan.load(folder / RECORDS / "plan.json")
-    except AmpruneError as error:
-        raise ReportError(f"the checkpoint's records are damaged: {error}; prune again") from error
-    focus = _find(folder, plan, evaluation)
+    mine = _own_records(folder)
+    focus = _find(folder, evaluation)
     base = _baseline(evaluation, baseline, focus)
     subjects = [_subject(entry) for entry in evaluation.models.values() if entry.name != focus]
-    name = focus or folder.resolve().name
-    mine = _with_records(folder, Subject(name, plan.shape_after.parameters, evaluation.models.get(name)))
+    name = focus or mine.name
+    mine = replace(mine, name=name, entry=evaluation.models.get(name))
     if base is None:
-        dense = read_card(folder).dense or "the dense model"
+        source = mine.recovery.source if mine.plan is None and mine.recovery is not None else None
+        dense = read_card(folder).dense or source or "the dense model"
         base = dense if dense != name else f"{dense} (dense)"
-        subjects.append(Subject(base, plan.shape_before.parameters))
+        subjects.append(Subject(base, mine.parameters if mine.plan is None else mine.plan.shape_before.parameters))
     position = 1 if subjects and subjects[0].name == base else 0
     subjects.insert(position, mine)
     file = output / "verification.json"
@@ -135,21 +141,35 @@ def _of_checkpoint(folder: Path, output: Path, evaluation: Evaluation, baseline:
     return Inputs(output, evaluation, tuple(subjects), base, name, verification)
 
 
-def _find(folder: Path, plan: PruningPlan, evaluation: Evaluation) -> str | None:
-    """Finds a checkpoint among the models: by its path, or, where it has moved, by how it was made."""
+def _own_records(folder: Path) -> Subject:
+    """Reads what the checkpoint that a report is of says about itself."""
+    try:
+        if is_recovered(folder):
+            read_recovery(folder)
+        if (folder / RECORDS / "plan.json").is_file():
+            parameters = PruningPlan.load(folder / RECORDS / "plan.json").shape_after.parameters
+        else:
+            parameters = inspect(folder).shape.parameters
+    except AmpruneError as error:
+        raise ReportError(f"the checkpoint's records are damaged: {error}; make the checkpoint again") from error
+    return _with_records(folder, Subject(folder.resolve().name, parameters))
+
+
+def _find(folder: Path, evaluation: Evaluation) -> str | None:
+    """Finds a checkpoint among the models: by its path, or, where it has moved, by its content."""
     for name, entry in evaluation.models.items():
         if Path(entry.source).is_dir() and Path(entry.source).resolve() == folder.resolve():
             return name
-    made = {"shape_after": plan.shape_after.to_dict(), "provenance": plan.provenance}
+    if not evaluation.models:
+        return None
+    digest = _attempt(lambda: content_hash(folder)) if (folder / "config.json").is_file() else None
     for name, entry in evaluation.models.items():
-        if entry.pruned is not None and all(entry.pruned.get(key) == value for key, value in made.items()):
+        if entry.sha256 == digest:
             return name
-    if evaluation.models:
-        raise ReportError(
-            f"the evaluation has no figures of {folder}; its models are {', '.join(evaluation.models)}. Measure it "
-            f"with `amprune evaluate DENSE {folder} -o {folder / RECORDS / EVALUATION}`"
-        )
-    return None
+    raise ReportError(
+        f"the evaluation has no figures of {folder}; its models are {', '.join(evaluation.models)}. Measure it "
+        f"with `amprune evaluate DENSE {folder} -o {folder / RECORDS / EVALUATION}`"
+    )
 
 
 def _subject(entry: ModelEntry) -> Subject:
@@ -159,7 +179,12 @@ def _subject(entry: ModelEntry) -> Subject:
 def _with_records(folder: Path, subject: Subject) -> Subject:
     """Adds what lies beside a model's weights, where it is still the model that was measured."""
     plan = _attempt(lambda: PruningPlan.load(folder / RECORDS / "plan.json"))
-    if plan is not None and plan.shape_after.parameters == subject.parameters:
+    if plan is not None and plan.shape_after.parameters != subject.parameters:
+        return subject
+    if is_recovered(folder):
+        recovery = _attempt(lambda: read_recovery(folder))
+        subject = replace(subject, trained=True, recovery=recovery, log=read_training_log(folder))
+    if plan is not None:
         scores = _attempt(lambda: ImportanceScores.load(folder / RECORDS / "scores.safetensors"))
         fits = scores is not None and scores.shape == plan.shape_before
         subject = replace(subject, plan=plan, scores=scores if fits else None)

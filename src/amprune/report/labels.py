@@ -68,6 +68,34 @@ def write_labels(
         text.remove()
 
 
+def write_column(figure: Figure, axes: Axes, labels: Sequence[Label], x: float) -> None:
+    """Writes names in a column at `x`, in the order of their heights, apart from each other."""
+    canvas: Any = figure.canvas  # matplotlib's is untyped
+    canvas.draw()
+    frame, points = axes.get_window_extent(), 72 / figure.dpi
+    ordered = sorted(labels, key=lambda label: label.y)
+    wanted = [axes.transData.transform((x, label.y))[1] * points for label in ordered]
+    heights = [8 * 1.2 * (1 + label.text.count("\n")) + 1 for label in ordered]
+    places = _apart(wanted, heights, frame.y0 * points, frame.y1 * points)
+    for label, before, after in zip(ordered, wanted, places, strict=True):
+        axes.annotate(label.text, (x, label.y), xytext=(8, after - before), textcoords="offset points",
+                      color=label.colour, fontsize=8, ha="left", va="center", linespacing=1.05)  # fmt: skip
+
+
+def _apart(centres: Sequence[float], heights: Sequence[float], low: float, high: float) -> list[float]:
+    """Moves ascending centres up until nothing overlaps, then down until they end below `high` where they fit."""
+    found: list[float] = []
+    edge = low
+    for centre, height in zip(centres, heights, strict=True):
+        found.append(max(centre, edge + height / 2))
+        edge = found[-1] + height / 2
+    edge = max(high, low + sum(heights))
+    for index in reversed(range(len(found))):
+        found[index] = min(found[index], edge - heights[index] / 2)
+        edge = found[index] - heights[index] / 2
+    return found
+
+
 def _overlap(box: Bbox, other: Bbox) -> float:
     width = min(box.x1, other.x1) - max(box.x0, other.x0)
     height = min(box.y1, other.y1) - max(box.y0, other.y0)

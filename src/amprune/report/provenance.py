@@ -1,11 +1,12 @@
 """How the models were made and measured, and what the figures cannot tell."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from amprune.evaluation.records import Record
 from amprune.model_card import how_it_was_made, removal, size_rows
+from amprune.recovered import data_sentence
 from amprune.report.blocks import Block, Bullets, Command, Section, Table, Text
 from amprune.report.inputs import EVALUATION, Inputs
 from amprune.report.measures import change, find_measures, setting
@@ -37,6 +38,10 @@ def made_section(inputs: Inputs) -> Section | None:
             (str(c.get("name")), "passed" if c.get("passed") else "FAILED", str(c.get("detail"))) for c in checks
         )
         blocks.append(Table("Verification", ("check", "result", "found"), rows, left=3))
+    elif subject.trained:
+        blocks.append(
+            Text("It was trained after that, so that its logits are no longer those of the masked dense model.")
+        )
     else:
         blocks.append(Text("It carries no record of a verification; `amprune verify` makes one."))
     return Section(MADE, tuple(blocks))
@@ -153,9 +158,23 @@ def limits(inputs: Inputs) -> tuple[str, ...]:
         found.append(
             "Energy is only as good as its source, which the note beside it names; a model of power is no meter."
         )
-    if any(subject.plan is not None for subject in inputs.subjects):
-        found.append(UNTRAINED)
-    return tuple(found)
+    return (*found, *_on_training(inputs))
+
+
+def _on_training(inputs: Inputs) -> Iterator[str]:
+    """Says which models were not trained after pruning, and what holds for those that were."""
+    untrained = [subject.name for subject in inputs.subjects if subject.plan is not None and not subject.trained]
+    trained = [subject for subject in inputs.subjects if subject.trained]
+    if untrained:
+        yield f"Not trained after pruning: {', '.join(untrained)}." if trained else UNTRAINED
+    yield from dict.fromkeys(
+        f"{subject.name}: {data_sentence(subject.recovery)}" for subject in trained if subject.recovery is not None
+    )
+    if any(subject.log.validation or (subject.recovery and subject.recovery.after) for subject in trained):
+        yield (
+            "A validation loss is measured on samples like those that were trained on: it falls also where a model "
+            "gets worse at everything else."
+        )
 
 
 def _unpaired(inputs: Inputs) -> int:

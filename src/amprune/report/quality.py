@@ -76,7 +76,7 @@ def _perplexity_picture(inputs: Inputs, measure: Measure, colours: dict[str, str
 
 
 def _lines(inputs: Inputs) -> list[list[str]]:
-    """Joins models that were made alike, but for the ratio."""
+    """Joins models that were made alike, but for the ratio; where two have the same, something else differs."""
     groups: dict[str, list[str]] = {}
     for subject in inputs.compared:
         made = subject.plan.provenance if subject.plan is not None else None
@@ -84,9 +84,12 @@ def _lines(inputs: Inputs) -> list[list[str]]:
             made = subject.entry.pruned.get("provenance")
         if made is not None:
             options = {k: v for k, v in (made.get("options") or {}).items() if k not in ("ratio", "heads_ratio")}
-            key = json.dumps([made.get("fingerprint"), made.get("calibration"), options], sort_keys=True, default=str)
+            taught = None if subject.recovery is None else [subject.recovery.data, subject.recovery.settings]
+            alike = [made.get("fingerprint"), made.get("calibration"), options, subject.trained, taught]
+            key = json.dumps(alike, sort_keys=True, default=str)
             groups.setdefault(key, []).append(subject.name)
-    return [names for names in groups.values() if len(names) > 1]
+    sizes = {subject.name: subject.parameters for subject in inputs.compared}
+    return [names for names in groups.values() if 1 < len(names) == len({sizes[name] for name in names})]
 
 
 def difference(found: Change | None, *, scale: float = 1.0) -> str:

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jinja2
@@ -19,12 +19,13 @@ from amprune.checkpoint import RECORDS
 from amprune.errors import ReportError
 from amprune.evaluation.workload import Workload
 from amprune.model_card import CARD, escaped
-from amprune.report.blocks import Contents, Section
+from amprune.report.blocks import Bullets, Contents, Section
 from amprune.report.card import renewed_card
 from amprune.report.contents import make_contents
 from amprune.report.drawing import to_png, to_svg
 from amprune.report.inputs import Inputs, read_inputs
 from amprune.report.provenance import LIMITS, MADE, UNMEASURED
+from amprune.report.training import RECOVERY
 
 _MARKER = "<!-- drawn by amprune report -->"
 _GENERATOR = '<meta name="generator" content="amprune'
@@ -51,7 +52,7 @@ def write_report(
     workload: Workload | None = None,
     evaluation: str | os.PathLike[str] | None = None,
 ) -> ReportFiles:
-    """Draws the report of a pruned checkpoint, or of a folder with an `evaluation.json`.
+    """Draws the report of a pruned or recovered checkpoint, or of a folder with an `evaluation.json`.
 
     Of a checkpoint, `report.md`, `report.html` and `figures/` are written into its folder `amprune/`, and its README.md
     is renewed with the results unless someone else wrote it. Of another folder they lie beside the evaluation.
@@ -108,11 +109,18 @@ def _card(folder: Path, inputs: Inputs, contents: Contents, written: Sequence[st
     if inputs.focus is None:
         return None
     own = (MADE, LIMITS, UNMEASURED)  # The card has words of its own for these.
-    shown = [section for section in contents.sections if section.title not in own]
+    shown = [_for_card(section) for section in contents.sections if section.title not in own]
     results = _sections(shown, level=3, figures=f"{RECORDS}/{_FIGURES}/")
     there = [path.name for path in inputs.output.iterdir() if not path.name.startswith(".")]
     records = dict.fromkeys([*there, *written])
     return renewed_card(folder, inputs, records=list(records), results=f"## Results\n\n{results}")
+
+
+def _for_card(section: Section) -> Section:
+    """Leaves out how models were trained: of its own model the card says so elsewhere."""
+    if section.title != RECOVERY:
+        return section
+    return replace(section, blocks=tuple(block for block in section.blocks if not isinstance(block, Bullets)))
 
 
 def _environment(*, autoescape: bool) -> jinja2.Environment:
