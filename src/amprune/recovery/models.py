@@ -85,12 +85,14 @@ def _in_four_bits(folder: Path) -> Any:
     return model
 
 
-def check_teacher(teacher: Source, student: Checkpoint) -> None:
+def check_teacher(teacher: Source | None, student: Checkpoint) -> None:
     """Refuses a teacher whose distributions are over other tokens.
 
     Raises:
         RecoveryError: its vocabulary is another.
     """
+    if teacher is None:
+        return
     theirs, ours = _vocabulary(teacher.folder), _vocabulary(student.folder)
     if ours != theirs:
         raise RecoveryError(

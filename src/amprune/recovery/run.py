@@ -117,8 +117,7 @@ def recover(
         check_output(folder, overwrite=overwrite, protected=source.protected)
     base = read_checkpoint(source.folder)
     dense = open_source(teacher, dtype=dtype) if teacher is not None else None
-    if dense is not None:
-        check_teacher(dense, base)
+    check_teacher(dense, base)
     tokenizer = _tokenizer(source, trust_remote_code=trust_remote_code)
     watch = progress if _is_first() else no_progress
     found = load_training_data(
@@ -126,8 +125,7 @@ def recover(
         validation_share=chosen.validation_share, seed=chosen.seed, progress=watch,
     )  # fmt: skip
     _check_batch(found, chosen)
-    if not (source.folder / RECORDS / "plan.json").is_file() and _is_first():
-        logger.info("%s was not pruned by amprune; it is trained as it is", source.name)
+    _tell(source)
     request = {
         "model": base.fingerprint, "data": found.to_dict(), "settings": chosen.to_dict(), "dtype": dtype,
         "teacher": str(teacher) if teacher is not None else None, "keep_epochs": keep_epochs,
@@ -145,14 +143,12 @@ def recover(
     if not _is_first():
         return None
     log = tuple(read_log(training / LOG))
-    losses = [entry["validation_loss"] for entry in log if "validation_loss" in entry]
 
     def write(weights: Path, place: Path, *, replace: bool) -> dict[str, Any]:
         with staged_folder(place, overwrite=replace, protected=source.protected) as partial:
-            difference = write_recovered(base, weights, partial, max_shard_size=max_shard_size, progress=progress)
-            record = _record(request, source, steps_done(trained), losses, difference)
-            _write_records(source.folder, partial, training, record)
-            write_recovered_card(partial, record, source=source)
+            rounding = write_recovered(base, weights, partial, max_shard_size=max_shard_size, progress=progress)
+            record = _record(request, source, steps_done(trained), log, rounding)
+            _write_records(source, partial, training, record)
         return record
 
     if keep_epochs:
@@ -190,6 +186,11 @@ def _tokenizer(source: Source, *, trust_remote_code: bool) -> Any:
 
 def _length(settings: RecoverySettings, base: Checkpoint) -> int:
     return min(settings.max_length, base.positions or settings.max_length)
+
+
+def _tell(source: Source) -> None:
+    if not (source.folder / RECORDS / "plan.json").is_file() and _is_first():
+        logger.info("%s was not pruned by amprune; it is trained as it is", source.name)
 
 
 def _check_batch(data: TrainingData, settings: RecoverySettings) -> None:
@@ -238,8 +239,9 @@ def _trained(
 
 
 def _record(
-    request: dict[str, Any], source: Source, steps: int, losses: Sequence[float], difference: float
+    request: dict[str, Any], source: Source, steps: int, log: Sequence[dict[str, Any]], rounding: float
 ) -> dict[str, Any]:
+    losses = [entry["validation_loss"] for entry in log if "validation_loss" in entry]
     return {
         "format": 1,
         "recovered_from": source.name,
@@ -247,19 +249,20 @@ def _record(
         "steps": steps,
         "validation_before": losses[0] if losses else None,
         "validation_after": losses[-1] if losses else None,
-        "rounding": difference,
+        "rounding": rounding,
         "versions": {"amprune": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
 
 
-def _write_records(source: Path, partial: Path, training: Path, record: dict[str, Any]) -> None:
+def _write_records(source: Source, partial: Path, training: Path, record: dict[str, Any]) -> None:
     """Keeps how it was made: the plan and the scores of the pruned model, the record and the log of the training."""
     for name in ("plan.json", "scores.safetensors"):
-        if (source / RECORDS / name).is_file():
-            shutil.copyfile(source / RECORDS / name, partial / RECORDS / name)
+        if (source.folder / RECORDS / name).is_file():
+            shutil.copyfile(source.folder / RECORDS / name, partial / RECORDS / name)
     write_json(partial / RECORDS / RECORD, record)
     if (training / LOG).is_file():
         shutil.copyfile(training / LOG, partial / RECORDS / LOG)
+    write_recovered_card(partial, record, source=source)
 
 
 def measure_epochs(
