@@ -31,11 +31,11 @@ from amprune.evaluation import Evaluation, evaluate
 from amprune.memory import release_memory
 from amprune.model_card import write_recovered_card
 from amprune.progress import Progress, no_progress
+from amprune.recovered import LOG, RECORD
 from amprune.recovery.merging import write_recovered
 from amprune.recovery.models import check_device, check_teacher, teaching_model, trainable_model
 from amprune.recovery.runs import (
     EPOCHS,
-    LOG,
     begin_run,
     is_finished,
     last_checkpoint,
@@ -49,7 +49,6 @@ from amprune.recovery.training import total_steps, train
 
 logger = logging.getLogger(__name__)
 PathLike = str | os.PathLike[str]
-RECORD = "recovery.json"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from amprune.checkpoint import write_json
 from amprune.errors import RecoveryError
 
 logger = logging.getLogger(__name__)
-LOG, EPOCHS = "training.jsonl", "epochs"
+EPOCHS = "epochs"
 _REQUEST = "request.json"
 
 

@@ -27,9 +27,10 @@ from transformers import (
 from amprune.architecture import quiet_transformers
 from amprune.errors import RecoveryError, reason
 from amprune.progress import Advance
+from amprune.recovered import LOG
 from amprune.recovery.distillation import divergence, teacher_hidden
 from amprune.recovery.models import bfloat16_works
-from amprune.recovery.runs import EPOCHS, LOG, cut_log, last_checkpoint, steps_done, where_to_go_on
+from amprune.recovery.runs import EPOCHS, cut_log, last_checkpoint, steps_done, where_to_go_on
 from amprune.recovery.samples import IGNORED, Sample, TrainingData
 from amprune.recovery.settings import RecoverySettings
 
@@ -169,7 +170,7 @@ class _Recovery(Trainer):
         loss = total / (len(targets) if shared is None else shared)
         if not bool(torch.isfinite(loss)):
             what, step = ("loss", 1) if model.training else ("validation loss", 0)
-            self._stop(f"the {what} is {float(loss)} at step {self.state.global_step + step}")
+            self._stop(f"the {what} is {float(loss.detach())} at step {self.state.global_step + step}")
         if shared is not None:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over devices
         return (loss, {"logits": logits}) if return_outputs else loss
