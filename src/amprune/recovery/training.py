@@ -61,7 +61,7 @@ def train(
         settings=settings,
         teacher=teacher,
         model=model,
-        args=_arguments(settings, folder, data, device),
+        args=_arguments(settings, folder, data, device, anew=resume_from is None),
         train_dataset=[_masked(sample) for sample in data.training],
         eval_dataset=[_masked(sample) for sample in data.validation] or None,
         data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED),
@@ -73,8 +73,6 @@ def train(
         trainer.add_callback(_Log(folder / LOG, trainer, resume_from, advance))
         if each_epoch:
             trainer.add_callback(_EachEpoch(trainer, folder / EPOCHS))
-        if resume_from is None and data.validation:
-            trainer.evaluate()
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     trainer.check_weights()
     return trainer
@@ -107,7 +105,9 @@ def total_steps(data: TrainingData, settings: RecoverySettings, *, processes: in
     return math.ceil(settings.epochs * max(1, math.ceil(batches / settings.gradient_accumulation)))
 
 
-def _arguments(settings: RecoverySettings, folder: Path, data: TrainingData, device: str | None) -> TrainingArguments:
+def _arguments(
+    settings: RecoverySettings, folder: Path, data: TrainingData, device: str | None, *, anew: bool
+) -> TrainingArguments:
     steps = total_steps(data, settings, processes=int(os.environ.get("WORLD_SIZE", "1")))
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -122,6 +122,8 @@ def _arguments(settings: RecoverySettings, folder: Path, data: TrainingData, dev
         save_steps=settings.save_steps,
         save_total_limit=2,
         eval_strategy="steps" if data.validation else "no",
+        # A Trainer that evaluates before it trains takes the model as it is then, and never averages gradients.
+        eval_on_start=anew and bool(data.validation),
         eval_steps=settings.validation_steps or max(1, steps // 5),
         prediction_loss_only=True,
         bf16=settings.full and bfloat16_works(device),
@@ -132,6 +134,7 @@ def _arguments(settings: RecoverySettings, folder: Path, data: TrainingData, dev
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
         label_names=["labels"],
+        ddp_find_unused_parameters=False,
         report_to=[],
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # else one process would spread each batch over all devices
@@ -185,9 +188,10 @@ class _Recovery(Trainer):
     def _stop(self, what: str) -> NoReturn:
         """Raises the error, and removes a checkpoint that holds the weights that failed."""
         shutil.rmtree(self.folder / f"checkpoint-{self.state.global_step}", ignore_errors=True)
+        first = f"remove {self.folder} and " if last_checkpoint(self.folder) else ""
         raise RecoveryError(
-            f"{what}; {where_to_go_on(self.folder)}; remove {self.folder} and start anew with a lower --learning-rate, "
-            "or with --dtype float32"
+            f"{what}; {where_to_go_on(self.folder)}; {first}start anew with a lower --learning-rate, or with --dtype "
+            "float32"
         )
 
 
