@@ -258,10 +258,24 @@ def test_every_epoch_is_kept_and_the_last_is_out(epochs: float, kept: list[int],
     assert torch.equal(values[-1][name], weights(result.folder)[name])
     assert len({float(tensors[name].sum()) for tensors in values}) == len(kept)
     assert all(load(folder) for folder in folders)
+    assert result.epochs == tuple(folders)
+    records = [json.loads((folder / RECORDS / "recovery.json").read_text()) for folder in folders]
+    assert [record["steps"] for record in records] == [*range(2, 2 * len(kept), 2), result.record["steps"]]
+    for record, folder in zip(records, folders, strict=True):
+        log = (folder / RECORDS / "training.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in log] == list(range(1, record["steps"] + 1))
+
+
+def test_an_epoch_of_another_run_is_kept(model: Path, tmp_path: Path, untrainable: None) -> None:
+    save_tiny(tmp_path / "out.epoch-2")
+    with pytest.raises(CheckpointError, match=r"out\.epoch-2 exists; choose another folder, or give --overwrite"):
+        train(model, SAME, tmp_path / "out", epochs=1.5, keep_epochs=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.epoch-2"]
 
 
 def test_epochs_are_measured_into_out_and_removed(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = train(model, SAME[:4], tmp_path / "out", epochs=3.0, max_steps=None, keep_epochs=True)
+    (tmp_path / "out.epoch-4").mkdir()  # of another run
     calls: list[Any] = []
     monkeypatch.setattr(module, "evaluate", lambda *arguments, **options: calls.append((arguments, options)) or "found")
     assert measure_epochs(model, result, data_dir=tmp_path, limit=3, windows=2, device="cpu") == "found"
@@ -274,7 +288,7 @@ def test_epochs_are_measured_into_out_and_removed(model: Path, tmp_path: Path, m
     ]
     assert place == tmp_path / "out" / RECORDS / "evaluation.json"
     assert (options["data_dir"], options["limit"], options["windows"], options["device"]) == (tmp_path, 3, 2, "cpu")
-    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "out.epoch-4"}
 
 
 # The command line.

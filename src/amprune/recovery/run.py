@@ -1,11 +1,13 @@
 """PRUNED -> OUT: data, training, merge, comparison, in order. START HERE in this folder."""
 
 import logging
+import math
 import os
 import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +37,14 @@ from amprune.recovered import LOG, RECORD
 from amprune.recovery.merging import write_recovered
 from amprune.recovery.models import check_device, check_teacher, teaching_model, trainable_model
 from amprune.recovery.runs import (
-    EPOCHS,
     begin_run,
     is_finished,
+    kept_epochs,
     last_checkpoint,
     nothing_left,
     read_log,
     steps_done,
+    write_log,
 )
 from amprune.recovery.samples import TrainingData, load_training_data
 from amprune.recovery.settings import RecoverySettings
@@ -60,6 +63,8 @@ class RecoveredModel:
     """The content of `amprune/training.jsonl`."""
     record: dict[str, Any]
     """The content of `amprune/recovery.json`: settings, data, steps, validation losses before and after, rounding."""
+    epochs: tuple[Path, ...] = ()
+    """The models of all epochs, in their order, where they are kept; the last is `folder` once more."""
 
 
 def recover(
@@ -114,6 +119,9 @@ def recover(
     folder = Path(out).expanduser()
     if _is_first():
         check_output(folder, overwrite=overwrite, protected=source.protected)
+        for number in range(1, math.ceil(chosen.epochs) + 1 if keep_epochs else 1):
+            place = folder.with_name(f"{folder.name}.epoch-{number}")
+            check_output(place, overwrite=overwrite or resume, protected=source.protected)
     base = read_checkpoint(source.folder)
     dense = open_source(teacher, dtype=dtype) if teacher is not None else None
     check_teacher(dense, base)
@@ -142,20 +150,14 @@ def recover(
     if not _is_first():
         return None
     log = tuple(read_log(training / LOG))
-
-    def write(weights: Path, place: Path, *, replace: bool) -> dict[str, Any]:
-        with staged_folder(place, overwrite=replace, protected=source.protected) as partial:
-            rounding = write_recovered(base, weights, partial, max_shard_size=max_shard_size, progress=progress)
-            record = _record(request, source, steps_done(trained), log, rounding)
-            _write_records(source, partial, training, record)
-        return record
-
-    if keep_epochs:
-        for epoch in sorted((training / EPOCHS).iterdir()):
-            write(epoch, folder.with_name(f"{folder.name}.{epoch.name}"), replace=True)
-    record = write(trained, folder, replace=overwrite)
+    write = partial(_write, source, base, request, log, max_shard_size=max_shard_size, progress=progress)
+    epochs = []
+    for epoch in kept_epochs(training) if keep_epochs else ():
+        epochs.append(folder.with_name(f"{folder.name}.{epoch.name}"))
+        write(epoch, epochs[-1], overwrite=True)
+    record = write(trained, folder, overwrite=overwrite)
     shutil.rmtree(training)
-    return RecoveredModel(folder, log, record)
+    return RecoveredModel(folder, log, record, tuple(epochs))
 
 
 def _is_first() -> bool:
@@ -237,6 +239,28 @@ def _trained(
     return end
 
 
+def _write(
+    source: Source,
+    base: Checkpoint,
+    request: dict[str, Any],
+    log: Sequence[dict[str, Any]],
+    trained: Path,
+    place: Path,
+    *,
+    overwrite: bool,
+    max_shard_size: str,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Writes a merged checkpoint, with what was trained until then as its record; returns the record."""
+    steps = steps_done(trained)
+    log = [entry for entry in log if entry["step"] <= steps]
+    with staged_folder(place, overwrite=overwrite, protected=source.protected) as staged:
+        rounding = write_recovered(base, trained, staged, max_shard_size=max_shard_size, progress=progress)
+        record = _record(request, source, steps, log, rounding)
+        _write_records(source, staged, log, record)
+    return record
+
+
 def _record(
     request: dict[str, Any], source: Source, steps: int, log: Sequence[dict[str, Any]], rounding: float
 ) -> dict[str, Any]:
@@ -253,15 +277,14 @@ def _record(
     }
 
 
-def _write_records(source: Source, partial: Path, training: Path, record: dict[str, Any]) -> None:
+def _write_records(source: Source, folder: Path, log: Sequence[dict[str, Any]], record: dict[str, Any]) -> None:
     """Keeps how it was made: the plan and the scores of the pruned model, the record and the log of the training."""
     for name in ("plan.json", "scores.safetensors"):
         if (source.folder / RECORDS / name).is_file():
-            shutil.copyfile(source.folder / RECORDS / name, partial / RECORDS / name)
-    write_json(partial / RECORDS / RECORD, record)
-    if (training / LOG).is_file():
-        shutil.copyfile(training / LOG, partial / RECORDS / LOG)
-    write_recovered_card(partial, record, source=source)
+            shutil.copyfile(source.folder / RECORDS / name, folder / RECORDS / name)
+    write_json(folder / RECORDS / RECORD, record)
+    write_log(folder / RECORDS / LOG, log)
+    write_recovered_card(folder, record, source=source)
 
 
 def measure_epochs(
@@ -276,14 +299,13 @@ def measure_epochs(
 ) -> Evaluation:
     """Measures the pruned model and that of every epoch (section IV-G) into OUT's `amprune/evaluation.json`.
 
-    The models of all epochs but the last, which is OUT, are removed then.
+    The folders of the epochs, the last of which is OUT once more, are removed then.
 
     Raises:
         EvaluationError: the data cannot be read.
     """
     out = result.folder
-    epochs = sorted(out.parent.glob(f"{out.name}.epoch-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    named = [f"{path.name.rpartition('.')[2]}={path}" for path in epochs[:-1]]
+    named = [f"{path.name.rpartition('.')[2]}={path}" for path in result.epochs[:-1]]
     found = evaluate(
         [f"pruned={pruned}", *named, f"{out.name}={out}"],
         out / RECORDS / "evaluation.json",
@@ -294,6 +316,6 @@ def measure_epochs(
         device=device,
         progress=progress,
     )
-    for path in epochs:
+    for path in result.epochs:
         shutil.rmtree(path)
     return found

@@ -3,7 +3,7 @@
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,11 @@ def _state(checkpoint: Path) -> tuple[int, int] | None:
         return None
 
 
+def kept_epochs(folder: Path) -> list[Path]:
+    """Returns the weights of every epoch of a run, in their order."""
+    return sorted((folder / EPOCHS).iterdir(), key=steps_done)
+
+
 def steps_done(checkpoint: Path) -> int:
     """Returns after how many optimizer steps a whole checkpoint was saved."""
     state = _state(checkpoint)
@@ -122,5 +127,9 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 def cut_log(path: Path, step: int) -> None:
     """Leaves out of a log what came after the step that training goes on from."""
-    kept = [json.dumps(entry) + "\n" for entry in read_log(path) if entry["step"] <= step]
-    path.write_text("".join(kept), encoding="utf-8")
+    write_log(path, [entry for entry in read_log(path) if entry["step"] <= step])
+
+
+def write_log(path: Path, entries: Iterable[dict[str, Any]]) -> None:
+    """Writes a training log, a JSON object a line."""
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")

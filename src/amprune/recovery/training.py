@@ -253,4 +253,7 @@ class _EachEpoch(TrainerCallback):
         """Saves what was trained so far, before the step's checkpoint: a run that goes on from there would not."""
         epoch = state.epoch or 0.0
         if epoch.is_integer() or state.global_step >= state.max_steps:
-            self.trainer.save_model(str(self.folder / f"epoch-{math.ceil(epoch)}"))
+            place = self.folder / f"epoch-{math.ceil(epoch)}"
+            self.trainer.save_model(str(place))
+            if state.is_world_process_zero:
+                state.save_to_json(str(place / "trainer_state.json"))
