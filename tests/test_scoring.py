@@ -19,7 +19,7 @@ from tiny_tokenizer import make_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from amprune import CalibrationSet, ImportanceScores, ScoresError, score
+from amprune import CalibrationSet, CheckpointError, ImportanceScores, ScoresError, score
 from amprune.architecture import Architecture, describe
 from amprune.criteria import amp_heads, amp_neurons
 from amprune.scores import LayerScores
