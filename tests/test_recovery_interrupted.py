@@ -133,6 +133,19 @@ def test_a_run_that_goes_on_ends_as_if_nothing_had_been(
         assert all(torch.equal(ours[tensor], theirs[tensor]) for tensor in theirs)
 
 
+def test_no_epoch_is_lost_between_its_last_checkpoint_and_the_next(
+    model: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {**STEPS, "save_steps": 3, "max_steps": 6, "keep_epochs": True}
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Log, "on_save", interrupt, raising=False)
+        with pytest.raises(KeyboardInterrupt):
+            train(model, chats, tmp_path / "out", **options)
+    assert last_checkpoint(tmp_path / "out.training") == tmp_path / "out.training" / "checkpoint-3"
+    found = train(model, chats, tmp_path / "out", resume=True, **options)
+    assert [path.name for path in found.epochs] == ["out.epoch-1", "out.epoch-2"]
+
+
 def test_full_training_with_a_teacher_goes_on_as_well(model: Path, chats: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"full": True, "learning_rate": 1e-3, "max_steps": 4, "teacher": model}
     expected = train(model, chats, tmp_path / "whole", **options)

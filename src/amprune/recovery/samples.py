@@ -145,13 +145,13 @@ def _prompt_tokens(tokenizer: Any, text: str, ids: Sequence[int], prompt: str, *
 def _packed(samples: Sequence[Sample], length: int) -> list[Sample]:
     """Joins samples, in their order, and cuts the whole into sequences.
 
-    The first label of a sample is left out, and that of a sequence: nothing predicts them.
+    The first label of a sequence is left out, as that of a sample is: nothing predicts it.
     """
     ids: list[int] = []
     labels: list[int] = []
     for sample in samples:
         ids += sample["input_ids"]
-        labels += [IGNORED, *sample["labels"][1:]]
+        labels += sample["labels"]
     spans = (slice(start, start + length) for start in range(0, len(ids), length))
     pieces = [{"input_ids": ids[span], "labels": [IGNORED, *labels[span][1:]]} for span in spans]
     return [piece for piece in pieces if any(label != IGNORED for label in piece["labels"])]
