@@ -49,7 +49,7 @@ def reported(debug: bool, *, kept: Path | None = None, again: str = "") -> Itera
         finished = kept is not None and kept.exists()
         option = f" with {again}" if again else ""
         left = f"what was finished is in {kept}, the same command{option} goes on from there" if finished else None
-        stderr.print(f"amprune: interrupted; {left or 'nothing was left behind'}", markup=False)
+        stderr.print(f"amprune: interrupted; {left or 'nothing was left behind'}", markup=False, soft_wrap=True)
         raise typer.Exit(130) from None
     except (typer.Exit, typer.Abort):
         raise
