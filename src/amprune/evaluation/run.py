@@ -116,6 +116,7 @@ def evaluate(
     folder = None if data_dir is None else Path(data_dir).expanduser()
     _check(measure, texts, tasks, limit, batch_size, latency)
     jobs, data = [_Job("size", size_figures, needs_tokenizer=False)], []
+    opened = open_tasks(tasks, data_dir=folder) if "zero_shot" in measure else ()  # before a text is fetched
     if "perplexity" in measure:
         found = [load_text(Path(text)) for text in texts] or [load_wikitext(split, data_dir=folder)]
         windowed = partial(perplexity_figures, sequence_length=sequence_length, windows=windows)
@@ -123,7 +124,6 @@ def evaluate(
         data += [text.sha256 for text in found]
     if "zero_shot" in measure:
         asked = partial(zero_shot_figures, limit=limit, num_fewshot=num_fewshot, batch_size=batch_size)
-        opened = open_tasks(tasks, data_dir=folder)
         jobs += [_Job(task.name, partial(asked, task=task)) for task in opened]
         data += [task.data.sha256 if task.data else task.name for task in opened]
     given = [models] if isinstance(models, str | os.PathLike) else list(models)
