@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from amprune import __version__
-from amprune.checkpoint import RECORDS, Source
+from amprune.checkpoint import RECORDS, Source, read_front_matter
 from amprune.plan import PruningPlan
 from amprune.recovered import Recovery, data_sentence, training_sentences
 from amprune.verification import VerificationReport
@@ -23,7 +23,6 @@ FRONT: dict[str, object] = {
 }
 """Front matter of every card."""
 _MARKER = "<!-- amprune model card, renewed by `amprune report`; remove this line to keep your own: "
-_FRONT = re.compile(r"---\n(.*?)\n---\s*\n", flags=re.DOTALL)
 _RULES = {"amp": "least important", "reversed": "most important", "random": "randomly drawn"}
 
 
@@ -88,7 +87,7 @@ def read_card(folder: Path) -> CardHead:
         dense = json.loads(marker[1]) if marker else None
     except ValueError:
         dense = None
-    return CardHead(_carried(text), dense if isinstance(dense, str) else None, foreign=marker is None)
+    return CardHead(read_front_matter(file), dense if isinstance(dense, str) else None, foreign=marker is None)
 
 
 def card_text(
@@ -230,8 +229,7 @@ def escaped(text: str) -> str:
 
 def _front_matter(source: Source) -> dict[str, object]:
     front = dict(FRONT)
-    card = source.folder / CARD
-    carried = _carried(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else {}
+    carried = read_front_matter(source.folder / CARD)
     if source.license is not None:
         front["license"] = source.license
     front |= {key: carried[key] for key in ("license", "license_name", "license_link", "language") if key in carried}
@@ -253,12 +251,3 @@ def _recovered_front(head: CardHead, source: Source, *, pruned: bool) -> dict[st
     first = ["pruned", "amprune"] if pruned else ["amprune"]
     front["tags"] = list(dict.fromkeys([*(kept if ours else first), "recovered"]))
     return front
-
-
-def _carried(text: str) -> dict[str, object]:
-    match = _FRONT.match(text)
-    try:
-        content = yaml.safe_load(match.group(1)) if match else None
-    except yaml.YAMLError:
-        return {}
-    return content if isinstance(content, dict) else {}

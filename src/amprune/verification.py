@@ -2,9 +2,9 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +192,7 @@ def _check_finite(output: Checkpoint) -> str:
 def _check_trained(folder: Path, output: Checkpoint, advance: Callable[[int], None]) -> str:
     """Computes the logits of an output whose weights are no longer those of the dense model."""
     read_recovery(folder)  # a record that cannot be read excuses nothing
-    logits = _logits(output, {})
+    logits = probe_logits(output)
     advance(2)
     if not torch.isfinite(logits).all():
         raise VerificationError("the recovered model gives logits that are not finite")
@@ -203,9 +203,9 @@ def _logit_difference(
     output: Checkpoint, dense: Checkpoint, plan: PruningPlan, advance: Callable[[int], None]
 ) -> float:
     """Returns the largest difference of any logit, in units of the masked dense model's standard deviation."""
-    pruned = _logits(output, {})
+    pruned = probe_logits(output)
     advance(1)
-    expected = _logits(dense, dict(masks(plan, dense.architecture)))
+    expected = probe_logits(dense, partial(_masked, by_module=dict(masks(plan, dense.architecture))))
     advance(1)
     for name, logits in (("the masked dense model", expected), ("the pruned model", pruned)):
         if not torch.isfinite(logits).all():
@@ -213,13 +213,18 @@ def _logit_difference(
     return float((pruned - expected).abs().max() / expected.std())
 
 
-def _logits(checkpoint: Checkpoint, by_module: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Computes (2, length, vocabulary) logits of seeded random tokens, with the modules' inputs masked."""
+def probe_logits(
+    checkpoint: Checkpoint, changed: Callable[[PreTrainedModel], AbstractContextManager[None]] | None = None
+) -> torch.Tensor:
+    """Computes (2, length, vocabulary) logits of seeded random tokens in float64, streaming the model from its files.
+
+    `changed(model)` is entered around the forward pass and may put hooks on the model.
+    """
     model = streamed_model(checkpoint, torch.float64)
     vocabulary = vocabulary_size(model)
     length = min(_LENGTH, checkpoint.positions or _LENGTH)
     ids = torch.randint(vocabulary, (_SEQUENCES, length), generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode(), quiet_transformers(), _masked(model, by_module):
+    with torch.inference_mode(), quiet_transformers(), changed(model) if changed else nullcontext():
         logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
     del model
     release_memory()  # Modules and their hooks refer to each other; the next model must not stand beside this one.

@@ -7,7 +7,7 @@ writer.py   names, shapes and a way to get each tensor -> shards, index, sidecar
 staging.py  the folder that they are written in -> OUT, whole or not at all
 """
 
-from amprune.checkpoint.files import TensorHeader, read_json
+from amprune.checkpoint.files import TensorHeader, read_front_matter, read_json
 from amprune.checkpoint.reader import Checkpoint, fingerprint, read_checkpoint
 from amprune.checkpoint.source import ALIASES, Source, open_source
 from amprune.checkpoint.staging import check_output, staged_folder
@@ -25,6 +25,7 @@ __all__ = [
     "open_source",
     "parse_size",
     "read_checkpoint",
+    "read_front_matter",
     "read_json",
     "staged_folder",
     "write_json",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import yaml
 from safetensors import SafetensorError, safe_open
 
 from amprune.errors import CheckpointError
@@ -76,6 +77,17 @@ def read_json(file: Path, *, hint: str = "") -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} holds a {type(content).__name__}, expected a JSON object")
     return content
+
+
+def read_front_matter(card: Path) -> dict[str, Any]:
+    """Reads the YAML front matter of a model card; empty where there is none that can be read."""
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    match = re.match(r"---\n(.*?)\n---\s*\n", text, flags=re.DOTALL)
+    try:
+        content = yaml.safe_load(match.group(1)) if match else None
+    except yaml.YAMLError:
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def what_else(folder: Path) -> str:

@@ -110,7 +110,10 @@ def load_text(path: Path) -> Text:
     Raises:
         EvaluationError: it cannot be read, is not UTF-8 or is empty.
     """
-    content = _read(path).decode("utf-8", errors="strict") if _is_utf8(path) else ""
+    try:
+        content = _read(path).decode("utf-8")
+    except UnicodeDecodeError:
+        content = ""
     if not content.strip():
         raise EvaluationError(f"{path} is empty or no UTF-8 text; perplexity needs text")
     return Text(path.name, content, hashlib.sha256(content.encode()).hexdigest())
@@ -135,13 +138,14 @@ def find_task_data(task: str, splits: tuple[str, ...], data_dir: Path) -> TaskDa
     known = TASK_FILES.get(task)
     if known is not None:
         path = folder / known.file
-        rows = _json_lines(path)
-        _check_fields(path, rows, known)
-        return TaskData(path, known.split, hashlib.sha256(_read(path)).hexdigest())
+        content = _read(path)
+        _check_fields(path, _json_lines(path, content), known)
+        return TaskData(path, known.split, hashlib.sha256(content).hexdigest())
     for split in splits:
         if (path := folder / f"{task}_{split}.jsonl").is_file():
-            _json_lines(path)
-            return TaskData(path, split, hashlib.sha256(_read(path)).hexdigest())
+            content = _read(path)
+            _json_lines(path, content)
+            return TaskData(path, split, hashlib.sha256(content).hexdigest())
     return None
 
 
@@ -178,18 +182,10 @@ def _read(path: Path) -> bytes:
         raise EvaluationError(f"cannot read {path}: {error.strerror or error}{there}{hint}") from error
 
 
-def _is_utf8(path: Path) -> bool:
-    try:
-        _read(path).decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def _json_lines(path: Path) -> dict[int, dict[str, Any]]:
+def _json_lines(path: Path, content: bytes) -> dict[int, dict[str, Any]]:
     """Returns the rows by their line in the file."""
     rows = {}
-    for number, line in enumerate(_read(path).split(b"\n"), start=1):
+    for number, line in enumerate(content.split(b"\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from amprune.architecture import quiet_transformers
-from amprune.checkpoint import RECORDS, open_source, read_json
+from amprune.checkpoint import RECORDS, open_source, read_front_matter, read_json
 from amprune.checkpoint.files import stored_tensors, weight_files, what_else
 from amprune.checkpoint.loading import loading_problems
 from amprune.errors import CheckpointError, EvaluationError
@@ -82,7 +81,7 @@ def _open(name: str, model: str, revision: str | None, dtype: str, progress: Pro
     parameters, positions = _parameters(source.folder)
     _check_weights(source.folder)
     plan_file = source.folder / RECORDS / "plan.json"
-    front = _front_matter(source.folder / "README.md")
+    front = read_front_matter(source.folder / "README.md")
     entry = ModelEntry(
         name=name,
         source=model,
@@ -158,17 +157,6 @@ def _digest(content: Any) -> Any:
     while block := content.read(1 << 20):
         digest.update(block)
     return digest
-
-
-def _front_matter(card: Path) -> dict[str, Any]:
-    if not card.is_file():
-        return {}
-    match = re.match(r"---\n(.*?)\n---\s*\n", card.read_text(encoding="utf-8", errors="replace"), flags=re.DOTALL)
-    try:
-        content = yaml.safe_load(match.group(1)) if match else None
-    except yaml.YAMLError:
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _first(value: object) -> str | None:

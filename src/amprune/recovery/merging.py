@@ -2,22 +2,21 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from amprune.checkpoint import Checkpoint, copy_sidecars, read_checkpoint, write_shards
-from amprune.checkpoint.loading import loading_problems, vocabulary_size
-from amprune.checkpoint.streaming import streamed_model
+from amprune.checkpoint.loading import loading_problems
 from amprune.errors import RecoveryError
-from amprune.memory import release_memory
 from amprune.progress import Progress, no_progress
 from amprune.recovery.adapters import Update, read_adapter
+from amprune.verification import probe_logits
 
 TOLERANCE = 1e-4
 """Largest allowed difference of a logit before rounding, in standard deviations: sums are taken in float32."""
-_SEQUENCES, _LENGTH = 2, 48
 
 
 def write_recovered(
@@ -84,12 +83,12 @@ def _check(
     """Holds three things: merged equals adapter, written equals merged but for rounding, and the folder loads."""
     for kind, names in loading_problems(folder).items():
         raise RecoveryError(f"from_pretrained finds {len(names)} {kind.replace('_', ' ')}, such as {names[0]}")
-    expected = _logits(weights, {})
+    expected = probe_logits(weights)
     if not torch.isfinite(expected).all():
         raise RecoveryError("the logits of the trained model are not finite; train again at a lower --learning-rate")
     advance(1)
     if isinstance(weights, _Merged):
-        beside = _logits(base, weights.updates)
+        beside = probe_logits(base, partial(_beside, updates=weights.updates))
         difference = float((beside - expected).abs().max() / expected.std())
         if not difference <= TOLERANCE:
             raise RecoveryError(
@@ -101,7 +100,7 @@ def _check(
     for name in base:
         if not _same(written[name], get(name)):
             raise RecoveryError(f"{folder}: tensor {name} is not what was merged; is the disk sound?")
-    found = _logits(written, {})
+    found = probe_logits(written)
     if not torch.isfinite(found).all():
         raise RecoveryError(f"the logits are not finite once the weights are rounded to {base.dtype}")
     advance(1)
@@ -112,18 +111,6 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Compares bit by bit: what is no number equals nothing, not even itself."""
     bits = [tensor.reshape(-1).view(torch.uint8) for tensor in (one, other)]
     return one.dtype == other.dtype and one.shape == other.shape and torch.equal(*bits)
-
-
-def _logits(checkpoint: Checkpoint, updates: Mapping[str, Update]) -> torch.Tensor:
-    """Computes (2, length, vocabulary) logits of seeded random tokens in float64, with updates beside the weights."""
-    model = streamed_model(checkpoint, torch.float64)
-    length = min(_LENGTH, checkpoint.positions or _LENGTH)
-    ids = torch.randint(vocabulary_size(model), (_SEQUENCES, length), generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode(), _beside(model, updates):
-        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
-    del model
-    release_memory()
-    return logits
 
 
 @contextmanager
