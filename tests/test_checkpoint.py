@@ -34,10 +34,10 @@ from amprune import (
     apply_plan,
     make_plan,
     score,
-    verification,
     verify,
 )
 from amprune.checkpoint import ALIASES, RECORDS, open_source, read_checkpoint, staged_folder, write_shards, writer
+from amprune.verification import checks
 
 CALIBRATION = CalibrationSet("random", tuple(tuple((i * 7 + j * 13) % VOCABULARY for j in range(20)) for i in range(3)))
 TINY = Tiny(
@@ -608,9 +608,7 @@ def test_each_check_says_what_it_finds_in_a_broken_output(
 
 def test_verification_opens_the_output_once(models: Path, pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = []
-    monkeypatch.setattr(
-        verification, "read_checkpoint", lambda folder: opened.append(folder) or read_checkpoint(folder)
-    )
+    monkeypatch.setattr(checks, "read_checkpoint", lambda folder: opened.append(folder) or read_checkpoint(folder))
     assert verify(pruned, dense=models / "single").passed
     assert opened == [pruned]
 

@@ -11,7 +11,9 @@ from tiny_models import find, make_model
 from tiny_tokenizer import make_tokenizer
 from typer.testing import CliRunner
 
+from amprune import ImportanceScores
 from amprune.cli import app
+from amprune.criteria import CRITERIA
 
 COMMANDS = ("inspect", "score", "plan", "apply", "verify", "prune", "demo")
 
@@ -162,3 +164,65 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 def test_wrong_usage_exits_with_2(dense: Path) -> None:
     assert run("prune", dense)[0] == 2
     assert run("plan", "x", "-o", "y", "--order", "nonsense")[0] == 2
+
+
+# Criteria
+
+
+@pytest.mark.parametrize("name", [name for name, criterion in CRITERIA.items() if not criterion.depth])
+def test_prune_by_every_criterion(name: str, dense: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ("--ratio", 0.2, "--criterion", name, "--calibration", "builtin", "--samples", 4)
+    code, output, errors = run("prune", dense, out, *arguments, "--json")
+    assert code == 0, errors
+    assert json.loads(output)["verification"]["passed"]
+    assert ImportanceScores.load(out / "amprune" / "scores.safetensors").criterion == name
+
+
+@pytest.mark.parametrize("name", ["depth", "depth-taylor"])
+def test_blocks_are_scored_planned_removed_and_verified(name: str, dense: Path, tmp_path: Path) -> None:
+    scores, plan, out = tmp_path / "scores.safetensors", tmp_path / "plan.json", tmp_path / "out"
+    code, shown, errors = run("score", dense, "-o", scores, "--criterion", name, "--calibration", "builtin")
+    assert code == 0, errors
+    assert f"Scored 2 blocks by {name} on 50 samples" in shown
+    protect = ("--protect-first", 1, "--protect-last", 0)
+    assert run("plan", scores, "--ratio", 0.4, "-o", plan, *protect)[0] == 0
+    assert run("apply", dense, plan, out)[0] == 0
+    assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == 1
+    assert run("verify", out, "--dense", dense)[0] == 0
+    code, _, errors = run("plan", scores, "--ratio", 0.4, "-o", plan, *protect, "--only", "heads")
+    assert code == 1
+    assert "only is heads, but means nothing where whole blocks are removed" in " ".join(errors.split())
+
+
+def test_an_unknown_criterion_is_refused_before_anything_is_loaded(dense: Path, tmp_path: Path) -> None:
+    for command in (("score", dense, "-o", tmp_path / "s"), ("prune", dense, tmp_path / "o", "--ratio", 0.2)):
+        code, _, errors = run(*command, "--criterion", "wanda")
+        assert code == 1
+        assert "unknown criterion 'wanda'; did you mean wanda-sp?" in " ".join(errors.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_biases_make_up_for_what_is_removed(tmp_path: Path) -> None:
+    dense, out = tmp_path / "dense", tmp_path / "out"
+    make_model(find("phi-gqa")).save_pretrained(dense)
+    make_tokenizer().save_pretrained(dense)
+    arguments = ("--ratio", 0.2, "--calibration", "builtin", "--samples", 4, "--bias-compensation")
+    code, _, errors = run("prune", dense, out, *arguments)
+    assert code == 1
+    assert "the criterion amp lacks; use flap" in " ".join(errors.split())
+    code, _, errors = run("prune", dense, out, *arguments, "--criterion", "flap")
+    assert code == 0, errors
+    assert run("verify", out, "--dense", dense)[0] == 0
+    again = ("apply", dense, out / "amprune" / "plan.json", tmp_path / "again")
+    code, _, errors = run(*again)
+    assert code == 1
+    assert "give scores" in errors
+    assert run(*again, "--scores", out / "amprune" / "scores.safetensors")[0] == 0
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+
+
+def test_a_model_without_biases_is_refused_before_it_is_scored(dense: Path, tmp_path: Path) -> None:
+    code, _, errors = run("prune", dense, tmp_path / "o", "--ratio", 0.2, "--criterion", "flap", "--bias-compensation")
+    assert code == 1
+    assert "needs output projections with biases" in " ".join(errors.split())

@@ -12,9 +12,10 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "amprune"
 # A module imports only from those above it.
 ORDER = [
-    "errors", "memory", "progress", "families", "shape", "architecture", "checkpoint", "texts", "calibration", "scores",
-    "criteria", "scoring", "plan", "slicing", "recovered", "verification", "evaluation", "model_card", "recovery",
-    "stages", "inspection", "report", "pipeline", "demo", "display", "cli", "__main__",
+    "errors", "memory", "progress", "families", "shape", "architecture", "checkpoint", "texts", "calibration",
+    "scores", "criteria", "scoring", "depth", "plan", "slicing", "compensation", "recovered", "verification",
+    "evaluation", "model_card", "recovery", "stages", "inspection", "report", "experiments", "pipeline", "demo",
+    "display", "cli", "__main__",
 ]  # fmt: skip
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

@@ -591,9 +591,10 @@ NONSENSE: dict[str, tuple[Callable[[Content], None], str]] = {
     ),
     **{
         f"shape_after {name}": (_field(name, value, of="shape_after"), f"shape_after disagrees .*: {name} is .*{value}")
-        for name, value in (("parameters", 80000), ("head_dim", 12), ("num_layers", 1), ("hidden_size", 64),
+        for name, value in (("parameters", 80000), ("head_dim", 12), ("layer_parameters", 7), ("hidden_size", 64),
                             ("model_type", "qwen2"), ("heads_refused", "no"))
     },
+    "shape_after num_layers": (_field("num_layers", 1, of="shape_after"), "keeps 2 of 2 blocks, .* shape_after says 1"),
     "query_head_counts": (
         _field("query_head_counts", [1], of="shape_after"), r"shape_after disagrees .*: query_head_counts is \[1\]",
     ),

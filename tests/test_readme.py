@@ -1,5 +1,6 @@
 """The commands of the README, run in their order on the real model, and what they leave."""
 
+import json
 import os
 import re
 import subprocess
@@ -25,6 +26,11 @@ QUICK = ["--warmup", "1", "--runs", "3", "--new-tokens", "16", "--energy-seconds
 EVALUATE_OFFLINE = [
     *QUICK, *(["--data-dir", DATA, "--limit", "4", "--windows", "1"] if DATA else ["--measure", "latency,energy"])
 ]  # fmt: skip
+EXPERIMENT_OFFLINE = [
+    "--method", "amp,depth", "--calibration", "builtin", "--windows", "1",
+    *(["--data-dir", DATA, "--tasks", "piqa", "--limit", "4"] if DATA else ["--tasks", "", "--text", __file__]),
+]  # fmt: skip
+OFFLINE = {"evaluate": EVALUATE_OFFLINE, "experiment": EXPERIMENT_OFFLINE}
 PYTHON = [block for language, block in BLOCKS if language == "python"]
 
 
@@ -46,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("readme")
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     for command in AMPRUNE:
-        options = EVALUATE_OFFLINE if command.startswith("amprune evaluate") else []
+        options = OFFLINE.get(command.split()[1], [])
         subprocess.run([*command.split(), *options], cwd=place, env=environment, check=True, capture_output=True)
     for block in PYTHON:
         subprocess.run([sys.executable, "-c", block], cwd=place, env=environment, check=True, capture_output=True)
@@ -56,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_readme_opens_with_the_two_commands() -> None:
     assert SHELL[0].startswith("make demo")
     assert SHELL[1].startswith("make test")
-    assert len(AMPRUNE) == 8
+    assert len(AMPRUNE) == 9
     assert len(PYTHON) == 2
 
 
@@ -107,6 +113,17 @@ def test_the_report_sets_the_two_models_side_by_side(folder: Path) -> None:
     if DATA:
         assert "hellaswag" in report
     assert (folder / "results" / "report.html").stat().st_size > 50_000
+
+
+@pytest.mark.real_model
+def test_the_experiment_sets_methods_side_by_side_and_leaves_no_model(folder: Path) -> None:
+    record = json.loads((folder / "table1" / "experiment.json").read_text(encoding="utf-8"))
+    cells = record["models"][0]["cells"]
+    assert [cell["state"] for cell in cells.values()] == ["done"] * 3
+    assert cells["amp 20 %"]["ratio"] == pytest.approx(0.2, abs=0.001)
+    assert cells["depth 20 %"]["ratio"] == pytest.approx(8 * 3_540_096 / 134_515_008)
+    assert not list((folder / "table1").rglob("model*.safetensors"))
+    assert "**" in (folder / "table1" / "report.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.real_model

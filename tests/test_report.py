@@ -32,6 +32,7 @@ from amprune.model_card import read_card, write_recovered_card
 from amprune.plan import make_plan
 from amprune.recovered import TrainingLog, read_training_log
 from amprune.report import ReportFiles, write_report
+from amprune.report.figures_importance import heads_figure, neurons_figure
 from amprune.report.figures_training import running_mean
 from amprune.report.inputs import read_inputs
 from amprune.report.labels import _apart
@@ -1030,3 +1031,25 @@ def test_what_recover_writes_has_a_card_a_proof_and_a_report(tiny: tuple[Path, P
     files = write_report(tmp_path / "out")
     assert "training" in {path.stem for path in files.figures}
     assert "Trained from pruned by LoRA" in files.markdown.read_text()
+
+
+@pytest.mark.parametrize(("criterion", "shift", "said"), [("flap", 1.0, "by the criterion flap"),
+                                                          ("reversed", 100.0, "The most important")])  # fmt: skip
+def test_scores_of_other_criteria_are_named_and_drawn_though_they_are_negative(
+    criterion: str, shift: float, said: str, tmp_path: Path
+) -> None:
+    scores = made_scores(smollm_shape(layers=6))
+    shifted = [LayerScores(*(values - np.float32(shift) for values in vars(layer).values())) for layer in scores.layers]
+    scores = replace(scores, layers=tuple(shifted), criterion=criterion)
+    pruned_records(tmp_path / "out", scores, ratio=0.2)
+    report = write_report(tmp_path / "out").markdown.read_text()
+    assert f"Heads and neurons were scored by the criterion {criterion}." in report
+    assert said in report
+    assert "adds to the residual stream" not in report
+    assert "AMP" not in report
+    for figure in (heads_figure(scores, make_plan(scores, ratio=0.2)), neurons_figure(scores, [], colours={})):
+        labels = {axes.get_ylabel() for axes in figure.axes}
+        assert "score / mean magnitude of its layer" in labels
+    lines = neurons_figure(scores, [], colours={}).axes[0].lines
+    assert len(lines) == scores.shape.num_layers
+    assert all(len(line.get_xdata()) > 100 for line in lines)

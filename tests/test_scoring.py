@@ -21,9 +21,9 @@ from transformers import PreTrainedModel
 
 from amprune import CalibrationSet, CheckpointError, ImportanceScores, ScoresError, score
 from amprune.architecture import Architecture, describe
-from amprune.criteria import amp_heads, amp_neurons
+from amprune.criteria.activations import amp, contribution_norms, input_moments
 from amprune.scores import LayerScores
-from amprune.scoring import score_layers
+from amprune.scoring import measure_activations
 from amprune.shape import ModelShape
 
 KINDS = ("heads", "groups", "neurons")
@@ -52,7 +52,11 @@ def architecture_of(tiny: Tiny) -> Architecture:
 
 
 def score_model(model: PreTrainedModel, tiny: Tiny, calibration: CalibrationSet, **options: Any) -> list[LayerScores]:
-    return list(score_layers(model, architecture_of(tiny), calibration, **options))
+    return score_layers(model, architecture_of(tiny), calibration, **options)
+
+
+def score_layers(model: PreTrainedModel, architecture: Architecture, *args: Any, **options: Any) -> list[LayerScores]:
+    return [amp(layer, architecture.shape) for layer in measure_activations(model, architecture, *args, **options)]
 
 
 def reference(model: PreTrainedModel, tiny: Tiny, samples: Sequence[Sequence[int]]) -> list[LayerScores]:
@@ -129,16 +133,19 @@ def test_heads_of_their_own_key_value_head_score_as_their_group() -> None:
 def test_criteria_by_hand() -> None:
     """Two heads of size 1 in one group, which cancel each other in the first of two tokens."""
     outputs, weight = torch.tensor([[1.0, -1.0], [2.0, 1.0]]), torch.tensor([[1.0, -3.0], [1.0, -3.0]])
-    scores = amp_heads(outputs, weight, num_heads=2, num_groups=1)
-    assert scores.tolist() == [(4 + 8) / 2, (4 + 4) / 2, (0 + 12) / 2]
-    assert amp_neurons(torch.tensor([[1.0, -2.0], [-3.0, 0.5]])).tolist() == [2.0, 1.25]
+    scores = contribution_norms(outputs, weight, num_heads=2, num_groups=1)
+    assert scores[0].tolist() == [(4 + 8) / 2, (4 + 4) / 2, (0 + 12) / 2]
+    assert scores[1].tolist() == pytest.approx([((10 + 40) / 2) ** 0.5, ((10 + 10) / 2) ** 0.5, (90 / 2) ** 0.5])
+    mean, absolute, square, root = input_moments(torch.tensor([[1.0, -2.0], [-3.0, 0.5]])).tolist()
+    assert (mean, absolute, square) == ([-1.0, -0.75], [2.0, 1.25], [5.0, 2.125])
+    assert root == pytest.approx([5**0.5, 2.125**0.5])
 
 
 def test_float16_does_not_overflow_in_the_sums() -> None:
     outputs, weight = torch.full((64, 8), 60_000.0).half(), torch.full((8, 16), 2.0).half()
-    scores = amp_heads(outputs, weight, num_heads=2, num_groups=1)
-    assert scores.tolist() == pytest.approx([60_000.0 * 2 * 4 * 16] * 2 + [60_000.0 * 2 * 8 * 16])
-    assert amp_neurons(outputs).tolist() == pytest.approx([60_000.0] * 8)
+    scores = contribution_norms(outputs, weight, num_heads=2, num_groups=1)
+    assert scores[0].tolist() == pytest.approx([60_000.0 * 2 * 4 * 16] * 2 + [60_000.0 * 2 * 8 * 16])
+    assert input_moments(outputs)[1].tolist() == pytest.approx([60_000.0] * 8)
 
 
 class _LargestTensor(TorchDispatchMode):
@@ -159,7 +166,7 @@ def test_no_tensor_of_all_heads_contributions_is_held(groups: int) -> None:
     tokens, heads, hidden, head_dim = 512, 16, 256, 16
     outputs, weight = torch.randn(tokens, heads * head_dim), torch.randn(heads * head_dim, hidden)
     with _LargestTensor() as recorder:
-        amp_heads(outputs, weight, num_heads=heads, num_groups=groups)
+        contribution_norms(outputs, weight, num_heads=heads, num_groups=groups)
     assert 0 < recorder.elements <= tokens * hidden < tokens * heads * hidden / 8
 
 
@@ -431,7 +438,10 @@ DAMAGED: dict[str, tuple[Callable[[Parts], None], str]] = {
         _entry("intermediate_size", 79, of="shape"),
         r"layers\.0\.neurons is .*\(80,\), expected .*\(79,\)",
     ),
-    "more layers": (_entry("num_layers", 3, of="shape"), "parameters is 87792, but heads and neurons alone have"),
+    "more layers": (
+        _entry("num_layers", 3, of="shape"),
+        "parameters is 87792, but heads and neurons, or blocks, alone have",
+    ),
     "float16": (_tensor("layers.0.heads", lambda t: t.astype(np.float16)), r"layers\.0\.heads is float16"),
     "no layers": (_entry("num_layers", 0, of="shape"), "'num_layers' is 0"),
     "shape with text": (_entry("hidden_size", "48", of="shape"), "'hidden_size' is '48'"),

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from amprune.evaluation import Evaluation, LatencySettings, evaluate
+    from amprune.experiments import ExperimentFiles, experiment
     from amprune.inspection import inspect
     from amprune.pipeline import prune, run
     from amprune.plan import PruningPlan, make_plan
@@ -56,6 +57,7 @@ _MODULES = {
         "VerificationError",
     ),
     "evaluation": ("Evaluation", "LatencySettings", "evaluate"),
+    "experiments": ("ExperimentFiles", "experiment"),
     "inspection": ("inspect",),
     "pipeline": ("prune", "run"),
     "plan": ("PruningPlan", "make_plan"),
@@ -76,6 +78,7 @@ __all__ = [
     "CheckpointError",
     "Evaluation",
     "EvaluationError",
+    "ExperimentFiles",
     "ImportanceScores",
     "LatencySettings",
     "MissingDependencyError",
@@ -93,6 +96,7 @@ __all__ = [
     "VerificationReport",
     "apply_plan",
     "evaluate",
+    "experiment",
     "inspect",
     "load_calibration",
     "make_plan",

@@ -5,7 +5,7 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,11 +15,12 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig,
 from transformers.utils import logging as transformers_logging
 
 from amprune.errors import UnsupportedModelError
-from amprune.families import Cut, ModelFamily, Unit, find_family, refusal_of_heads
+from amprune.families import Cut, ModelFamily, Unit, find_family, refusal_of_blocks, refusal_of_heads
 from amprune.shape import ModelShape
 
 logger = logging.getLogger(__name__)
 
+_UNEVEN_BLOCKS = "its blocks hold different numbers of parameters, so that a ratio says nothing of how many go"
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "moe_intermediate_size")
 
 
@@ -142,6 +143,10 @@ class Architecture:
         prefix = self.family.layer_prefix.format(layer=layer)
         return {cut: prefix + cut.tensor for cut in self.family.cuts if prefix + cut.tensor in self.tensors}
 
+    def block(self, layer: int) -> str:
+        """Names the module of the given decoder block."""
+        return self.family.layer_prefix.format(layer=layer).removesuffix(".")
+
     def cut_tensors(self) -> Iterator[str]:
         """Names every tensor that pruning may cut, layer by layer."""
         for layer in range(self.shape.num_layers):
@@ -168,6 +173,8 @@ def describe(raw: Mapping[str, Any], *, where: str = "config.json") -> Architect
         raise UnsupportedModelError(f"{where}: layer {uneven} has other shapes than layer 0; widths must be uniform")
     costs = _unit_costs(layers[0], family, shape, where=where)
     refused = refusal_of_heads(family, raw)
+    blocks = _block_sizes(parameters, family, shape.num_layers)
+    uniform = len(set(blocks)) == 1
     shape = replace(
         shape,
         query_head_parameters=costs[Unit.QUERY_HEAD],
@@ -175,6 +182,8 @@ def describe(raw: Mapping[str, Any], *, where: str = "config.json") -> Architect
         neuron_parameters=costs[Unit.NEURON],
         heads_refused=refused,
         query_head_counts=() if refused else _accepted_head_counts(raw, family, shape),
+        layer_parameters=blocks[0] if uniform else 0,
+        blocks_refused=refusal_of_blocks(family, raw) or (None if uniform else _UNEVEN_BLOCKS),
     )
     return Architecture(
         family=family,
@@ -235,6 +244,12 @@ def _layer_sizes(sizes: Mapping[str, tuple[int, ...]], family: ModelFamily, laye
     return {cut.tensor: sizes[prefix + cut.tensor] for cut in family.cuts if prefix + cut.tensor in sizes}
 
 
+def _block_sizes(sizes: Mapping[str, tuple[int, ...]], family: ModelFamily, layers: int) -> list[int]:
+    """Counts all parameters of each decoder block, norms included."""
+    prefixes = (family.layer_prefix.format(layer=layer) for layer in range(layers))
+    return [sum(math.prod(size) for name, size in sizes.items() if name.startswith(prefix)) for prefix in prefixes]
+
+
 def _unit_costs(
     sizes: Mapping[str, tuple[int, ...]], family: ModelFamily, shape: ModelShape, *, where: str
 ) -> dict[Unit, int]:
@@ -283,6 +298,24 @@ def config_with_heads(raw: Mapping[str, Any], family: ModelFamily, shape: ModelS
         f"transformers accepts no {raw['model_type']} config with {shape.num_attention_heads} heads on hidden size "
         f"{shape.hidden_size}; make the plan again, which picks an accepted number"
     )
+
+
+def config_of_blocks(raw: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
+    """Returns the config entries that change where the blocks `kept`, ascending, alone stay.
+
+    What an architecture derives from a block's index (sliding windows, layers without positions) is written out for
+    each kept block, as `layer_types` or `no_rope_layers`; the pattern that it came from stays and is not read then.
+    """
+    config = make_config(raw, where="config.json")
+    layers = config.num_hidden_layers
+    own = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    entries: dict[str, Any] = {name: len(kept) for name in (own, "num_hidden_layers") if name == own or name in raw}
+    for name, values in config.to_dict().items():
+        if "layer" in name and isinstance(values, list) and len(values) == layers:
+            entries[name] = [values[layer] for layer in kept]
+    if type(full := raw.get("max_window_layers")) is int:  # Qwen: how many blocks in front have no sliding window
+        entries["max_window_layers"] = sum(layer < full for layer in kept)
+    return entries
 
 
 def _accepted(entries: Mapping[str, Any]) -> bool:

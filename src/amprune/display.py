@@ -19,11 +19,13 @@ from amprune.progress import Advance
 
 if TYPE_CHECKING:
     from amprune.evaluation import Evaluation
+    from amprune.experiments import ExperimentFiles
     from amprune.inspection import Inspection
     from amprune.plan import PruningPlan
     from amprune.recovery import RecoveredModel
     from amprune.report import ReportFiles
     from amprune.report.measures import Measure
+    from amprune.scores import ImportanceScores
     from amprune.stages import PrunedModel
     from amprune.verification import VerificationReport
 
@@ -102,6 +104,15 @@ def result_summary(result: "PrunedModel") -> dict[str, Any]:
     }
 
 
+def show_scores(scores: "ImportanceScores", output: Path) -> None:
+    """Says what was scored, by which criterion and on what."""
+    shape, used = scores.shape, scores.calibration
+    units = f"{shape.num_layers} layers of {shape.num_attention_heads} heads and {shape.intermediate_size:,} neurons"
+    what = units if scores.blocks is None else f"{shape.num_layers} blocks"
+    where = f" on {used['samples']} samples ({used['tokens']:,} tokens) of {used['name']}" if used else ""
+    stdout.print(f"Scored {what} by {scores.criterion}{where}\nScores in {output}", markup=False)
+
+
 def show_plan(plan: "PruningPlan", title: str, sizes: tuple[int, int] | None = None) -> None:
     """Prints the shapes before and after as a table; `sizes` are the bytes of the weights, where they are known."""
     before, after = plan.shape_before, plan.shape_after
@@ -111,6 +122,7 @@ def show_plan(plan: "PruningPlan", title: str, sizes: tuple[int, int] | None = N
         table.add_column(name, justify="right")
     rows = [
         ("parameters", before.parameters, after.parameters),
+        *([("blocks", before.num_layers, after.num_layers)] if after.num_layers < before.num_layers else []),
         ("query heads per layer", before.num_attention_heads, after.num_attention_heads),
         ("key-value heads per layer", before.num_key_value_heads, after.num_key_value_heads),
         ("neurons per layer", before.intermediate_size, after.intermediate_size),
@@ -162,6 +174,12 @@ def show_inspection(found: "Inspection") -> None:
         steps = f"; {ranges(mode.removable)} of {mode.units_per_layer} removable" if mode.units_per_layer else ""
         stdout.print(f"{name}{steps}; ratios up to {mode.largest_ratio:.4f}")
     stdout.print(f"Neurons adjust any ratio in steps of {found.smallest_step:.2e}.")
+    if shape.blocks_refused is not None:
+        stdout.print(f"Blocks cannot be removed as a whole: {shape.blocks_refused}.")
+    else:
+        step = shape.layer_parameters / shape.parameters
+        most = f"{found.removable_blocks} can go beside the protected, ratios up to {found.removable_blocks * step:.4f}"
+        stdout.print(f"A whole block holds {step:.2%}; {most if found.removable_blocks else 'all are protected'}.")
 
 
 def ranges(numbers: tuple[int, ...]) -> str:
@@ -262,3 +280,18 @@ def show_report(files: "ReportFiles") -> None:
         stdout.print(f"Model card renewed: {files.card}", markup=False)
     if files.card_kept is not None:
         stdout.print(files.card_kept, markup=False)
+
+
+def show_experiment(files: "ExperimentFiles") -> None:
+    """Says what became of the cells and where the report is."""
+    table = Table(title=f"Experiment {files.results.experiment}", title_justify="left", title_style="bold")
+    for name in ("model", "cell", "state", "removed"):
+        table.add_column(name, justify="right" if name == "removed" else "left")
+    for found in files.results.models:
+        for name, cell in found.cells.items():
+            share = "" if cell.ratio is None else f"{cell.ratio:.2%}"
+            table.add_row(escape(found.model), escape(name), cell.state, share)
+    stdout.print(table)
+    stdout.print(
+        f"Report in {files.report.html} and {files.report.markdown}; {files.record} is the record", markup=False
+    )

@@ -83,6 +83,8 @@ class ModelFamily:
     """Why heads of this family cannot be removed, or None when they can."""
     heads_refused_if: Mapping[str, str] = field(default_factory=dict)
     """Config switches that, when true, forbid removing heads, with the reason."""
+    blocks_refused_if: Mapping[str, str] = field(default_factory=dict)
+    """Config switches that, when true, forbid removing whole blocks, with the reason."""
     equivalents: tuple[Equivalent, ...] = ()
     stored_names: Mapping[str, str] = field(default_factory=dict)
     """Names in checkpoints that differ from those of `model.state_dict()`, stored to loaded."""
@@ -243,6 +245,10 @@ FAMILIES: tuple[ModelFamily, ...] = (
         ),
         neurons_key="n_inner",
         heads_refused=_WIDTH_FROM_HIDDEN_SIZE,
+        blocks_refused_if={
+            "scale_attn_by_inverse_layer_idx": "with scale_attn_by_inverse_layer_idx a block divides its attention by "
+            "its own index, so that every block behind a gap would compute something else"
+        },
     ),
     ModelFamily(
         model_types=("gptj",),
@@ -316,3 +322,8 @@ def refusal_of_heads(family: ModelFamily, config: Mapping[str, Any]) -> str | No
     if family.heads_refused is not None:
         return family.heads_refused
     return next((reason for key, reason in family.heads_refused_if.items() if config.get(key)), None)
+
+
+def refusal_of_blocks(family: ModelFamily, config: Mapping[str, Any]) -> str | None:
+    """Says why whole blocks of this model cannot be removed, or returns None when they can."""
+    return next((reason for key, reason in family.blocks_refused_if.items() if config.get(key)), None)

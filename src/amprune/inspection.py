@@ -7,7 +7,7 @@ from typing import Any
 
 from amprune.architecture import Architecture, describe
 from amprune.checkpoint import open_source, read_checkpoint, read_json
-from amprune.plan import PlanOptions, head_choices, largest_ratio
+from amprune.plan import PlanOptions, head_choices, largest_ratio, removable_blocks
 from amprune.shape import ModelShape
 
 
@@ -38,6 +38,8 @@ class Inspection:
     modes: tuple[HeadMode, ...]
     smallest_step: float
     """Pruning ratio of one neuron in every layer."""
+    removable_blocks: int
+    """Decoder blocks that can go as a whole, without those that are protected by default."""
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the JSON form."""
@@ -67,6 +69,7 @@ def inspect(model: str | os.PathLike[str], *, revision: str | None = None) -> In
         bytes=checkpoint.bytes if checkpoint else None,
         tied_embeddings=bool(architecture.tied),
         modes=tuple(_modes(shape)),
+        removable_blocks=removable_blocks(shape, PlanOptions()),
         smallest_step=shape.neuron_parameters * shape.num_layers / shape.parameters,
     )
 

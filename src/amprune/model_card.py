@@ -23,6 +23,7 @@ FRONT: dict[str, object] = {
 }
 """Front matter of every card."""
 _MARKER = "<!-- amprune model card, renewed by `amprune report`; remove this line to keep your own: "
+_AMP = "[AMP](https://arxiv.org/abs/2504.21174)"
 _RULES = {"amp": "least important", "reversed": "most important", "random": "randomly drawn"}
 
 
@@ -156,9 +157,8 @@ Made from {escaped(dense)} by training {by}; nothing was removed. It is an ordin
     rows = "\n".join(f"| {' | '.join(row)} |" for row in size_rows(plan))
     return f"""# {escaped(dense)}, {100 * plan.ratio_actual:.1f} % pruned{" and recovered" if recovered else ""}
 
-Made from {escaped(dense)} by structured pruning {by}: {removal(plan)}, by the criterion of
-[AMP](https://arxiv.org/abs/2504.21174).{" It was then trained to recover." if recovered else ""} It is an ordinary \
-checkpoint.
+Made from {escaped(dense)} by structured pruning {by}: {removal(plan)}, {_by(plan)}.\
+{" It was then trained to recover." if recovered else ""} It is an ordinary checkpoint.
 
 | | dense | pruned |
 |---|--:|--:|
@@ -180,13 +180,34 @@ def _caution(plan: PruningPlan | None, recovery: Recovery | None, *, measured: b
     return f"{what}: {told} {data_sentence(recovery)}"
 
 
+def _by(plan: PruningPlan) -> str:
+    """Names the criterion, in Markdown."""
+    name = criterion(plan)
+    return f"by the criterion {escaped(name)}" if name != "amp" else "by the criterion of\n" + _AMP
+
+
+def criterion(plan: PruningPlan) -> str:
+    """Returns what the units were ranked by."""
+    return str(plan.provenance.get("criterion") or "amp")
+
+
+def ranked(plan: PruningPlan) -> str:
+    """Returns which units went: those of the lowest score (amp), of the highest (reversed), or random ones."""
+    options, name = plan.provenance.get("options"), criterion(plan)
+    order = str(options.get("order", "amp")) if isinstance(options, Mapping) else "amp"
+    return name if order == "amp" and name in _RULES else order
+
+
 def removal(plan: PruningPlan) -> str:
     """Says which units were removed, and by which rule."""
-    before, after = plan.shape_before, plan.shape_after
+    before, after, order = plan.shape_before, plan.shape_after, ranked(plan)
+    rule = _RULES.get(order, order)
     removed = ["attention heads"] if after.num_attention_heads < before.num_attention_heads else []
     removed += ["MLP neurons"] if after.intermediate_size < before.intermediate_size else []
-    order = plan.provenance.get("options", {}).get("order", "amp")
-    rule = _RULES.get(order, str(order))
+    if gone := sorted(set(range(len(plan.layers))).difference(plan.kept_layers)):
+        which = f"{', '.join(map(str, gone))} of 0 to {before.num_layers - 1}"
+        more = f", and {' and '.join(removed)} of the others" if removed else ""
+        return f"{len(gone)} of {before.num_layers} decoder blocks were removed, the {rule} ({which}){more}"
     return f"the {rule} {' and '.join(removed) or 'units'} were removed, as many from every layer"
 
 
@@ -199,24 +220,29 @@ def size_rows(plan: PruningPlan) -> tuple[tuple[str, str, str], ...]:
         "key-value heads per layer": "num_key_value_heads",
         "neurons per layer": "intermediate_size",
     }
+    if before.num_layers != after.num_layers:
+        names["decoder blocks"] = "num_layers"
     return tuple((what, f"{getattr(before, name):,}", f"{getattr(after, name):,}") for what, name in names.items())
 
 
 def how_it_was_made(plan: PruningPlan, logit_difference: float | None) -> tuple[str, ...]:
-    """Returns a sentence on the scores and one on the proof."""
-    made = plan.provenance
-    calibration: Mapping[str, Any] = made.get("calibration") or {}
-    scored = (
-        f"Scored by the criterion {made.get('criterion')} on {calibration.get('samples')} samples "
-        f"({calibration.get('tokens')} tokens) of the calibration set {calibration.get('name')}."
+    """Returns a sentence on the scores, one on compensated biases, where there are, and one on the proof."""
+    calibration: Mapping[str, Any] = plan.provenance.get("calibration") or {}
+    on = (
+        f" on {calibration.get('samples')} samples ({calibration.get('tokens')} tokens) of the calibration set "
+        f"{calibration.get('name')}"
     )
-    if logit_difference is None:
-        return (scored,)
-    return (
-        scored,
-        "Verified: its logits equal those of the dense model with the removed units masked (largest difference "
-        f"{f'{logit_difference:.1e}' if logit_difference else '0'} of their standard deviation, in float64).",
-    )
+    said = [f"Scored by the criterion {criterion(plan)}{on if calibration else ', without a calibration set'}."]
+    if plan.compensates_biases:
+        said.append("Biases of the output projections make up for the mean of what was removed (arXiv 2312.11983).")
+    if logit_difference is not None:
+        masked = "removed units masked" if len(plan.kept_layers) == len(plan.layers) else "removed blocks skipped"
+        biased = " and the same biases" if plan.compensates_biases else ""
+        said.append(
+            f"Verified: its logits equal those of the dense model with the {masked}{biased} (largest difference "
+            f"{f'{logit_difference:.1e}' if logit_difference else '0'} of their standard deviation, in float64)."
+        )
+    return tuple(said)
 
 
 def escaped(text: str) -> str:

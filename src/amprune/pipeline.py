@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from amprune.calibration import CalibrationSet
 from amprune.checkpoint import RECORDS, check_output, open_source, parse_size, read_checkpoint, write_json
-from amprune.errors import CheckpointError
-from amprune.plan import HeadsMode, Only, Order, PlanOptions, find_budget, make_plan
+from amprune.compensation import check_biases
+from amprune.criteria import DEFAULT, find_criterion
+from amprune.errors import CheckpointError, PlanError
+from amprune.plan import HeadsMode, Only, Order, PlanOptions, find_budget, find_depth, make_plan
 from amprune.progress import Progress, no_progress
 from amprune.stages import PathLike, PrunedModel, apply_plan, score
 
@@ -33,6 +35,7 @@ def prune(
     out: PathLike,
     *,
     ratio: float | None = None,
+    criterion: str = DEFAULT,
     order: Order = "amp",
     only: Only | None = None,
     heads_mode: HeadsMode | None = None,
@@ -40,6 +43,9 @@ def prune(
     neurons_ratio: float | None = None,
     neuron_multiple: int = 1,
     head_multiple: int = 1,
+    protect_first: int = 4,
+    protect_last: int = 2,
+    bias_compensation: bool = False,
     calibration: PathLike | list[str] | CalibrationSet = "alpaca",
     samples: int = 50,
     max_length: int = 512,
@@ -71,14 +77,22 @@ def prune(
         "neurons_ratio": neurons_ratio,
         "neuron_multiple": neuron_multiple,
         "head_multiple": head_multiple,
+        "protect_first": protect_first,
+        "protect_last": protect_last,
         "seed": seed,
     }
     source = open_source(model, revision=revision, dtype=dtype)
     check_output(Path(out).expanduser(), overwrite=overwrite, protected=source.protected)
     parse_size(max_shard_size)
-    find_budget(read_checkpoint(source.folder).shape, PlanOptions(**choice))
+    rule, dense = find_criterion(criterion), read_checkpoint(source.folder)
+    (find_depth if rule.depth else find_budget)(dense.shape, PlanOptions(**choice))
+    if bias_compensation:
+        check_biases(dense.architecture)
+        if not rule.means:
+            raise PlanError(f"bias compensation needs mean inputs, which the criterion {criterion} lacks; use flap")
     scores = score(
         model,
+        criterion=criterion,
         calibration=calibration,
         samples=samples,
         max_length=max_length,
@@ -97,6 +111,7 @@ def prune(
         make_plan(scores, **choice),
         out,
         scores=scores,
+        bias_compensation=bias_compensation,
         max_shard_size=max_shard_size,
         overwrite=overwrite,
         dtype=dtype,

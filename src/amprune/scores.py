@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,21 @@ class LayerScores:
 
 
 @dataclass(frozen=True)
+class InputMeans:
+    """Mean inputs of one layer's two output projections over the calibration set."""
+
+    attention: Scores
+    """(num_attention_heads * head_dim,)"""
+    mlp: Scores
+    """(intermediate_size,)"""
+
+
+@dataclass(frozen=True)
 class ImportanceScores:
     """Scores of a whole model, with what is needed to plan from them alone."""
 
     layers: tuple[LayerScores, ...]
+    """Empty where whole blocks were scored."""
     shape: ModelShape
     fingerprint: str
     """Identifies the weights that were scored."""
@@ -43,13 +55,14 @@ class ImportanceScores:
     calibration: dict[str, Any]
     settings: dict[str, Any]
     """Dtype and device of the forward pass, and package versions."""
+    blocks: Scores | None = None
+    """(num_layers,): what each decoder block is worth; None where heads and neurons were scored."""
+    input_means: tuple[InputMeans, ...] | None = None
+    """One for each layer, where the criterion measures them; used by bias compensation."""
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a `.safetensors` file; the same scores give the same bytes."""
-        tensors = {}
-        for index, layer in enumerate(self.layers):
-            for name in ("heads", "groups", "neurons"):
-                tensors[f"layers.{index}.{name}"] = np.ascontiguousarray(getattr(layer, name), dtype=np.float32)
+        tensors = {name: np.ascontiguousarray(values, dtype=np.float32) for name, values in self._named()}
         header = {
             "format": _FORMAT,
             "shape": self.shape.to_dict(),
@@ -66,6 +79,16 @@ class ImportanceScores:
         except OSError as error:
             raise ScoresError(f"cannot write {path}: {error}") from error
 
+    def _named(self) -> Iterator[tuple[str, Scores]]:
+        for index, layer in enumerate(self.layers):
+            for name, values in vars(layer).items():
+                yield f"layers.{index}.{name}", values
+        for index, means in enumerate(self.input_means or ()):
+            for name, values in vars(means).items():
+                yield f"layers.{index}.{name}_inputs", values
+        if self.blocks is not None:
+            yield "blocks", self.blocks
+
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "ImportanceScores":
         """Reads a score file.
@@ -80,10 +103,14 @@ class ImportanceScores:
         except (OSError, SafetensorError, TypeError) as error:  # numpy has no bfloat16
             raise ScoresError(f"cannot read the scores {path}: {error}; make them with `amprune score`") from error
         shape = ModelShape.from_dict(header["shape"], where=str(path), error=ScoresError)
+        layers = range(0 if "blocks" in tensors else shape.num_layers)
+        has_means = any(name.endswith("_inputs") for name in tensors)
         return cls(
-            layers=tuple(_layer(tensors, index, shape, path) for index in range(shape.num_layers)),
+            layers=tuple(LayerScores(**_read(tensors, f"layers.{i}.", _unit_sizes(shape), path)) for i in layers),
             shape=shape,
             **{name: header[name] for name in _FIELDS},
+            blocks=_read(tensors, "", {"blocks": shape.num_layers}, path)["blocks"] if "blocks" in tensors else None,
+            input_means=tuple(_means(tensors, i, shape, path) for i in layers) if has_means else None,
         )
 
 
@@ -101,18 +128,33 @@ def _header(metadata: dict[str, str], path: str | os.PathLike[str]) -> dict[str,
     return header
 
 
-def _layer(tensors: dict[str, Any], index: int, shape: ModelShape, path: str | os.PathLike[str]) -> LayerScores:
-    sizes = {
+def _unit_sizes(shape: ModelShape) -> dict[str, int]:
+    return {
         "heads": shape.num_attention_heads,
         "groups": shape.num_key_value_heads,
         "neurons": shape.intermediate_size,
     }
+
+
+def _means(tensors: Mapping[str, Any], layer: int, shape: ModelShape, path: str | os.PathLike[str]) -> InputMeans:
+    sizes = {
+        "attention_inputs": shape.num_attention_heads * shape.head_dim,
+        "mlp_inputs": shape.intermediate_size,
+    }
+    found = _read(tensors, f"layers.{layer}.", sizes, path)
+    return InputMeans(attention=found["attention_inputs"], mlp=found["mlp_inputs"])
+
+
+def _read(
+    tensors: Mapping[str, Any], prefix: str, sizes: Mapping[str, int], path: str | os.PathLike[str]
+) -> dict[str, Scores]:
+    """Returns the named tensors, each held to be finite float32 of its size."""
     for name, size in sizes.items():
-        key = f"layers.{index}.{name}"
+        key = f"{prefix}{name}"
         found = tensors.get(key)
         if found is None or found.shape != (size,) or found.dtype != np.float32:
             state = "is missing" if found is None else f"is {found.dtype} of shape {found.shape}"
             raise ScoresError(f"{path}: {key} {state}, expected float32 of shape ({size},); score again")
         if not np.isfinite(found).all():
             raise ScoresError(f"{path}: {key} holds values that are not finite; score again")
-    return LayerScores(**{name: tensors[f"layers.{index}.{name}"] for name in sizes})
+    return {name: tensors[f"{prefix}{name}"] for name in sizes}

@@ -12,7 +12,8 @@ class ModelShape:
     """Sizes of a decoder-only language model and what one unit of each kind costs.
 
     `parameters` counts the whole model, tied embeddings once. The three `*_parameters` of units are per layer: weights
-    and biases that disappear with one query head, one key-value head, one neuron.
+    and biases that disappear with one query head, one key-value head, one neuron. `layer_parameters` disappear with a
+    whole decoder block, norms included; 0 where it is not known.
     """
 
     model_type: str
@@ -30,6 +31,9 @@ class ModelShape:
     """Numbers of query heads with which stock transformers accepts the config."""
     heads_refused: str | None = None
     """Why heads cannot be removed, or None when they can."""
+    layer_parameters: int = 0
+    blocks_refused: str | None = None
+    """Why whole blocks cannot be removed, or None when they can."""
 
     @property
     def group_size(self) -> int:
@@ -47,17 +51,23 @@ class ModelShape:
         """M of the budget: what all MLPs hold in tensors that shrink with neurons."""
         return self.num_layers * self.intermediate_size * self.neuron_parameters
 
-    def shrunk(self, *, query_heads: int, key_value_heads: int, neurons: int) -> "ModelShape":
-        """Returns the shape with these numbers of units kept in every layer."""
+    def shrunk(
+        self, *, query_heads: int, key_value_heads: int, neurons: int, layers: int | None = None
+    ) -> "ModelShape":
+        """Returns the shape with these numbers of units kept in every layer, and this many layers (None: all)."""
+        layers = self.num_layers if layers is None else layers
         removed = (self.num_attention_heads - query_heads) * self.query_head_parameters
         removed += (self.num_key_value_heads - key_value_heads) * self.key_value_head_parameters
         removed += (self.intermediate_size - neurons) * self.neuron_parameters
+        gone = (self.num_layers - layers) * self.layer_parameters
         return replace(
             self,
+            num_layers=layers,
             num_attention_heads=query_heads,
             num_key_value_heads=key_value_heads,
             intermediate_size=neurons,
-            parameters=self.parameters - self.num_layers * removed,
+            parameters=self.parameters - gone - layers * removed,
+            layer_parameters=max(self.layer_parameters - removed, 0),
             query_head_counts=tuple(count for count in self.query_head_counts if count <= query_heads),
         )
 
@@ -73,8 +83,9 @@ class ModelShape:
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise error(f"{where}: the model shape has unknown fields {unknown}")
-        optional_text = {"heads_refused"}
-        costs = {"query_head_parameters", "key_value_head_parameters", "neuron_parameters"}
+        values = {"layer_parameters": 0, **values}
+        optional_text = {"heads_refused", "blocks_refused"}
+        costs = {"query_head_parameters", "key_value_head_parameters", "neuron_parameters", "layer_parameters"}
         for name in sorted(known):
             value = values.get(name)
             if name == "model_type":
@@ -84,7 +95,7 @@ class ModelShape:
             elif name == "query_head_counts":
                 right = isinstance(value, list) and all(type(count) is int for count in value)
             else:
-                # Units that cannot be removed cost nothing.
+                # Units that cannot be removed cost nothing; blocks of files that say nothing of them neither.
                 right = type(value) is int and value >= (0 if name in costs else 1)
             if not right:
                 raise error(f"{where}: the model shape's field {name!r} is {value!r}; make the file again")
@@ -98,16 +109,19 @@ class ModelShape:
                 f"{where}: {self.num_attention_heads} query heads cannot be shared out evenly among "
                 f"{self.num_key_value_heads} key-value heads; make the file again"
             )
-        units = self.attention_parameters + self.mlp_parameters
+        units = max(self.attention_parameters + self.mlp_parameters, self.num_layers * self.layer_parameters)
         if self.parameters < units:
             raise error(
-                f"{where}: parameters is {self.parameters}, but heads and neurons alone have {units}; make the file "
-                "again"
+                f"{where}: parameters is {self.parameters}, but heads and neurons, or blocks, alone have {units}; make "
+                "the file again"
             )
 
     def differences(self, other: "ModelShape") -> list[str]:
         """Names every size in which two shapes differ, as `name mine != theirs`."""
-        names = (field.name for field in fields(self) if field.name not in ("heads_refused", "query_head_counts"))
+        silent = {"heads_refused", "blocks_refused", "query_head_counts"}
+        if not (self.layer_parameters and other.layer_parameters):
+            silent.add("layer_parameters")
+        names = (field.name for field in fields(self) if field.name not in silent)
         return [
             f"{name} {getattr(self, name)} != {getattr(other, name)}"
             for name in names

@@ -1,15 +1,23 @@
 """A plan and a family give, for every tensor, the indices that stay; and the config of the output."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from amprune.architecture import Architecture, config_with_heads, describe, make_config, unit_width
+from amprune.architecture import (
+    Architecture,
+    config_of_blocks,
+    config_with_heads,
+    describe,
+    make_config,
+    unit_width,
+)
 from amprune.checkpoint import Checkpoint, TensorHeader, copy_sidecars, fingerprint, write_json, write_shards
 from amprune.errors import PlanError
 from amprune.families import Cut, Unit
@@ -59,9 +67,11 @@ Changes = dict[str, tuple[Cut, torch.Tensor]]
 
 
 def cuts_by_tensor(architecture: Architecture, plan: PruningPlan) -> Changes:
-    """Maps each tensor that shrinks to its cut and the indices that stay; untouched tensors are absent."""
+    """Maps each tensor that shrinks to its cut and the indices that stay; others, and removed blocks, are absent."""
     changes = {}
     for index, layer in enumerate(plan.layers):
+        if layer is None:
+            continue
         for cut, name in architecture.layer_tensors(index).items():
             kept = kept_indices(cut, layer, plan.shape_before)
             if len(kept) < architecture.tensors[name][cut.axis]:
@@ -69,12 +79,30 @@ def cuts_by_tensor(architecture: Architecture, plan: PruningPlan) -> Changes:
     return changes
 
 
+def kept_tensors(architecture: Architecture, plan: PruningPlan, names: Iterable[str]) -> dict[str, str]:
+    """Maps the tensors of the output to those of the dense model: blocks behind a gap move up to close it."""
+    prefix = architecture.family.layer_prefix
+    places = {prefix.format(layer=old): prefix.format(layer=new) for new, old in enumerate(plan.kept_layers)}
+    dense = [prefix.format(layer=layer) for layer in range(len(plan.layers))]
+    kept = {}
+    for name in names:
+        own = next((block for block in dense if name.startswith(block)), None)
+        if own is None:
+            kept[name] = name
+        elif own in places:
+            kept[places[own] + name.removeprefix(own)] = name
+    return kept
+
+
 def output_config(raw: Mapping[str, Any], architecture: Architecture, plan: PruningPlan) -> dict[str, Any]:
     """Returns the config.json of the output: the source's, with the new sizes under the family's own names."""
-    config = dict(raw)
-    if plan.shape_after.num_attention_heads != plan.shape_before.num_attention_heads:
-        config = config_with_heads(raw, architecture.family, plan.shape_after)
-    config[architecture.family.neurons_key] = plan.shape_after.intermediate_size
+    config, before, after = dict(raw), plan.shape_before, plan.shape_after
+    if after.num_attention_heads != before.num_attention_heads:
+        config = config_with_heads(raw, architecture.family, after)
+    if after.num_layers != before.num_layers:
+        config |= config_of_blocks(raw, plan.kept_layers)
+    if after.num_layers == before.num_layers or after.intermediate_size != before.intermediate_size:
+        config[architecture.family.neurons_key] = after.intermediate_size
     return config
 
 
@@ -83,32 +111,46 @@ def write_pruned(
     plan: PruningPlan,
     folder: Path,
     *,
+    biases: Mapping[str, torch.Tensor] = MappingProxyType({}),
     max_shard_size: str = "5GB",
     progress: Progress = no_progress,
 ) -> None:
     """Slices a checkpoint into a folder: config, shards, index and sidecar files, one shard in memory at a time.
 
+    `biases` take the place of tensors of the dense model, in these tensors' dtypes.
+
     Raises:
         CheckpointError: the folder cannot be written.
     """
     changes = cuts_by_tensor(checkpoint.architecture, plan)
-    headers = {name: _sliced_header(checkpoint.header(name), changes.get(name)) for name in checkpoint}
+    kept = kept_tensors(checkpoint.architecture, plan, checkpoint)
+    headers = {new: _sliced_header(checkpoint.header(old), changes.get(old)) for new, old in kept.items()}
     config = output_config(checkpoint.config, checkpoint.architecture, plan)
     _check_against_meta(headers, describe(config, where="the output's config.json"))
     write_json(folder / "config.json", config)
     copy_sidecars(checkpoint.folder, folder)
-    stored = {checkpoint.stored_name(name): name for name in checkpoint}
+    stored = {_stored_name(checkpoint, old, new): new for new, old in kept.items()}
     with progress("Writing", sum(header.bytes for header in headers.values())) as advance:
         write_shards(
             folder,
-            {name: headers[loaded] for name, loaded in stored.items()},
-            lambda name: _read_sliced(checkpoint, stored[name], changes),
+            {name: headers[new] for name, new in stored.items()},
+            lambda name: _read_sliced(checkpoint, kept[stored[name]], changes, biases),
             max_shard_size=max_shard_size,
             advance=advance,
         )
 
 
-def _read_sliced(checkpoint: Checkpoint, name: str, changes: Changes) -> torch.Tensor:
+def _stored_name(checkpoint: Checkpoint, old: str, new: str) -> str:
+    """Returns the name in the output's files; where the source leaves out the base model's prefix, so does this."""
+    stored = checkpoint.stored_name(old)
+    return stored if old == new else new[len(old) - len(stored) :]
+
+
+def _read_sliced(
+    checkpoint: Checkpoint, name: str, changes: Changes, biases: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    if name in biases:
+        return biases[name].to(checkpoint.header(name).dtype)
     if name not in changes:
         return checkpoint[name]
     cut, kept = changes[name]
@@ -139,9 +181,14 @@ def prune_model(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     """Prunes a model in memory and returns a new one; `model` is left as it was.
 
     Raises:
-        PlanError: the plan is for another model.
+        PlanError: the plan is for another model, or asks for bias compensation.
         UnsupportedModelError: the architecture is not supported.
     """
+    if plan.compensates_biases:
+        raise PlanError(
+            "the plan asks for bias compensation, which needs a checkpoint and its scores; use apply_plan, or take "
+            "bias_compensation out of the plan's options"
+        )
     raw = model.config.to_dict()
     architecture = describe(raw, where=type(model).__name__)
     state = model.state_dict()
@@ -153,7 +200,8 @@ def prune_model(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
         pruned: Any = AutoModelForCausalLM.from_config(config)
     for name, (cut, kept) in changes.items():
         state[name] = state[name].index_select(cut.axis, kept.to(state[name].device))
-    owned = {name: tensor if name in changes else tensor.clone() for name, tensor in state.items()}
+    renamed = kept_tensors(architecture, plan, state)
+    owned = {new: state[old] if old in changes else state[old].clone() for new, old in renamed.items()}
     pruned.load_state_dict(owned, assign=True)
     pruned.tie_weights()
     pruned.generation_config = copy.deepcopy(model.generation_config)
@@ -165,6 +213,8 @@ def masks(plan: PruningPlan, architecture: Architecture) -> Iterator[tuple[str, 
     """Yields each output projection's module name and the (features,) mask, one where an input feature stays."""
     family, shape = architecture.family, plan.shape_before
     for index, layer in enumerate(plan.layers):
+        if layer is None:
+            continue
         prefix = family.layer_prefix.format(layer=index)
         for module, unit, count in (
             (family.attention_output, Unit.QUERY_HEAD, shape.num_attention_heads * shape.head_dim),

@@ -5,13 +5,17 @@ MODEL -> score -> scores.safetensors -> make_plan -> plan.json -> apply_plan -> 
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
+from transformers import PreTrainedModel
 
 from amprune import __version__
+from amprune.architecture import Architecture
 from amprune.calibration import CalibrationSet, load_calibration
 from amprune.checkpoint import (
     RECORDS,
@@ -22,13 +26,19 @@ from amprune.checkpoint import (
     staged_folder,
     write_json,
 )
-from amprune.checkpoint.loading import input_device, load_tokenizer, loaded_model
+from amprune.checkpoint.loading import default_device, input_device, load_tokenizer, loaded_model
+from amprune.compensation import compensated_biases, recorded_biases, with_compensation
+from amprune.criteria import DEFAULT, Criterion, Needs, find_criterion
+from amprune.criteria.activations import LayerStatistics, Rule
+from amprune.criteria.weights import magnitude, random_scores
+from amprune.depth import block_perplexities
 from amprune.errors import ScoresError
 from amprune.model_card import write_model_card
 from amprune.plan import PruningPlan
 from amprune.progress import Progress, no_progress
-from amprune.scores import ImportanceScores
-from amprune.scoring import CRITERION, score_layers
+from amprune.scores import ImportanceScores, InputMeans
+from amprune.scoring import check_memory, measure_activations, score_gradients
+from amprune.shape import ModelShape
 from amprune.slicing import check_plan_fits, write_pruned
 from amprune.verification import VerificationReport, read_plan, verify_checkpoint
 
@@ -51,6 +61,7 @@ class PrunedModel:
 def score(
     model: PathLike,
     *,
+    criterion: str = DEFAULT,
     calibration: PathLike | list[str] | CalibrationSet = "alpaca",
     samples: int = 50,
     max_length: int = 512,
@@ -64,15 +75,17 @@ def score(
     trust_remote_code: bool = False,
     progress: Progress = no_progress,
 ) -> ImportanceScores:
-    """Scores every head, key-value group and neuron of a model (Eq. 8 and 9) in one pass over a calibration set.
+    """Scores every head, key-value group and neuron of a model, or every block, by one criterion.
 
     Args:
         model: a Hugging Face folder, a `.gguf` file, an alias or a hub id.
-        calibration: `alpaca`, `builtin`, a file, a list of texts, or token ids as a `CalibrationSet`.
+        criterion: one of `amprune.criteria.CRITERIA`; amp is Eq. 8 and 9 of the paper.
+        calibration: `alpaca`, `builtin`, a file, a list of texts, or token ids as a `CalibrationSet`; criteria over
+            weights alone need none.
         samples: drawn at random with `seed`.
         max_length: tokens kept of each sample; never more than the model's positions.
         prompts_only: leave out the responses.
-        seed: of the draw.
+        seed: of the draw, and of the criterion random.
         device: cpu, cuda, cuda:1; the default is cuda where there is one.
         dtype: of the computation; auto is that of the checkpoint (a GGUF file is dequantised to it, auto: bfloat16).
         device_map: `auto` spreads a large model over devices, memory and disk; `disk` streams each layer.
@@ -82,45 +95,166 @@ def score(
         progress: told how far it is.
 
     Raises:
-        AmpruneError: one of its children says what is wrong with the model, the set or the activations.
+        AmpruneError: one of its children says what is wrong with the criterion, the model, the set or the activations.
     """
+    return score_criteria(
+        model,
+        [criterion],
+        calibration=calibration,
+        samples=samples,
+        max_length=max_length,
+        prompts_only=prompts_only,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        device_map=device_map,
+        batch_tokens=batch_tokens,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )[criterion]
+
+
+def score_criteria(
+    model: PathLike,
+    criteria: Sequence[str],
+    *,
+    calibration: PathLike | list[str] | CalibrationSet = "alpaca",
+    samples: int = 50,
+    max_length: int = 512,
+    prompts_only: bool = False,
+    seed: int = 0,
+    device: str | None = None,
+    dtype: str = "auto",
+    device_map: str | None = None,
+    batch_tokens: int = 4096,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress = no_progress,
+) -> dict[str, ImportanceScores]:
+    """Scores a model by several criteria; one pass serves all that need the same. The arguments are those of `score`.
+
+    Raises:
+        AmpruneError: as `score`.
+    """
+    chosen = [find_criterion(name) for name in dict.fromkeys(criteria)]
     source = open_source(model, revision=revision, dtype=dtype)
     checkpoint = read_checkpoint(source.folder)
-    if not isinstance(calibration, CalibrationSet):
-        tokenizer = load_tokenizer(source.folder, trust_remote_code=trust_remote_code)
-        calibration = load_calibration(
-            calibration,
-            tokenizer,
-            samples=samples,
-            max_length=_shortest(max_length, checkpoint),
-            prompts_only=prompts_only,
-            seed=seed,
+    kind = checkpoint.dtype if dtype == "auto" else getattr(torch, dtype, checkpoint.dtype)
+    scored = {c.name: _score_weights(checkpoint, c, seed) for c in chosen if not c.calibrated}
+    calibrated, kept, where = [c for c in chosen if c.calibrated], None, "cpu"
+    if calibrated:
+        if isinstance(calibration, CalibrationSet):
+            kept = calibration
+        else:
+            kept = load_calibration(
+                calibration,
+                load_tokenizer(source.folder, trust_remote_code=trust_remote_code),
+                samples=samples,
+                max_length=_shortest(max_length, checkpoint),
+                prompts_only=prompts_only,
+                seed=seed,
+            )
+        _check_positions(kept, checkpoint)
+        if any(c.needs is Needs.GRADIENTS for c in calibrated):
+            _check_gradients(checkpoint, kept, kind, device=device, device_map=device_map)
+        with loaded_model(source.folder, dtype=dtype, device=device, device_map=device_map) as loaded:
+            where = input_device(loaded).type
+            architecture = checkpoint.architecture
+            scored |= _score_calibrated(
+                loaded, architecture, kept, calibrated, batch_tokens=batch_tokens, progress=progress
+            )
+    settings = {
+        "dtype": str(kind).removeprefix("torch."),
+        "amprune": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    return {
+        c.name: ImportanceScores(
+            **scored[c.name],
+            shape=checkpoint.shape,
+            fingerprint=checkpoint.fingerprint,
+            criterion=c.name,
+            calibration=kept.to_dict() if c.calibrated and kept is not None else {},
+            settings={**settings, "device": where} if c.calibrated else {**settings, "device": "cpu", "seed": seed},
         )
+        for c in chosen
+    }
+
+
+_Scored = dict[str, Any]
+"""Those arguments of `ImportanceScores` that a criterion gives."""
+
+
+def _score_weights(checkpoint: Checkpoint, criterion: Criterion, seed: int) -> _Scored:
+    """Scores without a forward pass: by the weights, read a layer at a time, or by a draw."""
+    shape, architecture = checkpoint.shape, checkpoint.architecture
+    if criterion.needs is Needs.NOTHING:
+        return {"layers": tuple(random_scores(shape, seed=seed, layer=layer) for layer in range(shape.num_layers))}
+    owned = (architecture.layer_tensors(layer) for layer in range(shape.num_layers))
+    return {"layers": tuple(magnitude({cut: checkpoint[name] for cut, name in cuts.items()}, shape) for cuts in owned)}
+
+
+def _score_calibrated(
+    model: PreTrainedModel,
+    architecture: Architecture,
+    calibration: CalibrationSet,
+    criteria: Sequence[Criterion],
+    *,
+    batch_tokens: int,
+    progress: Progress,
+) -> dict[str, _Scored]:
+    """Runs each pass that one of the criteria needs, once."""
+    scored: dict[str, _Scored] = {}
+    needs = {criterion.needs for criterion in criteria}
+    if Needs.ACTIVATIONS in needs:
+        layers = measure_activations(model, architecture, calibration, batch_tokens=batch_tokens, progress=progress)
+        scored |= {
+            c.name: _score_activations(c.score, layers, architecture.shape, means=c.means) for c in criteria if c.score
+        }
+    if Needs.GRADIENTS in needs:
+        units, blocks = score_gradients(model, architecture, calibration, progress=progress)
+        by_depth: _Scored = {"layers": (), "blocks": blocks}
+        scored |= {c.name: by_depth if c.depth else {"layers": units} for c in criteria if c.needs is Needs.GRADIENTS}
+    if Needs.LOSSES in needs:
+        losses = block_perplexities(model, architecture, calibration, batch_tokens=batch_tokens, progress=progress)
+        scored |= {c.name: {"layers": (), "blocks": losses} for c in criteria if c.needs is Needs.LOSSES}
+    return scored
+
+
+def _score_activations(rule: Rule, layers: Sequence[LayerStatistics], shape: ModelShape, *, means: bool) -> _Scored:
+    scored: _Scored = {"layers": tuple(rule(layer, shape) for layer in layers)}
+    if means:
+        scored["input_means"] = tuple(
+            InputMeans(*(inputs.mean.float().numpy() for inputs in (layer.attention, layer.mlp))) for layer in layers
+        )
+    return scored
+
+
+def _check_positions(calibration: CalibrationSet, checkpoint: Checkpoint) -> None:
     longest = max(map(len, calibration.samples), default=0)
     if checkpoint.positions is not None and longest > checkpoint.positions:
         raise ScoresError(
             f"a sample of {calibration.name} has {longest} tokens, but the model has {checkpoint.positions} positions; "
             "cut the samples"
         )
-    with loaded_model(source.folder, dtype=dtype, device=device, device_map=device_map) as loaded:
-        layers = score_layers(
-            loaded, checkpoint.architecture, calibration, batch_tokens=batch_tokens, progress=progress
+
+
+def _check_gradients(
+    checkpoint: Checkpoint,
+    calibration: CalibrationSet,
+    dtype: torch.dtype,
+    *,
+    device: str | None,
+    device_map: str | None,
+) -> None:
+    if device_map is not None:
+        raise ScoresError(
+            "a criterion that needs gradients needs the whole model on one device; leave out --device-map, or choose "
+            "a criterion that needs none, such as amp"
         )
-        settings = {
-            "dtype": dtype if dtype != "auto" else str(checkpoint.dtype).removeprefix("torch."),
-            "device": input_device(loaded).type,
-            "amprune": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        }
-    return ImportanceScores(
-        layers=layers,
-        shape=checkpoint.shape,
-        fingerprint=checkpoint.fingerprint,
-        criterion=CRITERION,
-        calibration=calibration.to_dict(),
-        settings=settings,
-    )
+    check_memory(checkpoint, calibration, dtype, device=device or default_device())
 
 
 def _shortest(max_length: int, checkpoint: Checkpoint) -> int:
@@ -136,6 +270,7 @@ def apply_plan(
     out: PathLike,
     *,
     scores: ImportanceScores | None = None,
+    bias_compensation: bool = False,
     max_shard_size: str = "5GB",
     overwrite: bool = False,
     dtype: str = "auto",
@@ -150,6 +285,8 @@ def apply_plan(
         plan: a plan, or the path of a `plan.json`.
         out: the folder to write; it appears whole or not at all.
         scores: kept beside the plan in the output's records.
+        bias_compensation: put the mean of what was removed into the biases of the output projections, where there are
+            any; needs scores with mean inputs.
         max_shard_size: such as 200MB or 5GB; peak memory follows it, not the size of the model.
         overwrite: replace an OUT that is a checkpoint.
         dtype: that a GGUF file is dequantised to; other checkpoints keep theirs.
@@ -158,7 +295,8 @@ def apply_plan(
         progress: told how far it is.
 
     Raises:
-        PlanError: the plan is for another model.
+        PlanError: the plan is for another model, or there is no bias to compensate with.
+        ScoresError: the scores hold no mean inputs.
         CheckpointError: the source cannot be read, or OUT not written.
         VerificationError: what was written is not the masked dense model; nothing is left.
     """
@@ -169,9 +307,13 @@ def apply_plan(
     check_output(folder, overwrite=overwrite, protected=source.protected)
     dense = read_checkpoint(source.folder)
     check_plan_fits(plan, dense.shape, dense.fingerprint, where=str(model))
+    plan = with_compensation(plan) if bias_compensation else plan
+    biases = compensated_biases(dense, plan, scores) if plan.compensates_biases else {}
     with staged_folder(folder, overwrite=overwrite, protected=source.protected) as partial:
-        write_pruned(dense, plan, partial, max_shard_size=max_shard_size, progress=progress)
-        report = verify_checkpoint(partial, dense, plan, trust_remote_code=trust_remote_code, progress=progress)
+        write_pruned(dense, plan, partial, biases=biases, max_shard_size=max_shard_size, progress=progress)
+        report = verify_checkpoint(
+            partial, dense, plan, biases=biases, trust_remote_code=trust_remote_code, progress=progress
+        )
         report.require()
         _write_records(partial, plan, scores, report)
         write_model_card(partial, plan, report, source=source)
@@ -211,4 +353,7 @@ def verify(
     plan = read_plan(folder)
     checkpoint = read_checkpoint(open_source(dense, revision=revision, dtype=dtype).folder)
     check_plan_fits(plan, checkpoint.shape, checkpoint.fingerprint, where=str(dense))
-    return verify_checkpoint(folder, checkpoint, plan, trust_remote_code=trust_remote_code, progress=progress)
+    biases = recorded_biases(folder, checkpoint, plan)
+    return verify_checkpoint(
+        folder, checkpoint, plan, biases=biases, trust_remote_code=trust_remote_code, progress=progress
+    )

@@ -22,7 +22,7 @@ from amprune.display import emit, progress, reported, show_evaluation, show_repo
 from amprune.errors import EvaluationError
 
 
-def _numbers(text: str, option: str) -> list[int]:
+def numbers(text: str, option: str) -> list[int]:
     """Reads `1,8,32`."""
     try:
         return [int(part) for part in text.split(",")]
@@ -83,7 +83,7 @@ def evaluate_command(
         "seed",
     )  # fmt: skip
     with reported(debug, kept=output):
-        batches, prompts = _numbers(latency_batch, "--latency-batch"), _numbers(prompt_tokens, "--prompt-tokens")
+        batches, prompts = numbers(latency_batch, "--latency-batch"), numbers(prompt_tokens, "--prompt-tokens")
 
         from amprune.evaluation import LatencySettings, evaluate, names_of
 

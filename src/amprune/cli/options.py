@@ -44,6 +44,22 @@ DeviceMap = Annotated[
 ]
 BatchTokens = Annotated[int, typer.Option(help="Most tokens in a batch; changes no score.")]
 Ratio = Annotated[float | None, typer.Option(help="Share of all parameters to remove, such as 0.2.")]
+CriterionOption = Annotated[
+    str,
+    typer.Option(
+        "--criterion",
+        help="amp, amp-l2, amp-weighted, activation-l2, wanda-sp, flap, taylor, magnitude, random, reversed; depth and "
+        "depth-taylor remove whole blocks.",
+    ),
+]
+ProtectFirst = Annotated[int, typer.Option(help="Of depth pruning: this many first blocks stay.")]
+ProtectLast = Annotated[int, typer.Option(help="Of depth pruning: this many last blocks stay.")]
+BiasCompensation = Annotated[
+    bool,
+    typer.Option(
+        "--bias-compensation", help="Let existing biases make up for the mean of what is removed (criterion flap)."
+    ),
+]
 OrderOption = Annotated[
     Literal["amp", "reversed", "random"],
     typer.Option(help="Remove the least important, the most important, or a random draw."),

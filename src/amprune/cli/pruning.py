@@ -7,7 +7,9 @@ import typer
 
 from amprune.cli.options import (
     BatchTokens,
+    BiasCompensation,
     Calibration,
+    CriterionOption,
     Debug,
     Device,
     DeviceMap,
@@ -27,6 +29,8 @@ from amprune.cli.options import (
     Out,
     Overwrite,
     PromptsOnly,
+    ProtectFirst,
+    ProtectLast,
     Ratio,
     Revision,
     Samples,
@@ -44,6 +48,7 @@ from amprune.display import (
     show_inspection,
     show_plan,
     show_result,
+    show_scores,
     show_verification,
     stdout,
 )
@@ -63,6 +68,7 @@ def inspect_command(model: Model, revision: Revision = None, as_json: Json = Fal
 def score_command(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="Score file to write.")],
+    criterion: CriterionOption = "amp",
     calibration: Calibration = "alpaca",
     samples: Samples = 50,
     max_length: MaxLength = 512,
@@ -77,30 +83,22 @@ def score_command(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Score every head, key-value group and neuron on a calibration set."""
+    """Score every head, key-value group and neuron, or every block, by a criterion."""
     options = options_of(locals(), "output")
     with reported(debug):
         from amprune import score
 
         scores = score(**options, progress=progress)
         scores.save(output)
-        shape, used = scores.shape, scores.calibration
         summary = {
             "scores": str(output),
-            "calibration": used,
+            "criterion": scores.criterion,
+            "calibration": scores.calibration,
             "settings": scores.settings,
             "fingerprint": scores.fingerprint,
-            "shape": shape.to_dict(),
+            "shape": scores.shape.to_dict(),
         }
-        emit(
-            summary,
-            as_json,
-            lambda: stdout.print(
-                f"Scored {shape.num_layers} layers of {shape.num_attention_heads} heads and "
-                f"{shape.intermediate_size:,} neurons on {used['samples']} samples ({used['tokens']:,} tokens) of "
-                f"{used['name']}\nScores in {output}"
-            ),
-        )
+        emit(summary, as_json, lambda: show_scores(scores, output))
 
 
 @app.command("plan")
@@ -115,6 +113,8 @@ def plan_command(
     neurons_ratio: NeuronsRatio = None,
     neuron_multiple: NeuronMultiple = 1,
     head_multiple: HeadMultiple = 1,
+    protect_first: ProtectFirst = 4,
+    protect_last: ProtectLast = 2,
     seed: Seed = 0,
     as_json: Json = False,
     debug: Debug = False,
@@ -134,6 +134,10 @@ def apply_command(
     model: Model,
     plan: Annotated[Path, typer.Argument(help="Plan file.", metavar="PLAN")],
     out: Out,
+    scores: Annotated[
+        Path | None, typer.Option(help="The score file that the plan was made from; kept with the output.")
+    ] = None,
+    bias_compensation: BiasCompensation = False,
     max_shard_size: MaxShardSize = "5GB",
     overwrite: Overwrite = False,
     dtype: GgufDtype = "auto",
@@ -143,11 +147,12 @@ def apply_command(
     debug: Debug = False,
 ) -> None:
     """Slice a model by a plan, write it shard by shard, and verify it."""
-    options = options_of(locals())
+    options = options_of(locals(), "scores")
     with reported(debug):
-        from amprune import apply_plan
+        from amprune import ImportanceScores, apply_plan
 
-        result = apply_plan(**options, progress=progress)
+        known = None if scores is None else ImportanceScores.load(scores)
+        result = apply_plan(**options, scores=known, progress=progress)
         emit(result_summary(result), as_json, lambda: show_result(result))
 
 
@@ -176,6 +181,7 @@ def prune_command(
     model: Model,
     out: Out,
     ratio: Ratio = None,
+    criterion: CriterionOption = "amp",
     order: OrderOption = "amp",
     only: OnlyOption = None,
     heads_mode: HeadsModeOption = None,
@@ -183,6 +189,9 @@ def prune_command(
     neurons_ratio: NeuronsRatio = None,
     neuron_multiple: NeuronMultiple = 1,
     head_multiple: HeadMultiple = 1,
+    protect_first: ProtectFirst = 4,
+    protect_last: ProtectLast = 2,
+    bias_compensation: BiasCompensation = False,
     calibration: Calibration = "alpaca",
     samples: Samples = 50,
     max_length: MaxLength = 512,

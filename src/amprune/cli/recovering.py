@@ -7,6 +7,7 @@ import typer
 
 from amprune.cli.options import (
     Calibration,
+    CriterionOption,
     Debug,
     Device,
     Dtype,
@@ -109,6 +110,7 @@ def run_command(
     ratio: Annotated[float, typer.Option(help="Share of all parameters to remove, such as 0.2.")],
     recover: Annotated[bool, typer.Option("--recover", help="Train after pruning.")] = False,
     evaluate: Annotated[bool, typer.Option("--evaluate", help="Measure dense, pruned and recovered model.")] = False,
+    criterion: CriterionOption = "amp",
     calibration: Calibration = "alpaca",
     calibration_samples: Annotated[int, typer.Option(help="Calibration samples, drawn at random.")] = 50,
     neuron_multiple: NeuronMultiple = 1,
@@ -145,7 +147,7 @@ def run_command(
             model, out, ratio=ratio, recovery=training if recover else None, distil=distil, data=data,
             training_samples=training_samples, measure=evaluate, device=device, overwrite=overwrite,
             pruning={
-                "calibration": calibration, "samples": calibration_samples, "seed": seed,
+                "criterion": criterion, "calibration": calibration, "samples": calibration_samples, "seed": seed,
                 "neuron_multiple": neuron_multiple, "head_multiple": head_multiple,
             },
             evaluation={

@@ -33,13 +33,25 @@ class PruningPlan:
     ratio_actual: float
     shape_before: ModelShape
     shape_after: ModelShape
-    layers: tuple[LayerPlan, ...]
+    layers: tuple[LayerPlan | None, ...]
+    """What each layer of the dense model keeps; None where the whole block is removed."""
     provenance: dict[str, Any]
 
     @property
     def fingerprint(self) -> str | None:
         """Identifies the weights that the plan is for; None: any of this shape."""
         return self.provenance.get("fingerprint")
+
+    @property
+    def kept_layers(self) -> tuple[int, ...]:
+        """The blocks that stay, by their index in the dense model, ascending."""
+        return tuple(index for index, layer in enumerate(self.layers) if layer is not None)
+
+    @property
+    def compensates_biases(self) -> bool:
+        """Whether biases make up for the mean of what is removed."""
+        options = self.provenance.get("options")
+        return isinstance(options, dict) and options.get("bias_compensation") is True
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes `plan.json`, one line a layer; the same plan gives the same bytes."""
@@ -53,7 +65,7 @@ class PruningPlan:
             "provenance": self.provenance,
         }
         entries = [f"  {json.dumps(name)}: {json.dumps(value, sort_keys=True)}" for name, value in head.items()]
-        rows = ",\n".join("    " + json.dumps({k: list(v) for k, v in vars(layer).items()}) for layer in self.layers)
+        rows = ",\n".join(f"    {_written(layer)}" for layer in self.layers)
         text = "{\n" + ",\n".join([*entries, f'  "layers": [\n{rows}\n  ]']) + "\n}\n"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +90,10 @@ class PruningPlan:
         _check_fields(content, _FIELDS, where)
         layers = content["layers"]
         if not isinstance(layers, list):
-            raise PlanError(f"{where}: layers is {_short(layers)}, expected a list with an object for each layer")
+            raise PlanError(
+                f"{where}: layers is {_short(layers)}, expected a list with an object for each layer, or null where "
+                "the block is removed"
+            )
         plan = cls(
             ratio_target=_number(content, "ratio_target", where),
             ratio_actual=_number(content, "ratio_actual", where),
@@ -89,6 +104,10 @@ class PruningPlan:
         )
         check_plan(plan, where=where)
         return plan
+
+
+def _written(layer: LayerPlan | None) -> str:
+    return json.dumps(layer and {kind: list(units) for kind, units in vars(layer).items()})
 
 
 def _check_fields(content: Mapping[str, Any], expected: Sequence[str], where: str) -> None:
@@ -111,10 +130,15 @@ def _read_provenance(value: object, where: str) -> dict[str, Any]:
     return value
 
 
-def _read_layer(entry: object, index: int, where: str) -> LayerPlan:
+def _read_layer(entry: object, index: int, where: str) -> LayerPlan | None:
     where = f"{where}: layer {index}"
+    if entry is None:
+        return None
     if not isinstance(entry, dict):
-        raise PlanError(f"{where} is {_short(entry)}, expected an object with the lists {', '.join(_KINDS)}")
+        raise PlanError(
+            f"{where} is {_short(entry)}, expected an object with the lists {', '.join(_KINDS)}, or null where the "
+            "block is removed"
+        )
     _check_fields(entry, _KINDS, where)
     for kind in _KINDS:
         if not isinstance(entry[kind], list):
@@ -139,7 +163,10 @@ def check_plan(plan: PruningPlan, *, where: str = "plan") -> None:
     before, after = plan.shape_before, plan.shape_after
     if len(plan.layers) != before.num_layers:
         raise PlanError(f"{where}: has {len(plan.layers)} layers, but the model has {before.num_layers}")
+    _check_blocks(plan, where)
     for index, layer in enumerate(plan.layers):
+        if layer is None:
+            continue
         for kind, total, kept in (
             ("query_heads", before.num_attention_heads, after.num_attention_heads),
             ("key_value_heads", before.num_key_value_heads, after.num_key_value_heads),
@@ -151,6 +178,7 @@ def check_plan(plan: PruningPlan, *, where: str = "plan") -> None:
         query_heads=after.num_attention_heads,
         key_value_heads=after.num_key_value_heads,
         neurons=after.intermediate_size,
+        layers=after.num_layers,
     )
     if after != expected:
         found, wanted = after.to_dict(), expected.to_dict()
@@ -170,6 +198,20 @@ def check_plan(plan: PruningPlan, *, where: str = "plan") -> None:
     actual = 1 - after.parameters / before.parameters
     if abs(actual - plan.ratio_actual) > 1e-9:
         raise PlanError(f"{where}: ratio_actual is {plan.ratio_actual}, but the kept units give {actual}")
+
+
+def _check_blocks(plan: PruningPlan, where: str) -> None:
+    before, kept = plan.shape_before, len(plan.kept_layers)
+    if kept == 0:
+        raise PlanError(f"{where}: removes every block; at least one must stay")
+    if kept != plan.shape_after.num_layers:
+        raise PlanError(
+            f"{where}: keeps {kept} of {before.num_layers} blocks, but shape_after says {plan.shape_after.num_layers}"
+        )
+    if kept < before.num_layers and before.blocks_refused is not None:
+        raise PlanError(f"{where}: removes blocks of a {before.model_type} model: {before.blocks_refused}")
+    if kept < before.num_layers and not before.layer_parameters:
+        raise PlanError(f"{where}: removes blocks, but does not say how many parameters one holds (layer_parameters)")
 
 
 def _check_units(units: Sequence[int], total: int, kept: int, where: str) -> None:

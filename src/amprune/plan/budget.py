@@ -11,29 +11,10 @@ Query heads over key-value heads, and what the two modes remove (9 query heads, 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 from amprune.errors import PlanError
+from amprune.plan.options import HeadsMode, PlanOptions, check_options, heads_stay
 from amprune.shape import ModelShape
-
-Order = Literal["amp", "reversed", "random"]
-Only = Literal["heads", "neurons"]
-HeadsMode = Literal["groups", "within"]
-
-
-@dataclass(frozen=True)
-class PlanOptions:
-    """What a user may ask of a plan; `make_plan` documents each."""
-
-    ratio: float | None = None
-    order: Order = "amp"
-    only: Only | None = None
-    heads_mode: HeadsMode | None = None
-    heads_ratio: float | None = None
-    neurons_ratio: float | None = None
-    neuron_multiple: int = 1
-    head_multiple: int = 1
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,54 +61,6 @@ def find_budget(shape: ModelShape, options: PlanOptions) -> Budget:
     return Budget(choices.mode, query_heads, key_value_heads, neurons)
 
 
-def check_options(shape: ModelShape, options: PlanOptions) -> None:
-    """Refuses options that are out of range, contradict each other or do not suit the family."""
-    for name, value, allowed in (
-        ("order", options.order, get_args(Order)),
-        ("only", options.only, (None, *get_args(Only))),
-        ("heads_mode", options.heads_mode, (None, *get_args(HeadsMode))),
-    ):
-        if value not in allowed:
-            raise PlanError(f"{name} is {value!r}, expected one of {', '.join(str(a) for a in allowed)}")
-    _check_shares(options)
-    _check_multiples(shape, options)
-    if shape.heads_refused is not None and (options.only == "heads" or options.heads_ratio):
-        raise PlanError(f"heads of a {shape.model_type} model cannot be removed: {shape.heads_refused}")
-    if (options.only == "neurons" and options.heads_ratio) or (options.only == "heads" and options.neurons_ratio):
-        raise PlanError(f"only={options.only} contradicts a share of the other kind set by hand; leave out one of them")
-    _check_decided(shape, options)
-
-
-def _check_shares(options: PlanOptions) -> None:
-    ratio = options.ratio
-    if ratio is not None and not 0 < ratio < 1:
-        raise PlanError(f"ratio is {ratio}, expected a number between 0 and 1, such as 0.2 for 20 % of the parameters")
-    for name, share in (("heads_ratio", options.heads_ratio), ("neurons_ratio", options.neurons_ratio)):
-        if share is not None and not 0 <= share < 1:
-            raise PlanError(f"{name} is {share}, expected at least 0 and less than 1")
-
-
-def _check_decided(shape: ModelShape, options: PlanOptions) -> None:
-    """Wants a ratio where a share is open. Where both are settled by hand, they decide and the ratio is the target."""
-    open_heads = options.heads_ratio is None and not _heads_stay(shape, options)
-    open_neurons = options.neurons_ratio is None and options.only != "heads"
-    if options.ratio is None and (open_heads or open_neurons):
-        raise PlanError("give a ratio, or both heads_ratio and neurons_ratio")
-
-
-def _heads_stay(shape: ModelShape, options: PlanOptions) -> bool:
-    return options.only == "neurons" or shape.heads_refused is not None
-
-
-def _check_multiples(shape: ModelShape, options: PlanOptions) -> None:
-    for name, multiple, total in (
-        ("neuron_multiple", options.neuron_multiple, shape.intermediate_size),
-        ("head_multiple", options.head_multiple, shape.num_attention_heads),
-    ):
-        if not isinstance(multiple, int) or not 1 <= multiple <= total:
-            raise PlanError(f"{name} is {multiple}, expected 1 to {total}, the number that a layer has")
-
-
 def head_choices(shape: ModelShape, options: PlanOptions) -> HeadChoices:
     """Lists what can be removed of heads; without a mode: groups, or within where there is one key-value head."""
     mode = options.heads_mode or ("within" if shape.num_key_value_heads == 1 else "groups")
@@ -144,7 +77,7 @@ def head_choices(shape: ModelShape, options: PlanOptions) -> HeadChoices:
         counted = key_value_heads if mode == "groups" else query_heads
         return (removed == 0 or query_heads in shape.query_head_counts) and counted % options.head_multiple == 0
 
-    if _heads_stay(shape, options):
+    if heads_stay(shape, options):
         # Heads that stay as they are need not obey a multiple.
         return HeadChoices(mode, units, cost * shape.num_layers, (0,))
     return HeadChoices(mode, units, cost * shape.num_layers, tuple(filter(fits, range(units))))
@@ -237,7 +170,7 @@ def _ratio(options: PlanOptions) -> float:
 
 def _heads_for(shape: ModelShape, choices: HeadChoices, options: PlanOptions, spent: int) -> int:
     """Returns the head units to remove where the neurons are settled and have taken `spent` parameters."""
-    if options.ratio is None or options.heads_ratio is not None or _heads_stay(shape, options):
+    if options.ratio is None or options.heads_ratio is not None or heads_stay(shape, options):
         return _nearest(choices.removable, (options.heads_ratio or 0) * choices.units)
     wanted = (options.ratio * shape.parameters - spent) / choices.cost
     if not min(choices.removable) - 0.5 <= wanted <= max(choices.removable) + 0.5:
@@ -273,11 +206,12 @@ def _unreachable(shape: ModelShape, choices: HeadChoices, options: PlanOptions) 
     below, above = [high for _, high in ranges if high < ratio], [low for low, _ in ranges if low > ratio]
     because = f" (heads cannot be removed: {shape.heads_refused})" if shape.heads_refused else ""
     if not above:
-        what = f"the largest reachable is {_floor(max(below, default=0.0))}"
+        what = f"the largest reachable is {rounded_down(max(below, default=0.0))}"
     elif not below:
-        what = f"the smallest reachable is {_ceil(min(above))}"
+        what = f"the smallest reachable is {rounded_up(min(above))}"
     else:
-        what = f"heads come in whole units, and the nearest reachable are {_floor(max(below))} and {_ceil(min(above))}"
+        nearest = f"{rounded_down(max(below))} and {rounded_up(min(above))}"
+        what = f"heads come in whole units, and the nearest reachable are {nearest}"
     return PlanError(
         f"a ratio of {ratio} cannot be reached with these options: {what}{because}; every layer keeps at least one "
         f"head and {options.neuron_multiple} of its neurons, and embeddings and norms are never pruned"
@@ -293,9 +227,11 @@ def _removes_nothing(shape: ModelShape, choices: HeadChoices, options: PlanOptio
     return PlanError(f"{asked} would remove nothing, as units are whole; {smallest}")
 
 
-def _floor(ratio: float) -> float:
+def rounded_down(ratio: float) -> float:
+    """Returns a ratio with four decimals that is no larger."""
     return math.floor(ratio * 1e4) / 1e4
 
 
-def _ceil(ratio: float) -> float:
+def rounded_up(ratio: float) -> float:
+    """Returns a ratio with four decimals that is no smaller."""
     return math.ceil(ratio * 1e4) / 1e4

@@ -1,9 +1,12 @@
 """From scores and a ratio to a plan (Algorithm 1, lines 3 to 8)."""
 
 import random
+from typing import Any
 
 from amprune.plan.artefact import LayerPlan, PruningPlan, check_plan
-from amprune.plan.budget import Budget, HeadsMode, Only, Order, PlanOptions, find_budget
+from amprune.plan.budget import Budget, find_budget
+from amprune.plan.depth import plan_depth
+from amprune.plan.options import HeadsMode, Only, Order, PlanOptions
 from amprune.scores import ImportanceScores, LayerScores, Scores
 
 
@@ -19,11 +22,16 @@ def make_plan(
     neuron_multiple: int = 1,
     head_multiple: int = 1,
     seed: int = 0,
+    protect_first: int = 4,
+    protect_last: int = 2,
 ) -> PruningPlan:
     """Chooses the units to keep so that the model loses `ratio` of its parameters.
 
     Attention and MLPs both lose the share `ratio * P / (A + M)`: heads are rounded to whole units (down for key-value
     groups, of which there are few), neurons make up the exact rest.
+
+    Scores of whole decoder blocks remove as many blocks as come nearest to the ratio, and nothing of those that stay;
+    of the options they take `ratio`, `order`, `seed` and what is protected.
 
     Args:
         scores: of the model to be pruned.
@@ -38,6 +46,9 @@ def make_plan(
         neuron_multiple: keep a multiple of this many neurons (64, 128, 256 suit hardware).
         head_multiple: keep a multiple of this many key-value heads (query heads when `within`), for tensor parallelism.
         seed: of the random order.
+        protect_first: blocks at the start that stay, where whole blocks are removed; the default is that of Shortened
+            LLaMA (arXiv 2402.02834).
+        protect_last: the same at the end.
 
     Raises:
         PlanError: the ratio is out of reach (says the nearest) or removes nothing, options contradict each other, or
@@ -53,7 +64,11 @@ def make_plan(
         neuron_multiple=neuron_multiple,
         head_multiple=head_multiple,
         seed=seed,
+        protect_first=protect_first,
+        protect_last=protect_last,
     )
+    if scores.blocks is not None:
+        return plan_depth(scores, scores.blocks, options)
     shape = scores.shape
     budget = find_budget(shape, options)
     after = shape.shrunk(query_heads=budget.query_heads, key_value_heads=budget.key_value_heads, neurons=budget.neurons)
@@ -69,11 +84,15 @@ def make_plan(
             "criterion": scores.criterion,
             "calibration": scores.calibration,
             "scoring": scores.settings,
-            "options": vars(options) | {"heads_mode": budget.heads_mode},
+            "options": _of_width(options) | {"heads_mode": budget.heads_mode},
         },
     )
     check_plan(plan)
     return plan
+
+
+def _of_width(options: PlanOptions) -> dict[str, Any]:
+    return {name: value for name, value in vars(options).items() if not name.startswith("protect_")}
 
 
 def _keep_layer(scores: LayerScores, index: int, budget: Budget, options: PlanOptions) -> LayerPlan:

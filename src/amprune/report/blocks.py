@@ -39,6 +39,8 @@ class Table:
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     left: int = 1
+    bold: frozenset[tuple[int, int]] = frozenset()
+    """Row and column of the cells that stand out."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ class Contents:
     sections: tuple[Section, ...]
     colours: dict[str, str]
     """Of each model."""
+    drawn_from: str = "evaluation.json and the records of the models"
 
     @property
     def pictures(self) -> tuple[Picture, ...]:
@@ -112,4 +115,5 @@ def drop_empty_columns(table: Table, missing: str) -> Table:
         if index < table.left or any(row[index] != missing for row in table.rows)
     ]
     rows = tuple(tuple(row[index] for index in kept) for row in table.rows)
-    return Table(table.caption, tuple(table.header[index] for index in kept), rows, table.left)
+    bold = frozenset((row, kept.index(column)) for row, column in table.bold if column in kept)
+    return Table(table.caption, tuple(table.header[index] for index in kept), rows, table.left, bold)

@@ -30,7 +30,9 @@ def heads_figure(scores: ImportanceScores, plan: PruningPlan) -> Figure:
     """
     heads = relative(np.stack([layer.heads for layer in scores.layers]))
     removed = [
-        (row, unit) for row, layer in enumerate(plan.layers) for unit in _gone(layer.query_heads, heads.shape[1])
+        (row, unit)
+        for row, layer in enumerate(plan.layers)
+        for unit in _gone(() if layer is None else layer.query_heads, heads.shape[1])
     ]
     shape = scores.shape
     by_group = shape.group_size > 1 and plan.shape_after.num_key_value_heads < shape.num_key_value_heads
@@ -45,12 +47,14 @@ def heads_figure(scores: ImportanceScores, plan: PruningPlan) -> Figure:
     panels[0].set_ylabel("layer")
     if by_group:
         lost = [
-            (row, k) for row, layer in enumerate(plan.layers) for k in _gone(layer.key_value_heads, groups.shape[1])
+            (row, k)
+            for row, layer in enumerate(plan.layers)
+            for k in _gone(() if layer is None else layer.key_value_heads, groups.shape[1])
         ]
         _map(panels[1], groups, norm, lost)
         panels[1].set_xlabel("key-value group")
     bar = figure.colorbar(ScalarMappable(norm, _MAP), ax=list(panels), pad=0.015, aspect=30)
-    bar.set_label("score / mean of its layer")
+    bar.set_label(_unit(heads))
     if isinstance(norm, LogNorm):
         bar.ax.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0), numticks=9))
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
@@ -59,10 +63,14 @@ def heads_figure(scores: ImportanceScores, plan: PruningPlan) -> Figure:
 
 
 def relative(scores: npt.NDArray[np.float32]) -> Values:
-    """Divides the scores of each layer (rows) by their mean: units compete within their layer alone."""
+    """Divides the scores of each layer (rows) by their mean magnitude: units compete within their layer alone."""
     wide = scores.astype(np.float64)
-    means = wide.mean(axis=1, keepdims=True)
+    means = np.abs(wide).mean(axis=1, keepdims=True)
     return np.asarray(wide / np.where(means > 0, means, 1.0))
+
+
+def _unit(values: Values) -> str:
+    return "score / mean magnitude of its layer" if (values < 0).any() else "score / mean of its layer"
 
 
 def _gone(kept: Sequence[int], total: int) -> list[int]:
@@ -77,6 +85,8 @@ def _grouping(size: int, groups: int) -> str:
 
 def _norm(maps: Sequence[Values]) -> Normalize:
     values = np.concatenate([found.ravel() for found in maps])
+    if (values < 0).any():
+        return Normalize(float(values.min()), float(values.max()))
     positive = values[values > 0]
     low, high = (float(positive.min()), float(positive.max())) if positive.size else (0.5, 2.0)
     if high / low > 5:
@@ -102,12 +112,33 @@ def _separate_groups(axes: Axes, heads: int, size: int) -> None:
             axes.axvline(edge - 0.5, color="white", linewidth=1.6)
 
 
+def blocks_figure(blocks: npt.NDArray[np.float32], plan: PruningPlan) -> Figure:
+    """Draws the score of each decoder block as a bar, those of removed blocks hollow."""
+    figure = new_figure(2.6)
+    axes = figure.add_subplot()
+    kept, gone = list(plan.kept_layers), _gone(plan.kept_layers, len(blocks))
+    colour = colormaps[_MAP](0.35)
+    axes.bar(kept, blocks[kept], color=colour, label="kept")
+    axes.bar(gone, blocks[gone], facecolor="white", edgecolor=colour, hatch="////", linewidth=0.9, label="removed")
+    positive = blocks[blocks > 0]
+    if positive.size == len(blocks) and positive.max() / positive.min() > 30:
+        logarithmic(axes, "y")
+    axes.axhline(0, color="#888888", linewidth=0.8)
+    axes.set_xlim(-0.7, len(blocks) - 0.3)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=1))
+    axes.set_xlabel("decoder block")
+    axes.set_ylabel("score")
+    axes.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
+    return figure
+
+
 def neurons_figure(
     scores: ImportanceScores, cuts: Sequence[tuple[str, PruningPlan]], *, colours: dict[str, str]
 ) -> Figure:
     """Draws the neurons of each layer in falling order of their score, with a line where each model was cut."""
     ordered = np.sort(np.stack([layer.neurons for layer in scores.layers]), axis=1)[:, ::-1].astype(np.float64)
-    values = ordered / np.maximum(ordered.mean(axis=1, keepdims=True), 1e-30)
+    values = ordered / np.maximum(np.abs(ordered).mean(axis=1, keepdims=True), 1e-30)
+    signed = bool((values < 0).any())
     width = values.shape[1]
     ranks = np.unique(np.geomspace(1, width, _POINTS).astype(int) if width > _POINTS else np.arange(1, width + 1))
     ranks = np.unique(np.concatenate([ranks, np.linspace(1, width, _POINTS).astype(int)]))
@@ -115,16 +146,16 @@ def neurons_figure(
     axes = figure.add_subplot()
     norm = Normalize(0, max(1, len(values) - 1))
     for index, row in enumerate(values):
-        kept = row[ranks - 1] > 0
+        kept = (row[ranks - 1] > 0) | signed
         axes.plot(ranks[kept], row[ranks - 1][kept], color=colormaps[_MAP](norm(index)), linewidth=0.8)
     axes.set_xlim(1, width)
     positive = values[values > 0]
-    if positive.size and positive.max() / positive.min() > 10:
+    if not signed and positive.size and positive.max() / positive.min() > 10:
         axes.set_ylim(max(float(positive.min()), float(positive.max()) * 1e-6), float(positive.max()) * 1.1)
         logarithmic(axes, "y")
     _cuts(figure, axes, [(plan.shape_after.intermediate_size, name) for name, plan in cuts], colours)
     axes.set_xlabel("neurons of a layer, by falling score")
-    axes.set_ylabel("score / mean of its layer")
+    axes.set_ylabel(_unit(values))
     if len(values) > 1:
         bar = figure.colorbar(ScalarMappable(norm, _MAP), ax=axes, pad=0.015, aspect=30)
         bar.set_label("layer")

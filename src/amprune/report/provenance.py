@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from amprune.evaluation.records import Record
-from amprune.model_card import how_it_was_made, removal, size_rows
+from amprune.model_card import criterion, how_it_was_made, removal, size_rows
 from amprune.recovered import data_sentence
 from amprune.report.blocks import Block, Bullets, Command, Section, Table, Text
 from amprune.report.inputs import EVALUATION, Inputs
@@ -24,7 +24,8 @@ def made_section(inputs: Inputs) -> Section | None:
     plan = subject.plan
     first = removal(plan)
     proof = logit_difference(inputs)
-    sentences = (f"{first[0].upper()}{first[1:]}, by the criterion of AMP (arXiv 2504.21174).",)
+    by = "of AMP (arXiv 2504.21174)" if criterion(plan) == "amp" else criterion(plan)
+    sentences = (f"{first[0].upper()}{first[1:]}, by the criterion {by}.",)
     options = plan.provenance.get("options") or {}
     chosen = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in options.items() if value is not None)
     extra = (f"Options of the plan: {chosen}.",) if chosen else ()

@@ -30,6 +30,7 @@ from amprune.report.training import RECOVERY
 _MARKER = "<!-- drawn by amprune report -->"
 _GENERATOR = '<meta name="generator" content="amprune'
 _FIGURES = "figures"
+_NAMES = ("report.md", "report.html")
 
 
 @dataclass(frozen=True)
@@ -69,31 +70,51 @@ def write_report(
     place = Path(folder).expanduser()
     inputs = read_inputs(place, baseline=baseline, evaluation=evaluation)
     contents = make_contents(inputs, workload=workload or Workload())
-    names = ("report.md", "report.html")
-    for name, mark in zip(names, (_MARKER, _GENERATOR), strict=True):
-        _refuse_foreign(inputs.output / name, mark)
+    card = _card(place, inputs, contents, [*_NAMES, *([_FIGURES] if contents.pictures else [])])
+    beside = {} if card is None else {place / CARD: card.encode()}
+    files = write_contents(inputs.output, contents, beside=beside)
+    kept = None
+    if card is None and inputs.focus is not None:
+        kept = f"{place / CARD} was not written by amprune and was left as it is; {_NAMES[0]} holds the same figures"
+    return replace(files, card=place / CARD if card is not None else None, card_kept=kept)
+
+
+def write_contents(output: Path, contents: Contents, *, beside: Mapping[Path, bytes] | None = None) -> ReportFiles:
+    """Writes report.md, report.html and figures/ into a folder, and other files with them.
+
+    Figures that an earlier report had and this one has not are removed.
+
+    Raises:
+        ReportError: someone else wrote a file of that name, or the disk refuses; no file is half-written then.
+    """
+    for name, mark in zip(_NAMES, (_MARKER, _GENERATOR), strict=True):
+        _refuse_foreign(output / name, mark)
     files: dict[Path, bytes] = {}
     images = {}
     for picture in contents.pictures:
         images[picture.name] = to_svg(picture.figure)
-        files[inputs.output / _FIGURES / f"{picture.name}.svg"] = images[picture.name]
-        files[inputs.output / _FIGURES / f"{picture.name}.png"] = to_png(picture.figure)
+        files[output / _FIGURES / f"{picture.name}.svg"] = images[picture.name]
+        files[output / _FIGURES / f"{picture.name}.png"] = to_png(picture.figure)
     figures = tuple(files)
-    files[inputs.output / names[0]] = _markdown(contents).encode()
-    files[inputs.output / names[1]] = _html(contents, images).encode()
-    card = _card(place, inputs, contents, [*names, *([_FIGURES] if figures else [])])
-    if card is not None:
-        files[place / CARD] = card.encode()
-    stale = _stale(inputs.output, figures)
-    _write(inputs.output, files)
+    files[output / _NAMES[0]] = _markdown(contents).encode()
+    files[output / _NAMES[1]] = _html(contents, images).encode()
+    stale = _stale(output, figures)
+    _write(output, {**files, **(beside or {})})
     for file in stale:
         file.unlink(missing_ok=True)
-    kept = None
-    if card is None and inputs.focus is not None:
-        kept = f"{place / CARD} was not written by amprune and was left as it is; {names[0]} holds the same figures"
-    return ReportFiles(
-        inputs.output / names[0], inputs.output / names[1], figures, place / CARD if card is not None else None, kept
-    )
+    return ReportFiles(output / _NAMES[0], output / _NAMES[1], figures)
+
+
+def remove_report(output: Path) -> None:
+    """Removes report.md, report.html and their figures from a folder, unless someone else wrote them."""
+    for file in _stale(output, ()):
+        file.unlink(missing_ok=True)
+    for name, mark in zip(_NAMES, (_MARKER, _GENERATOR), strict=True):
+        with contextlib.suppress(ReportError, FileNotFoundError):
+            _refuse_foreign(output / name, mark)
+            (output / name).unlink()
+    with contextlib.suppress(OSError):
+        (output / _FIGURES).rmdir()
 
 
 def _refuse_foreign(file: Path, mark: str) -> None:

@@ -1,30 +1,28 @@
-"""Proof that a written checkpoint is the dense model without the removed units, and nothing else."""
+"""Every check of an output, and the report of them."""
 
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
-from amprune.architecture import quiet_transformers
 from amprune.checkpoint import RECORDS, Checkpoint, read_checkpoint
-from amprune.checkpoint.loading import has_tokenizer, load_tokenizer, loading_problems, vocabulary_size
-from amprune.checkpoint.streaming import streamed_model
+from amprune.checkpoint.loading import has_tokenizer, load_tokenizer, loading_problems
 from amprune.errors import AmpruneError, VerificationError
-from amprune.memory import release_memory
 from amprune.plan import PruningPlan, check_plan
 from amprune.progress import Progress, no_progress
 from amprune.recovered import RECORD, is_recovered, read_recovery
-from amprune.slicing import masks, output_config
+from amprune.slicing import kept_tensors, output_config
+from amprune.verification.logits import logit_difference, probe_logits
 
 TOLERANCE = 1e-5
 """Largest allowed difference of any logit, as a share of the logits' standard deviation, in float64."""
-_SEQUENCES, _LENGTH = 2, 48
+_SUMMING = 1e-12
+"""What another order of summing may move a float64 by, as a share of the largest."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +67,7 @@ def verify_checkpoint(
     dense: Checkpoint,
     plan: PruningPlan,
     *,
+    biases: Mapping[str, torch.Tensor] = MappingProxyType({}),
     trust_remote_code: bool = False,
     progress: Progress = no_progress,
 ) -> VerificationReport:
@@ -77,6 +76,9 @@ def verify_checkpoint(
     Both models are streamed module by module from their files, so that memory stays small, and computed in float64
     whatever dtype is stored: stored values are exact there, so that one tolerance serves every dtype and depth.
     Of an output that was trained after pruning, the logits are held to be finite alone, as is every weight.
+
+    `biases`, of float64 and by their dense names, are those that make up for what was removed: stored ones are held to
+    them, and the masked dense model is given what is stored.
     """
     checks: list[Check] = []
     difference: float | None = None
@@ -88,24 +90,28 @@ def verify_checkpoint(
         except AmpruneError as error:
             checks.append(Check(name, False, str(error)))
 
+    removed = "blocks skipped" if len(plan.kept_layers) < len(plan.layers) else "units masked"
+
     def compare_logits() -> str:
         nonlocal difference
-        difference = _logit_difference(output(), dense, plan, advance)
+        difference = logit_difference(output(), dense, plan, biases, advance)
         if not difference <= TOLERANCE:
             raise VerificationError(
                 f"logits differ from those of the masked dense model by {difference:.1e} of their standard deviation, "
                 f"more than {TOLERANCE:.0e}"
             )
         found = "identical" if difference == 0 else f"within {difference:.1e} of their standard deviation"
-        return f"{found}, to the dense model with the removed units masked (tolerance {TOLERANCE:.0e}, float64)"
+        return f"{found}, to the dense model with the removed {removed} (tolerance {TOLERANCE:.0e}, float64)"
 
     with progress("Verifying", 2) as advance:
         run("groups", lambda: _check_plan(folder, plan))
         run("config", lambda: _check_config(output(), dense, plan))
-        run("dtype and ties", lambda: _check_tensors(output(), dense))
+        run("dtype and ties", lambda: _check_tensors(output(), dense, plan))
         run("files", lambda: _check_files(folder, dense.folder))
         run("tokenizer", lambda: _check_tokenizer(folder, dense.folder, trust_remote_code=trust_remote_code))
         run("reload", lambda: _check_reload(folder))
+        if biases and not is_recovered(folder):
+            run("biases", lambda: _check_biases(output(), dense, plan, biases))
         if is_recovered(folder):
             run("weights", lambda: _check_finite(output()))
             run("logits", lambda: _check_trained(folder, output(), advance))
@@ -116,7 +122,9 @@ def verify_checkpoint(
 
 def _check_plan(folder: Path, plan: PruningPlan) -> str:
     check_plan(plan)
-    after = plan.shape_after
+    before, after = plan.shape_before, plan.shape_after
+    if after.num_layers < before.num_layers:
+        return f"{after.num_layers} of {before.num_layers} blocks kept, in order"
     return f"every kept key-value head keeps its {after.group_size} query heads, in order"
 
 
@@ -131,17 +139,28 @@ def _check_config(output: Checkpoint, dense: Checkpoint, plan: PruningPlan) -> s
     return f"{after:,} parameters, {plan.ratio_actual:.2%} fewer"
 
 
-def _check_tensors(output: Checkpoint, dense: Checkpoint) -> str:
-    if set(output) != set(dense):
-        different = sorted(set(output) ^ set(dense))
+def _check_tensors(output: Checkpoint, dense: Checkpoint, plan: PruningPlan) -> str:
+    kept = kept_tensors(dense.architecture, plan, dense)
+    if set(output) != set(kept):
+        different = sorted(set(output) ^ set(kept))
         raise VerificationError(f"the set of tensors differs from the dense model's, such as {different[0]}")
-    for name in dense:
-        if output.header(name).dtype != dense.header(name).dtype:
-            raise VerificationError(f"{name} is {output.header(name).dtype}, was {dense.header(name).dtype}")
+    for name, old in kept.items():
+        if output.header(name).dtype != dense.header(old).dtype:
+            raise VerificationError(f"{name} is {output.header(name).dtype}, was {dense.header(old).dtype}")
     if set(output.architecture.tied) != set(dense.architecture.tied):
         raise VerificationError("tied embeddings are no longer tied, or are tied now")
-    dtypes = sorted({str(dense.header(name).dtype).removeprefix("torch.") for name in dense})
+    dtypes = sorted({str(output.header(name).dtype).removeprefix("torch.") for name in output})
     return f"{', '.join(dtypes)}; {'tied' if dense.architecture.tied else 'separate'} embeddings"
+
+
+def _check_biases(output: Checkpoint, dense: Checkpoint, plan: PruningPlan, biases: Mapping[str, torch.Tensor]) -> str:
+    """Holds the stored biases that make up for what was removed to those expected, to within rounding."""
+    for name, old in kept_tensors(dense.architecture, plan, biases).items():
+        bias, found = biases[old], output[name]
+        allowed = torch.finfo(found.dtype).eps * bias.abs() + _SUMMING * bias.abs().max()
+        if not ((found.double() - bias).abs() <= allowed).all():
+            raise VerificationError(f"{name} is not the dense bias and the mean of what was removed")
+    return f"{len(biases)} hold the mean of what was removed, to within rounding"
 
 
 def _check_files(folder: Path, source: Path) -> str:
@@ -197,48 +216,6 @@ def _check_trained(folder: Path, output: Checkpoint, advance: Callable[[int], No
     if not torch.isfinite(logits).all():
         raise VerificationError("the recovered model gives logits that are not finite")
     return f"finite; not compared: the weights were trained after pruning ({RECORD})"
-
-
-def _logit_difference(
-    output: Checkpoint, dense: Checkpoint, plan: PruningPlan, advance: Callable[[int], None]
-) -> float:
-    """Returns the largest difference of any logit, in units of the masked dense model's standard deviation."""
-    pruned = probe_logits(output)
-    advance(1)
-    expected = probe_logits(dense, partial(_masked, by_module=dict(masks(plan, dense.architecture))))
-    advance(1)
-    for name, logits in (("the masked dense model", expected), ("the pruned model", pruned)):
-        if not torch.isfinite(logits).all():
-            raise VerificationError(f"{name} gives logits that are not finite")
-    return float((pruned - expected).abs().max() / expected.std())
-
-
-def probe_logits(
-    checkpoint: Checkpoint, changed: Callable[[PreTrainedModel], AbstractContextManager[None]] | None = None
-) -> torch.Tensor:
-    """Computes (2, length, vocabulary) logits of seeded random tokens in float64, streaming the model from its files.
-
-    `changed(model)` is entered around the forward pass and may put hooks on the model.
-    """
-    model = streamed_model(checkpoint, torch.float64)
-    vocabulary = vocabulary_size(model)
-    length = min(_LENGTH, checkpoint.positions or _LENGTH)
-    ids = torch.randint(vocabulary, (_SEQUENCES, length), generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode(), quiet_transformers(), changed(model) if changed else nullcontext():
-        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
-    del model
-    release_memory()  # Modules and their hooks refer to each other; the next model must not stand beside this one.
-    return logits
-
-
-@contextmanager
-def _masked(model: PreTrainedModel, by_module: dict[str, torch.Tensor]) -> Iterator[None]:
-    """Zeroes the inputs of output projections where units are removed; the same as zeroing their columns."""
-    with ExitStack() as stack:
-        for name, mask in by_module.items():
-            hook = lambda _, inputs, mask=mask: (inputs[0] * mask, *inputs[1:])  # noqa: E731
-            stack.callback(model.get_submodule(name).register_forward_pre_hook(hook).remove)
-        yield
 
 
 def read_plan(folder: Path) -> PruningPlan:

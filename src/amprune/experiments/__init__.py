@@ -1,0 +1,20 @@
+"""The paper's tables and figures as recipes, on any supported model.
+
+    MODEL -> scores/, models/ while measuring, evaluation.json -> experiment.json, report.md, report.html, figures/
+
+run.py             START HERE: every cell once, in order
+opening.py         models and data, opened before anything is begun
+folder.py          the folder: alone in it, begun or gone on with
+recipes.py         data: which models each experiment makes and what is measured on them
+settings.py        everything else that decides figures
+configurations.py  settings that ship, such as those of the paper
+cells.py           one cell: score, prune, train, measure
+results.py         experiment.json: what was asked for and what is done
+contents.py        what is shown: sections.py on quality, timing.py on speed, with tables.py and figures.py
+"""
+
+from amprune.experiments.recipes import RECIPES, find_recipe
+from amprune.experiments.results import CellResult, Results
+from amprune.experiments.run import ExperimentFiles, experiment
+
+__all__ = ["RECIPES", "CellResult", "ExperimentFiles", "Results", "experiment", "find_recipe"]

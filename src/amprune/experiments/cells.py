@@ -1,0 +1,246 @@
+"""One cell: its scores, its model on disk while it is measured, its figures."""
+
+import re
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from amprune.criteria import CRITERIA
+from amprune.errors import AmpruneError, EvaluationError, ScoresError, reason
+from amprune.evaluation import Evaluation, evaluate
+from amprune.evaluation.guards import out_of_memory
+from amprune.evaluation.identity import content_hash
+from amprune.evaluation.run import Measurement
+from amprune.experiments.recipes import Cell
+from amprune.experiments.settings import Settings
+from amprune.memory import release_memory
+from amprune.plan import PruningPlan, make_plan
+from amprune.progress import Progress
+from amprune.recovery import recover
+from amprune.scores import ImportanceScores
+from amprune.stages import apply_plan, score_criteria
+
+EVALUATION, SCORES, MODELS = "evaluation.json", "scores", "models"
+"""In the folder of each model."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One model of an experiment and where its files lie."""
+
+    model: str
+    parameters: int
+    fingerprint: str
+    """Both of the dense model."""
+    folder: Path
+    settings: Settings
+    measure: tuple[Measurement, ...]
+    progress: Progress
+
+    @property
+    def evaluation(self) -> Path:
+        """Returns the file of the figures."""
+        return self.folder / EVALUATION
+
+    def scores(self, criterion: str) -> Path:
+        """Returns the score file of a criterion."""
+        return self.folder / SCORES / f"{criterion}.safetensors"
+
+    @property
+    def models(self) -> Path:
+        """Returns where models lie while they are measured."""
+        return self.folder / MODELS
+
+    def pruned(self, cell: Cell) -> Path:
+        """Returns where a cell's pruned model lies; cells that differ in training alone share it."""
+        parts = (cell.criterion, cell.order, cell.only or "both", f"{cell.ratio:.6g}")
+        return self.models / "-".join(map(str, parts))
+
+    def trained(self, cell: Cell) -> Path:
+        """Returns where the trained model of a cell lies, at the end of its training."""
+        pruned = self.pruned(cell)
+        return pruned.with_name(f"{pruned.name}-trained")
+
+    def place(self, cell: Cell) -> Path:
+        """Returns where the model of a cell lies that is pruned here."""
+        if not cell.trained:
+            return self.pruned(cell)
+        end = self.trained(cell)
+        return end if cell.epoch is None else end.with_name(f"{end.name}.epoch-{cell.epoch}")
+
+
+def failure(error: BaseException) -> AmpruneError | None:
+    """Returns what a cell failed of, if that is no fault of the program: the experiment then goes on."""
+    if isinstance(error, AmpruneError):
+        return error
+    if isinstance(error, RuntimeError | MemoryError) and out_of_memory(error):
+        release_memory()
+        return EvaluationError(f"memory ran out ({reason(error)}); use a smaller --dtype or another --device")
+    return None
+
+
+def slug(name: str) -> str:
+    """Returns a name as a folder can have it."""
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model"
+
+
+def score_cells(bench: Bench, cells: Sequence[Cell]) -> tuple[dict[str, AmpruneError], dict[str, float]]:
+    """Scores what has no score file yet, one pass for all criteria that need the same.
+
+    Returns the criteria that failed and why, and the seconds of each pass by its criteria, with commas.
+    """
+    wanted = dict.fromkeys(cell.criterion for cell in cells if cell.criterion is not None)
+    missing = [name for name in wanted if not _is_scored(bench.scores(name))]
+    failed: dict[str, AmpruneError] = {}
+    seconds: dict[str, float] = {}
+    for needs in dict.fromkeys(CRITERIA[name].needs for name in missing):
+        names = [name for name in missing if CRITERIA[name].needs is needs]
+        start = time.perf_counter()
+        try:
+            found = _score(bench, names)
+        except Exception as error:
+            if (known := failure(error)) is None:
+                raise
+            failed |= dict.fromkeys(names, known)
+            continue
+        for name, scores in found.items():
+            _save(scores, bench.scores(name))
+        seconds[",".join(names)] = round(time.perf_counter() - start, 1)
+    return failed, seconds
+
+
+def _score(bench: Bench, names: Sequence[str]) -> dict[str, ImportanceScores]:
+    settings = bench.settings
+    return score_criteria(
+        bench.model,
+        names,
+        calibration=settings.calibration,
+        samples=settings.samples,
+        seed=settings.seed,
+        device=settings.device,
+        dtype=settings.dtype,
+        progress=bench.progress,
+    )
+
+
+def _is_scored(file: Path) -> bool:
+    try:
+        ImportanceScores.load(file)
+    except ScoresError:
+        return False
+    return True
+
+
+def _save(scores: ImportanceScores, file: Path) -> None:
+    """Writes a score file whole or not at all: a later run takes it for finished."""
+    partial = file.with_name(f".{file.name}.partial")
+    scores.save(partial)
+    partial.replace(file)
+
+
+def make_model(bench: Bench, cell: Cell) -> None:
+    """Prunes the model of a cell, and trains it where the cell says so, unless an interrupted run has.
+
+    Raises:
+        PlanError: the model has no such cell; from `plan_cell` alone.
+        AmpruneError: slicing, verifying or training failed.
+    """
+    if cell.criterion is None or bench.place(cell).is_dir():
+        return
+    settings, pruned = bench.settings, bench.pruned(cell)
+    if not pruned.is_dir():
+        apply_plan(bench.model, plan_cell(bench, cell), pruned, dtype=settings.dtype, progress=bench.progress)
+    if cell.trained:
+        end = bench.trained(cell)
+        recover(
+            pruned,
+            end,
+            data=settings.data,
+            samples=settings.training_samples,
+            settings=settings.recovery,
+            resume=end.with_name(f"{end.name}.training").is_dir(),
+            keep_epochs=cell.epoch is not None,
+            device=settings.device,
+            dtype=settings.dtype,
+            overwrite=True,  # of an interrupted run, which ended before all epochs were written
+            progress=bench.progress,
+        )
+
+
+def plan_cell(bench: Bench, cell: Cell) -> PruningPlan:
+    """Chooses what the pruned model of a cell keeps.
+
+    Raises:
+        PlanError: the model has no such cell.
+    """
+    scores = ImportanceScores.load(bench.scores(str(cell.criterion)))
+    return make_plan(scores, ratio=cell.ratio, order=cell.order, only=cell.only, seed=bench.settings.seed)
+
+
+def measure_cells(bench: Bench, cells: Sequence[Cell]) -> Evaluation:
+    """Measures models, the first being the baseline, into the evaluation of the bench; goes on where it was cut off.
+
+    Raises:
+        AmpruneError: one cannot be measured.
+    """
+    settings = bench.settings
+    places = {cell.name: _source(bench, cell) for cell in cells}
+    _forget_others(bench.evaluation, {cell.name: bench.place(cell) for cell in cells if cell.criterion is not None})
+    return evaluate(
+        [f"{name}={place}" for name, place in places.items()],
+        bench.evaluation,
+        measure=bench.measure,
+        data_dir=settings.data_dir,
+        texts=settings.texts,
+        sequence_length=settings.sequence_length,
+        windows=settings.windows,
+        tasks=settings.tasks,
+        limit=settings.limit,
+        latency=settings.latency,
+        energy_seconds=settings.energy_seconds,
+        device=settings.device,
+        dtype=settings.dtype,
+        progress=bench.progress,
+    )
+
+
+def _source(bench: Bench, cell: Cell) -> str:
+    if cell.checkpoint is not None:
+        return cell.checkpoint.removeprefix(f"{cell.name}=")
+    return bench.model if cell.criterion is None else str(bench.place(cell))
+
+
+def _forget_others(file: Path, places: Mapping[str, Path]) -> None:
+    """Removes figures of an earlier model under a name; training on some devices gives other weights every time."""
+    if not file.is_file():
+        return
+    evaluation = Evaluation.load(file)
+    known = {name: entry.sha256 for name, entry in evaluation.models.items() if name in places}
+    if other := [name for name, digest in known.items() if content_hash(places[name]) != digest]:
+        evaluation.models = {name: entry for name, entry in evaluation.models.items() if name not in other}
+        evaluation.records = {key: record for key, record in evaluation.records.items() if record.model not in other}
+        evaluation.unfinished = None
+        evaluation.save(file)
+
+
+def remove_models(bench: Bench, cell: Cell, *, needed: Sequence[Cell]) -> None:
+    """Removes the models of a cell that none of the needed ones is made of."""
+    if cell.criterion is None:
+        return
+    kept = {place for other in needed if other.criterion is not None for place in _places(bench, other)}
+    for place in _places(bench, cell):
+        if place not in kept and place.is_dir():
+            shutil.rmtree(place)
+    if bench.models.is_dir() and not any(bench.models.iterdir()):
+        bench.models.rmdir()
+
+
+def _places(bench: Bench, cell: Cell) -> tuple[Path, ...]:
+    """Returns the folders that a cell is made in: its pruned model, its training, its trained model."""
+    if not cell.trained:
+        return (bench.pruned(cell),)
+    end = bench.trained(cell)
+    epochs = tuple(sorted(bench.models.glob(f"{end.name}.epoch-*"))) if cell.epoch is not None else ()
+    return (bench.pruned(cell), end, end.with_name(f"{end.name}.training"), *epochs)

@@ -1,0 +1,151 @@
+"""From the results of an experiment to what is shown: a section for each model, and how it was measured."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from amprune.evaluation import Evaluation, names_of
+from amprune.experiments import sections, timing
+from amprune.experiments.cells import EVALUATION
+from amprune.experiments.recipes import DENSE, Cell, Recipe
+from amprune.experiments.results import ModelResults, Results
+from amprune.experiments.settings import Settings
+from amprune.experiments.tables import Shown
+from amprune.recovery import RecoverySettings
+from amprune.report.blocks import Block, Bullets, Contents, Section, Text
+from amprune.report.drawing import colours_of
+
+_SECTIONS: Mapping[str, Callable[[Shown], list[Section]]] = {
+    "table1": sections.table1,
+    "table2": sections.table2,
+    "table3": sections.table3,
+    "figure1": sections.figure1,
+    "speedup": timing.speedup,
+    "epochs": sections.epochs,
+    "cost": timing.cost,
+}
+
+
+def experiment_contents(recipe: Recipe, settings: Settings, cells: tuple[Cell, ...], results: Results) -> Contents:
+    """Puts the report of an experiment together."""
+    several = len(results.models) > 1
+    parts: list[Section] = []
+    colours: dict[str, str] = {}
+    for found in results.models:
+        evaluation = _evaluation(results, found)
+        shown = Shown(recipe, settings, cells, found, evaluation, _prefix(found) if several else "")
+        first, *others = _SECTIONS[recipe.name](shown)
+        parts.append(replace(first, title=_name(found), blocks=(*first.blocks, *_missing(shown))))
+        parts += [replace(part, title=f"{part.title}, {_name(found)}") if several else part for part in others]
+        if recipe.together:
+            colours |= colours_of(evaluation.models, DENSE)
+    parts.append(_how(recipe, settings, results))
+    return Contents(
+        title=f"{recipe.title}: {', '.join(map(_name, results.models))}",
+        lead=recipe.about + (" A quick run: little was measured, as is said at the end." if settings.quick else ""),
+        groups=(),
+        sections=tuple(parts),
+        colours=colours,
+        drawn_from="experiment.json and evaluation.json",
+    )
+
+
+def _name(found: ModelResults) -> str:
+    return names_of([found.model])[0]
+
+
+def _prefix(found: ModelResults) -> str:
+    """Returns what the names of a model's figures begin with: letters, digits and hyphens alone."""
+    return re.sub(r"[^\w-]+", "-", found.folder.lower()) + "-"
+
+
+def _evaluation(results: Results, found: ModelResults) -> Evaluation:
+    file = results.path.parent / found.folder / EVALUATION
+    return Evaluation.load(file) if file.is_file() else Evaluation()
+
+
+def _missing(shown: Shown) -> tuple[Block, ...]:
+    """Says why cells have no figures."""
+    lines = [
+        f"{cell.name}: {'not possible with this model' if shown.state(cell) == 'n/a' else shown.state(cell)}; "
+        f"{shown.found.cells[cell.name].reason}"
+        for cell in shown.cells
+        if shown.state(cell) in ("n/a", "failed")
+    ]
+    return (Text("Without figures:"), Bullets(tuple(lines))) if lines else ()
+
+
+def _how(recipe: Recipe, settings: Settings, results: Results) -> Section:
+    """Says with which settings, where, with which versions and in what time."""
+    lines = [_amount(recipe, settings), _calibration(settings), _training(recipe, settings)]
+    devices = dict.fromkeys(
+        record.device for found in results.models for record in _evaluation(results, found).records.values()
+    )
+    if devices:
+        lines.append(f"Measured on {'; '.join(devices)}, dtype {settings.dtype}.")
+    lines.append(f"Versions: {', '.join(f'{name} {number}' for name, number in results.versions.items())}.")
+    lines += [_time(found) for found in results.models]
+    return Section("How it was measured", (Bullets(tuple(line for line in lines if line)),))
+
+
+def _amount(recipe: Recipe, settings: Settings) -> str:
+    parts = []
+    if "perplexity" in recipe.measure:
+        windows = "all windows" if settings.windows is None else f"the first {settings.windows} windows"
+        text = ", ".join(file.rpartition("/")[2] for file in settings.texts) or "WikiText-2 (test)"
+        parts.append(f"perplexity on {windows} of {settings.sequence_length:,} tokens of {text}")
+    if "zero_shot" in recipe.measure and settings.tasks:
+        limit = "all questions" if settings.limit is None else f"the first {settings.limit} questions"
+        parts.append(f"{limit} of each of {', '.join(settings.tasks)}, by acc_norm but for winogrande (acc)")
+    if "latency" in recipe.measure:
+        parts.append(f"times over {settings.latency[0].runs} runs, the models in turn")
+    quick = "A quick run, whose errors are large: " if settings.quick else "Measured: "
+    return f"{quick}{'; '.join(parts)}."
+
+
+def _calibration(settings: Settings) -> str:
+    return (
+        f"Scored once by each criterion on {settings.samples} samples of {settings.calibration}, seed {settings.seed}, "
+        "the same for all methods; the random order and the training have the same seed."
+    )
+
+
+def _training(recipe: Recipe, settings: Settings) -> str:
+    recovery = settings.recovery
+    if recovery is None:
+        return "No model was trained after pruning."
+    epochs = f"{recovery.epochs:g} epoch{'' if recovery.epochs == 1 else 's'}"
+    amount = epochs if recovery.max_steps is None else f"{recovery.max_steps} steps"
+    samples = "all samples" if settings.training_samples is None else f"{settings.training_samples} samples"
+    which = "Models that are called trained were" if recipe.trains else "Every pruned model was"
+    others = "; models of other tools were left as they are" if settings.checkpoints else ""
+    return (
+        f"{which} trained the same way: {_method(recovery)}, {amount} on {samples} of {settings.data}, learning rate "
+        f"{recovery.learning_rate:g}, {recovery.batch_size} x {recovery.gradient_accumulation} samples a step, "
+        f"{recovery.max_length} tokens{others}."
+    )
+
+
+def _method(recovery: RecoverySettings) -> str:
+    return "full fine-tuning" if recovery.full else f"LoRA of rank {recovery.lora_rank}"
+
+
+def _time(found: ModelResults) -> str:
+    cells = found.cells.values()
+    scoring = sum(found.scoring_seconds.values())
+    making = sum(cell.making_seconds or 0.0 for cell in cells)
+    measuring = [cell.measuring_seconds or 0.0 for cell in cells]
+    return (
+        f"{_name(found)}: {_minutes(scoring)} for scores, {_minutes(making)} for making models, "
+        f"{_minutes(sum(measuring))} for measuring."
+    )
+
+
+def _minutes(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )

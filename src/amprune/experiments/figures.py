@@ -1,0 +1,86 @@
+"""Figures of experiments: lines against a number, with a level to compare with."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from amprune.report.drawing import BASELINE_COLOUR, colours_of, logarithmic, new_figure, style
+from amprune.report.labels import Label, write_column
+
+_LOG_RANGE = 10.0
+
+
+@dataclass(frozen=True)
+class Point:
+    """A figure and its standard error, or the quartiles around it."""
+
+    x: float
+    y: float
+    below: float = 0.0
+    above: float = 0.0
+
+
+@dataclass(frozen=True)
+class Level:
+    """A dashed line across: what the dense model has."""
+
+    name: str
+    y: float
+
+
+def lines_figure(
+    lines: Mapping[str, Sequence[Point]],
+    *,
+    level: Level | None,
+    x_label: str,
+    y_label: str,
+    dashed: Mapping[str, Sequence[Point]] | None = None,
+) -> Figure:
+    """Draws a line of points each, named at its end; logarithmic where the values differ by more than ten times.
+
+    Args:
+        lines: points by name.
+        level: across, dashed.
+        x_label: what the points are at.
+        y_label: what they are.
+        dashed: under some of the names another line each, in the same colour.
+    """
+    with style():
+        figure = new_figure(3.3)
+        axes = figure.add_subplot()
+        colours = colours_of(lines, None)
+        for kind, drawn in (("o-", lines), ("s--", dashed or {})):
+            for name, points in drawn.items():
+                _draw(axes, points, kind, colours[name])
+        every = [point for drawn in (lines, dashed or {}) for points in drawn.values() for point in points]
+        _scale(axes, [point.y for point in every] + ([level.y] if level else []))
+        left, right = min(point.x for point in every), max(point.x for point in every)
+        room = (right - left) or 1.0
+        axes.set_xlim(left - 0.06 * room, right + 0.42 * room)
+        axes.set_xticks([x for x in MaxNLocator(6, integer=True).tick_values(left, right) if left <= x <= right])
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.grid(axis="y")
+        labels = [Label(points[-1].x, points[-1].y, name, colours[name]) for name, points in lines.items()]
+        if level is not None:
+            across = [left - 0.06 * room, right]
+            axes.plot(across, [level.y] * 2, color=BASELINE_COLOUR, linestyle="--", linewidth=1.1, zorder=2)
+            labels.append(Label(right, level.y, level.name, BASELINE_COLOUR))
+        write_column(figure, axes, labels, right)
+        return figure
+
+
+def _draw(axes: Axes, points: Sequence[Point], kind: str, colour: str) -> None:
+    x, y = [point.x for point in points], [point.y for point in points]
+    bars = [[point.below for point in points], [point.above for point in points]]
+    axes.errorbar(x, y, yerr=bars, fmt=kind, color=colour, markersize=4.5, capsize=2.5, linewidth=1.2, zorder=3)
+
+
+def _scale(axes: Axes, values: Sequence[float]) -> None:
+    low, high = min(values), max(values)
+    if low > 0 and high / low > _LOG_RANGE:
+        axes.set_ylim(low / (high / low) ** 0.08, high * (high / low) ** 0.08)
+        logarithmic(axes, "y")

@@ -1,0 +1,99 @@
+"""What a user may ask of a plan, and what of it is refused."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from amprune.errors import PlanError
+from amprune.shape import ModelShape
+
+Order = Literal["amp", "reversed", "random"]
+Only = Literal["heads", "neurons"]
+HeadsMode = Literal["groups", "within"]
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What a user may ask of a plan; `make_plan` documents each."""
+
+    ratio: float | None = None
+    order: Order = "amp"
+    only: Only | None = None
+    heads_mode: HeadsMode | None = None
+    heads_ratio: float | None = None
+    neurons_ratio: float | None = None
+    neuron_multiple: int = 1
+    head_multiple: int = 1
+    seed: int = 0
+    protect_first: int = 4
+    protect_last: int = 2
+
+
+def check_options(shape: ModelShape, options: PlanOptions) -> None:
+    """Refuses options that are out of range, contradict each other or do not suit the family."""
+    check_order(options)
+    _check_choice("only", options.only, (None, *get_args(Only)))
+    _check_choice("heads_mode", options.heads_mode, (None, *get_args(HeadsMode)))
+    _check_no_protection(options)
+    _check_shares(options)
+    _check_multiples(shape, options)
+    if shape.heads_refused is not None and (options.only == "heads" or options.heads_ratio):
+        raise PlanError(f"heads of a {shape.model_type} model cannot be removed: {shape.heads_refused}")
+    if (options.only == "neurons" and options.heads_ratio) or (options.only == "heads" and options.neurons_ratio):
+        raise PlanError(f"only={options.only} contradicts a share of the other kind set by hand; leave out one of them")
+    _check_decided(shape, options)
+
+
+def check_order(options: PlanOptions) -> None:
+    """Refuses an order that is none."""
+    _check_choice("order", options.order, get_args(Order))
+
+
+def _check_choice(name: str, value: str | None, allowed: Sequence[str | None]) -> None:
+    if value not in allowed:
+        raise PlanError(f"{name} is {value!r}, expected one of {', '.join(str(a) for a in allowed)}")
+
+
+def check_ratio(options: PlanOptions) -> None:
+    """Refuses a ratio that is none."""
+    ratio = options.ratio
+    if ratio is not None and not 0 < ratio < 1:
+        raise PlanError(f"ratio is {ratio}, expected a number between 0 and 1, such as 0.2 for 20 % of the parameters")
+
+
+def _check_no_protection(options: PlanOptions) -> None:
+    for name in ("protect_first", "protect_last"):
+        if (value := getattr(options, name)) != getattr(PlanOptions, name):
+            raise PlanError(
+                f"{name} is {value}, but no block is removed by scores of heads and neurons, and every one loses as "
+                "many; leave it out, or score by a criterion of blocks"
+            )
+
+
+def _check_shares(options: PlanOptions) -> None:
+    check_ratio(options)
+    for name, share in (("heads_ratio", options.heads_ratio), ("neurons_ratio", options.neurons_ratio)):
+        if share is not None and not 0 <= share < 1:
+            raise PlanError(f"{name} is {share}, expected at least 0 and less than 1")
+
+
+def _check_decided(shape: ModelShape, options: PlanOptions) -> None:
+    """Wants a ratio where a share is open. Where both are settled by hand, they decide and the ratio is the target."""
+    open_heads = options.heads_ratio is None and not heads_stay(shape, options)
+    open_neurons = options.neurons_ratio is None and options.only != "heads"
+    if options.ratio is None and (open_heads or open_neurons):
+        raise PlanError("give a ratio, or both heads_ratio and neurons_ratio")
+
+
+def heads_stay(shape: ModelShape, options: PlanOptions) -> bool:
+    """Tells whether no head is to be removed, because none can be or none is asked for."""
+    return options.only == "neurons" or shape.heads_refused is not None
+
+
+def _check_multiples(shape: ModelShape, options: PlanOptions) -> None:
+    for name, multiple, total in (
+        ("neuron_multiple", options.neuron_multiple, shape.intermediate_size),
+        ("head_multiple", options.head_multiple, shape.num_attention_heads),
+    ):
+        if not isinstance(multiple, int) or not 1 <= multiple <= total:
+            raise PlanError(f"{name} is {multiple}, expected 1 to {total}, the number that a layer has")
