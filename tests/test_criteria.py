@@ -1,7 +1,7 @@
 """Criteria: each held to a few-line reference that shares no code with it, over every family."""
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,39 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import ALL, VOCABULARY, Tiny, config_of, find, make_model, save_model
+from tiny_calibration import CALIBRATION, architecture_of, random_samples
+from tiny_models import ALL, Tiny, find, make_model, save_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from amprune import CalibrationSet, ScoresError, make_plan, score
-from amprune.architecture import Architecture, describe
+from amprune import ScoresError, make_plan, score
 from amprune.criteria import CRITERIA, Needs, find_criterion
 from amprune.scores import ImportanceScores, LayerScores
 from amprune.stages import score_criteria
 
 KINDS = ("heads", "groups", "neurons")
 UNITS = [name for name, criterion in CRITERIA.items() if not criterion.depth]
-
-
-def random_samples(*lengths: int, seed: int = 0) -> CalibrationSet:
-    generator = torch.Generator().manual_seed(seed)
-    samples = (torch.randint(VOCABULARY, (length,), generator=generator).tolist() for length in lengths)
-    return CalibrationSet("random", tuple(map(tuple, samples)))
-
-
-CALIBRATION = random_samples(7, 23, 2, 40)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Starting threads costs more than these models do."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def architecture_of(tiny: Tiny) -> Architecture:
-    return describe(config_of(tiny))
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,12 @@
 
 import math
 import random
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_report import LAUNCH, look
+from browser import check_in_browser
 
 from amprune.evaluation import Evaluation, ModelEntry, Record
 from amprune.experiments.contents import experiment_contents
@@ -186,18 +185,6 @@ def test_a_wide_range_is_drawn_on_a_logarithmic_axis(high: float, scale: str) ->
 
 @pytest.mark.parametrize("name", SHOWN)
 def test_a_browser_shows_it_whole_on_a_desk_and_on_a_phone(name: str, tmp_path: Path) -> None:
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("needs chromium on the PATH")
     figures, given = SHOWN[name]
     page_file = drawn(tmp_path, name, figures, **given).html
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=LAUNCH)
-        try:
-            for width in (1280, 360):
-                problems, requests = look(browser.new_page(viewport={"width": width, "height": 800}), page_file)
-                assert problems == []
-                assert [url for url in requests if not url.startswith("data:")] == [page_file.as_uri()]
-        finally:
-            browser.close()
+    check_in_browser(page_file)

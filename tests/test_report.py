@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from browser import check_in_browser
 from huggingface_hub import ModelCard, metadata_load
 from safetensors.torch import load_file, save_file
 from tiny_models import find, make_model
@@ -574,28 +575,8 @@ def test_groups_within_and_random_orders_are_drawn(tmp_path: Path) -> None:
     assert "random kept others than the best, on purpose" in text
 
 
-LAUNCH = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-          "--disable-component-update", "--disable-sync"]  # fmt: skip
 MANY = [(f"m{i} {'a very long name of a pruned model ' * 2}{i}" if i % 2 else f"pruned-{i}", 0.05 * i,
          17.67 * 10 ** (i * i / 9), 0.02 * i, 1 + 0.05 * i) for i in range(1, 10)]  # fmt: skip
-
-
-def look(page: Any, file: Path) -> tuple[list[str], list[str]]:
-    """Opens a report, checks what is seen, and returns what the console says and what was fetched."""
-    problems: list[str] = []
-    requests: list[str] = []
-    page.on("console", lambda message: problems.append(message.text))
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("request", lambda request: requests.append(request.url))
-    page.goto(file.as_uri())
-    pictures = page.locator("img").all()
-    sizes = [picture.evaluate("image => [image.naturalWidth, image.clientWidth]") for picture in pictures]
-    assert len(pictures) == len(list((file.parent / "figures").glob("*.svg")))
-    assert all(natural > 0 and shown > 300 for natural, shown in sizes)
-    assert all(picture.is_visible() and picture.get_attribute("alt") for picture in pictures)
-    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-    assert "None" not in page.evaluate("document.body.innerText")
-    return problems, requests
 
 
 @pytest.mark.parametrize(
@@ -606,23 +587,11 @@ def look(page: Any, file: Path) -> tuple[list[str], list[str]]:
 def test_a_browser_shows_it_whole_on_a_desk_and_on_a_phone(
     models: list[Any], trained: Sequence[int], tmp_path: Path
 ) -> None:
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("needs chromium on the PATH")
     folder = write_example(tmp_path, models)
     for index in trained:
         train_on_paper(folder / f"model {index}", seed=index)
     page_file = write_report(folder).html
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=LAUNCH)
-        try:
-            for width in (1280, 360):
-                problems, requests = look(browser.new_page(viewport={"width": width, "height": 800}), page_file)
-                assert problems == []
-                assert [url for url in requests if not url.startswith("data:")] == [page_file.as_uri()]
-        finally:
-            browser.close()
+    check_in_browser(page_file)
 
 
 def test_a_model_may_be_larger_or_slower_and_have_any_name(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,41 +14,20 @@ import torch
 from accelerate import cpu_offload
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from tiny_models import VOCABULARY, Tiny, config_of, find, make_model, save_model
+from tiny_calibration import CALIBRATION, architecture_of, random_samples
+from tiny_models import VOCABULARY, Tiny, find, make_model, save_model
 from tiny_tokenizer import make_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from amprune import CalibrationSet, CheckpointError, ImportanceScores, ScoresError, score
-from amprune.architecture import Architecture, describe
+from amprune.architecture import Architecture
 from amprune.criteria.activations import amp, contribution_norms, input_moments
 from amprune.scores import LayerScores
 from amprune.scoring import measure_activations
 from amprune.shape import ModelShape
 
 KINDS = ("heads", "groups", "neurons")
-
-
-def random_samples(*lengths: int, seed: int = 0) -> CalibrationSet:
-    generator = torch.Generator().manual_seed(seed)
-    samples = (torch.randint(VOCABULARY, (length,), generator=generator).tolist() for length in lengths)
-    return CalibrationSet("random", tuple(map(tuple, samples)))
-
-
-CALIBRATION = random_samples(7, 23, 2, 40)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Starting threads costs more than these models do."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def architecture_of(tiny: Tiny) -> Architecture:
-    return describe(config_of(tiny))
 
 
 def score_model(model: PreTrainedModel, tiny: Tiny, calibration: CalibrationSet, **options: Any) -> list[LayerScores]:

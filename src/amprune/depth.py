@@ -17,7 +17,7 @@ from amprune.checkpoint.loading import input_device, vocabulary_size
 from amprune.errors import ScoresError
 from amprune.progress import Advance, Progress, no_progress
 from amprune.scores import Scores
-from amprune.scoring.batches import batches, check_calibration, padded
+from amprune.scoring.batches import batches, check_calibration, padded, predicting_samples
 
 _LOGITS = 2**26
 """Most logits of a batch: 256 MiB in float32. A longer sample is a batch of its own."""
@@ -55,12 +55,7 @@ def block_perplexities(
             block).
     """
     check_calibration(model, calibration, batch_tokens=batch_tokens)
-    samples = [sample for sample in calibration.samples if len(sample) > 1]
-    if not samples:
-        raise ScoresError(
-            f"no sample of the calibration set {calibration.name!r} has two tokens, so there is no next token to "
-            "predict; give longer samples"
-        )
+    samples = predicting_samples(calibration)
     blocks = [model.get_submodule(architecture.block(layer)) for layer in range(architecture.shape.num_layers)]
     sums = np.zeros(len(blocks) + 1)
     fitting = min(batch_tokens, max(_LOGITS // vocabulary_size(model), 1))

@@ -6,7 +6,18 @@ from typing import Annotated, Any, Literal
 import typer
 
 from amprune.cli.measuring import numbers
-from amprune.cli.options import Debug, Device, Json, app, options_of, words
+from amprune.cli.options import (
+    DataDir,
+    Debug,
+    Device,
+    Json,
+    Limit,
+    Texts,
+    Windows,
+    app,
+    options_of,
+    words,
+)
 from amprune.display import emit, progress, reported, show_experiment, stderr
 from amprune.errors import EvaluationError
 
@@ -44,17 +55,13 @@ def experiment_command(
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration samples (default: 50).")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the draw, the random order and the training.")] = None,
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Folder with wikitext2/ and tasks/, instead of the hub.")
-    ] = None,
-    text: Annotated[
-        list[Path] | None, typer.Option(help="Text file for perplexity, instead of WikiText-2; repeatable.")
-    ] = None,
+    data_dir: DataDir = None,
+    text: Texts = None,
     tasks: Annotated[
         str | None, typer.Option(help='Tasks, with commas (default: the paper\'s five); none: "".')
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first items of each task.")] = None,
-    windows: Annotated[int | None, typer.Option(help="Only the first windows of the text.")] = None,
+    limit: Limit = None,
+    windows: Windows = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens in a window (default: 2048).")] = None,
     recover: Annotated[
         bool | None, typer.Option("--recover/--no-recover", help="Train every pruned model, all the same way.")

@@ -6,14 +6,18 @@ from typing import Annotated, Any, Literal
 import typer
 
 from amprune.cli.options import (
+    DataDir,
     Debug,
     Device,
     DeviceMap,
     Dtype,
     Json,
+    Limit,
     Revision,
     Seed,
+    Texts,
     TrustRemoteCode,
+    Windows,
     app,
     options_of,
     words,
@@ -41,21 +45,17 @@ def evaluate_command(
     measure: Annotated[
         str, typer.Option(help="Any of perplexity, zero_shot, latency, energy, with commas.")
     ] = "perplexity,zero_shot,latency,energy",
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Folder with wikitext2/ and tasks/, instead of the hub.")
-    ] = None,
-    text: Annotated[
-        list[Path] | None, typer.Option(help="Text file for perplexity, instead of WikiText-2; repeatable.")
-    ] = None,
+    data_dir: DataDir = None,
+    text: Texts = None,
     split: Annotated[
         Literal["test", "validation"], typer.Option(help="Split of WikiText-2; tune on validation.")
     ] = "test",
     sequence_length: Annotated[int, typer.Option(help="Tokens in a window of perplexity.")] = 2048,
-    windows: Annotated[int | None, typer.Option(help="Only the first windows of the text.")] = None,
+    windows: Windows = None,
     tasks: Annotated[
         str, typer.Option(help="Tasks of lm-evaluation-harness, with commas.")
     ] = "winogrande,piqa,arc_easy,arc_challenge,hellaswag",
-    limit: Annotated[int | None, typer.Option(help="Only the first items of each task.")] = None,
+    limit: Limit = None,
     num_fewshot: Annotated[int | None, typer.Option(help="Examples before each question.")] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences at a time in tasks; halved when memory runs out.")] = 32,
     latency_batch: Annotated[str, typer.Option(help="Batch sizes to time, such as 1,8.")] = "1",

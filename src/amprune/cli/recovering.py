@@ -1,6 +1,5 @@
 """Training after pruning, and the whole way in one command: recover and run."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -8,11 +7,13 @@ import typer
 from amprune.cli.options import (
     Calibration,
     CriterionOption,
+    DataDir,
     Debug,
     Device,
     Dtype,
     HeadMultiple,
     Json,
+    Limit,
     MaxShardSize,
     Model,
     NeuronMultiple,
@@ -20,6 +21,7 @@ from amprune.cli.options import (
     Overwrite,
     Revision,
     TrustRemoteCode,
+    Windows,
     app,
     words,
 )
@@ -62,11 +64,9 @@ def recover_command(
     evaluate_each_epoch: Annotated[
         bool, typer.Option("--evaluate-each-epoch", help="Measure perplexity and tasks after every epoch.")
     ] = False,
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Folder with wikitext2/ and tasks/, instead of the hub.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first items of each task, epoch by epoch.")] = None,
-    windows: Annotated[int | None, typer.Option(help="Only the first windows of the text, epoch by epoch.")] = None,
+    data_dir: DataDir = None,
+    limit: Limit = None,
+    windows: Windows = None,
     seed: Annotated[int, typer.Option(help="Of the draw, the order, the adapters and the dropout.")] = 0,
     device: Device = None,
     dtype: Dtype = "auto",
@@ -121,14 +121,12 @@ def run_command(
     epochs: Annotated[float, typer.Option(help="Passes over the training data.")] = 2.0,
     max_steps: MaxSteps = None,
     gradient_accumulation: Annotated[int, typer.Option(help="Forward passes an optimizer step.")] = 16,
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Folder with wikitext2/ and tasks/, instead of the hub.")
-    ] = None,
+    data_dir: DataDir = None,
     measure: Annotated[
         str, typer.Option(help="What --evaluate measures, with commas.")
     ] = "perplexity,zero_shot,latency,energy",
-    limit: Annotated[int | None, typer.Option(help="Only the first items of each task.")] = None,
-    windows: Annotated[int | None, typer.Option(help="Only the first windows of WikiText-2.")] = None,
+    limit: Limit = None,
+    windows: Windows = None,
     seed: Annotated[int, typer.Option(help="Of every draw.")] = 0,
     device: Device = None,
     overwrite: Overwrite = False,

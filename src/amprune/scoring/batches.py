@@ -42,6 +42,21 @@ def _check_lengths(calibration: CalibrationSet, positions: int | None) -> None:
         )
 
 
+def predicting_samples(calibration: CalibrationSet) -> list[Sequence[int]]:
+    """Returns the samples that have a next token to predict.
+
+    Raises:
+        ScoresError: there is none.
+    """
+    samples: list[Sequence[int]] = [sample for sample in calibration.samples if len(sample) > 1]
+    if not samples:
+        raise ScoresError(
+            f"no sample of the calibration set {calibration.name!r} has two tokens, so there is no next token to "
+            "predict; give longer samples"
+        )
+    return samples
+
+
 def batches(samples: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[list[Sequence[int]]]:
     """Groups samples of like length, so that little is padded."""
     batch: list[Sequence[int]] = []

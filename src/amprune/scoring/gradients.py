@@ -24,7 +24,7 @@ from amprune.errors import ScoresError
 from amprune.families import Cut
 from amprune.progress import Progress, no_progress
 from amprune.scores import LayerScores, Scores
-from amprune.scoring.batches import batches, check_calibration, padded
+from amprune.scoring.batches import batches, check_calibration, padded, predicting_samples
 
 _BATCH_TOKENS = 1024
 """Bounds the logits of a batch, whose gradient is held beside them."""
@@ -89,12 +89,7 @@ def score_gradients(
         ScoresError: the set does not suit the model, no sample has two tokens, or a gradient is not finite.
     """
     check_calibration(model, calibration, batch_tokens=_BATCH_TOKENS)
-    samples = [sample for sample in calibration.samples if len(sample) > 1]
-    if not samples:
-        raise ScoresError(
-            f"no sample of the calibration set {calibration.name!r} has two tokens, so there is no next token to "
-            "predict; give longer samples"
-        )
+    samples = predicting_samples(calibration)
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with _without_gradients(frozen), progress("Gradients", len(samples) + architecture.shape.num_layers) as advance:
         passed = [
@@ -140,7 +135,7 @@ def _forward(
         return (leaf[0], *output[1:]) if isinstance(output, tuple) else leaf[0]
 
     with ExitStack() as stack, torch.enable_grad():
-        blocks = [_block(model, architecture, layer) for layer in range(architecture.shape.num_layers)]
+        blocks = [model.get_submodule(architecture.block(layer)) for layer in range(architecture.shape.num_layers)]
         for block in blocks:
             stack.callback(block.register_forward_pre_hook(keep, with_kwargs=True).remove)
         stack.callback(blocks[-1].register_forward_hook(cut).remove)
@@ -148,10 +143,6 @@ def _forward(
         (batch.upstream,) = torch.autograd.grad(_loss(logits, inputs) / total, leaf)
     advance(len(samples))
     return batch
-
-
-def _block(model: PreTrainedModel, architecture: Architecture, layer: int) -> torch.nn.Module:
-    return model.get_submodule(architecture.family.layer_prefix.format(layer=layer).rstrip("."))
 
 
 def _hidden(output: Any) -> torch.Tensor:
@@ -172,7 +163,7 @@ def _score_block(
     """Adds up the gradients of one block over all batches, and hands each batch's on to the block before."""
     parameters = dict(model.named_parameters())
     weights = {cut: parameters[name] for cut, name in architecture.layer_tensors(layer).items()}
-    block = _block(model, architecture, layer)
+    block = model.get_submodule(architecture.block(layer))
     for weight in weights.values():
         weight.requires_grad_(True)
     try:
