@@ -15,6 +15,9 @@ AmpruneError
 Every message says what failed, where, what was found against what was expected, and what to do next.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class AmpruneError(Exception):
     """Base of every error that amprune raises on purpose."""
@@ -64,3 +67,9 @@ def reason(error: BaseException) -> str:
     """Returns the first line of what another library says, or the kind of its error where it says nothing."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def guess(name: str, known: Iterable[str]) -> str:
+    """Returns a question after the known name that is nearest to an unknown one, or nothing where none is near."""
+    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}? " if near else ""

@@ -1,13 +1,12 @@
 """Every criterion by its name: what it needs, its formula and where it is from."""
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
 from amprune.criteria import activations
 from amprune.criteria.activations import Rule
-from amprune.errors import ScoresError
+from amprune.errors import ScoresError, guess
 
 DEFAULT = "amp"
 
@@ -100,6 +99,4 @@ def find_criterion(name: str) -> Criterion:
     """
     if name in CRITERIA:
         return CRITERIA[name]
-    near = difflib.get_close_matches(name.lower(), CRITERIA, n=1, cutoff=0.5)
-    guess = f"did you mean {near[0]}? " if near else ""
-    raise ScoresError(f"unknown criterion {name!r}; {guess}The criteria are {', '.join(CRITERIA)}")
+    raise ScoresError(f"unknown criterion {name!r}; {guess(name, CRITERIA)}The criteria are {', '.join(CRITERIA)}")

@@ -1,6 +1,5 @@
 """Settings of experiments as JSON files: those of the paper ship, others are a user's own."""
 
-import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -8,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from amprune.errors import EvaluationError
+from amprune.errors import EvaluationError, guess
 from amprune.experiments.recipes import RECIPES
 from amprune.experiments.settings import TRAINING, Settings
 from amprune.recovery import RecoverySettings
@@ -60,10 +59,9 @@ def load_configuration(name: str) -> Configuration:
         try:
             text = Path(name).expanduser().read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
-            near = difflib.get_close_matches(name, shipped(), n=1)
-            guess = f"did you mean {near[0]}? " if near else ""
             raise EvaluationError(
-                f"no configuration {name!r}; {guess}There are {', '.join(shipped())}, or give a JSON file of your own"
+                f"no configuration {name!r}; {guess(name, shipped())}There are {', '.join(shipped())}, or give a JSON "
+                "file of your own"
             ) from error
     return _read(name, text)
 
@@ -100,6 +98,4 @@ def _object(name: str, key: str, value: Any) -> dict[str, Any]:
 def _check_names(where: str, content: dict[str, Any], known: Sequence[str]) -> None:
     for key in content:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            guess = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
-            raise EvaluationError(f"{where} has an entry {key!r}; {guess}")
+            raise EvaluationError(f"{where} has an entry {key!r}; {guess(key, known)}Known are {', '.join(known)}")

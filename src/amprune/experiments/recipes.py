@@ -1,11 +1,10 @@
 """Which models each experiment makes, and what is measured on them."""
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from amprune.criteria import CRITERIA
-from amprune.errors import EvaluationError
+from amprune.errors import EvaluationError, guess
 from amprune.evaluation import names_of
 from amprune.evaluation.run import Measurement
 from amprune.plan import Only, Order
@@ -201,6 +200,4 @@ def find_recipe(name: str) -> Recipe:
     """
     if name in RECIPES:
         return RECIPES[name]
-    near = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.4)
-    guess = f"did you mean {near[0]}? " if near else ""
-    raise EvaluationError(f"no experiment {name!r}; {guess}The experiments are {', '.join(RECIPES)}")
+    raise EvaluationError(f"no experiment {name!r}; {guess(name, RECIPES)}The experiments are {', '.join(RECIPES)}")
