@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from browser import check_in_browser
 
+from amprune.display import show_experiment
 from amprune.evaluation import Evaluation, ModelEntry, Record
+from amprune.experiments import ExperimentFiles
 from amprune.experiments.contents import experiment_contents
 from amprune.experiments.figures import Level, Point, lines_figure
 from amprune.experiments.recipes import RECIPES, Cell
@@ -188,3 +190,21 @@ def test_a_browser_shows_it_whole_on_a_desk_and_on_a_phone(name: str, tmp_path: 
     figures, given = SHOWN[name]
     page_file = drawn(tmp_path, name, figures, **given).html
     check_in_browser(page_file)
+
+
+def test_the_terminal_shows_perplexity_and_average(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figures = {
+        "perplexity, wikitext2 test": {"value": 70.04, "standard_error": 0.7}, "ARC-c": {"value": 0.3},
+        "Avg": {"value": 0.48, "standard_error": 0.02},
+    }  # fmt: skip
+    cells = {
+        "amp 20 %": CellResult("done", ratio=0.2, figures=figures),
+        "taylor 20 %": CellResult("failed", "gradients need 9 GB"),
+    }
+    results = Results(tmp_path / FILE, "table1", {}, {}, [ModelResults("a-model", "a-model", cells=cells)])
+    files = ExperimentFiles(results.path, ReportFiles(tmp_path / "report.md", tmp_path / "report.html", ()), results)
+    show_experiment(files)
+    shown = capsys.readouterr().out
+    cut = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if line.startswith("│")]
+    assert cut == [["amp 20 %", "done", "20.00%", "70.0 ± 0.7", "48.0 ± 2.0"], ["taylor 20 %", "failed", "", "", ""]]
+    assert "Experiment table1, a-model" in shown

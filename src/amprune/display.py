@@ -282,15 +282,35 @@ def show_report(files: "ReportFiles") -> None:
         stdout.print(files.card_kept, markup=False)
 
 
+def _is_summary(title: str) -> bool:
+    return title == "Avg" or title.startswith("perplexity")
+
+
+def _summary(title: str, figure: "dict[str, float | None] | None") -> str:
+    """Returns a figure of a cell with its standard error; nothing where it was not measured."""
+    from amprune.report.numbers import number
+
+    if figure is None or (value := figure["value"]) is None:
+        return ""
+    scale, error = 100 if title == "Avg" else 1, figure["standard_error"]
+    return number(scale * value, None if error is None else scale * error)
+
+
 def show_experiment(files: "ExperimentFiles") -> None:
     """Says what became of the cells and where the report is."""
-    table = Table(title=f"Experiment {files.results.experiment}", title_justify="left", title_style="bold")
-    for name in ("model", "cell", "state", "removed"):
-        table.add_column(name, justify="right" if name == "removed" else "left")
-    for found in files.results.models:
-        for name, cell in found.cells.items():
-            share = "" if cell.ratio is None else f"{cell.ratio:.2%}"
-            table.add_row(escape(found.model), escape(name), cell.state, share)
+    cells = [(found.model, *entry) for found in files.results.models for entry in found.cells.items()]
+    titles = [title for title in dict.fromkeys(t for *_, cell in cells for t in cell.figures) if _is_summary(title)]
+    several = len(files.results.models) > 1
+    title = f"Experiment {files.results.experiment}" + ("" if several or not cells else f", {cells[0][0]}")
+    table = Table(title=escape(title), title_justify="left", title_style="bold")
+    for name in (*(["model"] if several else []), "cell", "state"):
+        table.add_column(name, no_wrap=not several)
+    for name in ("removed", *(title.replace("Avg", "average, %").partition(", wiki")[0] for title in titles)):
+        table.add_column(name, justify="right", no_wrap=True)
+    for model, name, cell in cells:
+        share = "" if cell.ratio is None else f"{cell.ratio:.2%}"
+        shown = (_summary(title, cell.figures.get(title)) for title in titles)
+        table.add_row(*([escape(model)] if several else []), escape(name), cell.state, share, *shown)
     stdout.print(table)
     stdout.print(
         f"Report in {files.report.html} and {files.report.markdown}; {files.record} is the record", markup=False

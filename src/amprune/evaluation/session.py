@@ -72,7 +72,8 @@ def device_name(device: str) -> str:
     """Returns what a device is: the processor and its threads, or the accelerator."""
     if device.startswith("cuda"):
         return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"{device} ({_processor()}, {torch.get_num_threads()} threads)"
+    threads = torch.get_num_threads()
+    return f"{device} ({_processor()}, {threads} thread{'' if threads == 1 else 's'})"
 
 
 @lru_cache

@@ -92,7 +92,7 @@ def _amount(recipe: Recipe, settings: Settings) -> str:
     parts = []
     if "perplexity" in recipe.measure:
         windows = "all windows" if settings.windows is None else f"the first {settings.windows} windows"
-        text = ", ".join(file.rpartition("/")[2] for file in settings.texts) or "WikiText-2 (test)"
+        text = ", ".join(map(_file_name, settings.texts)) or "WikiText-2 (test)"
         parts.append(f"perplexity on {windows} of {settings.sequence_length:,} tokens of {text}")
     if "zero_shot" in recipe.measure and settings.tasks:
         limit = "all questions" if settings.limit is None else f"the first {settings.limit} questions"
@@ -105,9 +105,14 @@ def _amount(recipe: Recipe, settings: Settings) -> str:
 
 def _calibration(settings: Settings) -> str:
     return (
-        f"Scored once by each criterion on {settings.samples} samples of {settings.calibration}, seed {settings.seed}, "
-        "the same for all methods; the random order and the training have the same seed."
+        f"Scored once by each criterion on {settings.samples} samples of {_file_name(settings.calibration)}, "
+        f"seed {settings.seed}, the same for all methods; the random order and the training have the same seed."
     )
+
+
+def _file_name(source: str) -> str:
+    """Leaves out where a file lies: a report is passed on."""
+    return source.replace("\\", "/").rpartition("/")[2]
 
 
 def _training(recipe: Recipe, settings: Settings) -> str:
@@ -120,9 +125,9 @@ def _training(recipe: Recipe, settings: Settings) -> str:
     which = "Models that are called trained were" if recipe.trains else "Every pruned model was"
     others = "; models of other tools were left as they are" if settings.checkpoints else ""
     return (
-        f"{which} trained the same way: {_method(recovery)}, {amount} on {samples} of {settings.data}, learning rate "
-        f"{recovery.learning_rate:g}, {recovery.batch_size} x {recovery.gradient_accumulation} samples a step, "
-        f"{recovery.max_length} tokens{others}."
+        f"{which} trained the same way: {_method(recovery)}, {amount} on {samples} of {_file_name(settings.data)}, "
+        f"learning rate {recovery.learning_rate:g}, {recovery.batch_size} x {recovery.gradient_accumulation} samples a "
+        f"step, {recovery.max_length} tokens{others}."
     )
 
 
