@@ -37,15 +37,15 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 EXPECTED: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     "table1": (
         {"methods": ["amp", "taylor", "depth"]}, ["dense", "amp 20 %", "taylor 20 %", "depth 20 %"],
-        ["place", "Difference from amp 20 %"],
+        ["place", "Difference from amp 20 %", "](figures/table1-1.png)"],
     ),
     "table2": (
         {"ratios": [0.3003]}, ["dense", "amp 30.03 %", "random 30.03 %", "reversed 30.03 %"],
-        ["amp < random < reversed", "| reversed |"],
+        ["amp < random < reversed", "| reversed |", "](figures/table2-1.png)"],
     ),
     "table3": (
         {}, ["dense", "heads and neurons 30 %", "neurons only 30 %", "heads only 30 %"],
-        ["Difference from heads and neurons 30 %"],
+        ["Difference from heads and neurons 30 %", "](figures/table3-1.png)"],
     ),
     "figure1": (
         {"ratios": [0.2, 0.4], **TRAINING},

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from amprune.experiments.figures import Level, Point, lines_figure
+from amprune.experiments.figures import Level, Panel, Point, lines_figure, rows_figure
 from amprune.experiments.recipes import DENSE, WITH, WITHOUT, Cell, percentage
 from amprune.experiments.tables import Column, Shown, columns_of, difference_table, quality_table
 from amprune.report.blocks import Block, Bullets, Picture, Section, Text
@@ -30,9 +30,38 @@ def table1(shown: Shown) -> list[Section]:
             blocks.append(Bullets(verdicts))
         blocks.append(quality_table(shown, cells, f"{percentage(ratio)} of the parameters \u00b1 standard error"))
         blocks.append(Text("Bold: the best of the pruned models. Accuracies in %." + _uneven(shown, cells[1:], ratio)))
+        blocks += _rows_picture(shown, cells[1:], ratio)
         if amp is not None and (table := difference_table(shown, cells, amp)) is not None:
             blocks += [table, Text(_DIFFERENCES)]
     return [Section(shown.recipe.title, tuple(blocks))]
+
+
+def _rows_picture(shown: Shown, cells: Sequence[Cell], ratio: float) -> list[Picture]:
+    """Draws perplexity and average accuracy of cells at one ratio."""
+    done, dense = [cell for cell in cells if shown.state(cell) == "done"], dense_of(shown)
+    panels, words = [], []
+    for column in [column for column in columns_of(shown.evaluation) if column.low_is_better or column.tasks]:
+        values = {cell.method: point for cell in done if (point := _sideways(column, cell)) is not None}
+        if values:
+            level = _sideways(column, dense)
+            kind = "perplexity" if column.low_is_better else "average accuracy, %"
+            panels.append(Panel(kind, values, None if level is None else level.x))
+            words.append(f"{_capital(kind)}: " + ", ".join(f"{name} {number(p.x)}" for name, p in values.items()))
+    if not panels:
+        return []
+    figure = rows_figure([cell.method for cell in done], panels)
+    what = " and ".join(panel.label.removesuffix(", %") for panel in panels)
+    caption = f"{_capital(what)} at {percentage(ratio)}; bars are standard errors, dashed: the dense model."
+    name = f"{shown.prefix}{shown.recipe.name}-{shown.ratios.index(ratio) + 1}"
+    return [Picture(name, figure, f"{'. '.join(words)}.", caption)]
+
+
+def _sideways(column: Column, cell: Cell) -> Point | None:
+    record = column.measure.records.get(cell.name)
+    if record is None:
+        return None
+    error = column.scale * (record.standard_error or 0.0)
+    return Point(column.scale * record.value, 0.0, error, error)
 
 
 def _uneven(shown: Shown, cells: Sequence[Cell], ratio: float) -> str:
@@ -81,6 +110,7 @@ def table2(shown: Shown) -> list[Section]:
     for ratio in shown.ratios:
         caption = f"{percentage(ratio)} of the parameters \u00b1 standard error"
         blocks.append(quality_table(shown, (dense_of(shown), *shown.at(ratio)), caption, heading="removed first"))
+        blocks += _rows_picture(shown, shown.at(ratio), ratio)
     blocks.append(
         Text("amp removes the least important units, reversed the most important. Bold: the best of the pruned.")
     )
@@ -109,6 +139,7 @@ def table3(shown: Shown) -> list[Section]:
         cells = (dense_of(shown), *shown.at(ratio))
         caption = f"{percentage(ratio)} of the parameters \u00b1 standard error"
         blocks.append(quality_table(shown, cells, caption, heading="removed units"))
+        blocks += _rows_picture(shown, shown.at(ratio), ratio)
         if (table := difference_table(shown, cells, shown.at(ratio)[0])) is not None:
             blocks += [table, Text(_DIFFERENCES)]
     return [Section(shown.recipe.title, tuple(blocks))]

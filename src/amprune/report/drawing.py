@@ -21,6 +21,8 @@ _COLOURS = (
     # Okabe and Ito's, without black and yellow, then two of Tol's: told apart by colour-blind readers.
     "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#882255", "#999933", "#332288",
 )  # fmt: skip
+ROW_COLOUR = _COLOURS[0]
+"""Of marks that are told apart by their place."""
 _STYLE: dict[str, Any] = {
     "font.family": ["DejaVu Sans"],
     "font.size": 9.0,
