@@ -276,7 +276,9 @@ def test_gradients_that_do_not_fit_are_refused_before_the_model_is_loaded(
     folder = save_model(find("llama-gqa"), tmp_path)
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=100_000))
     monkeypatch.setattr("amprune.stages.loaded_model", lambda *_, **__: pytest.fail("loaded"))
-    with pytest.raises(ScoresError, match=r"takes about \d+ KiB here \(weights \d+ KiB, .* but 98 KiB are free on cpu"):
+    with pytest.raises(
+        ScoresError, match=r"takes about [\d.]+ MiB here \(weights \d+ KiB, .*, logits .*\), but 98 KiB are free on cpu"
+    ):
         score(folder, criterion="taylor", calibration=CALIBRATION, device="cpu")
 
 

@@ -15,7 +15,7 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
-from amprune.architecture import Architecture
+from amprune.architecture import Architecture, make_config
 from amprune.calibration import CalibrationSet
 from amprune.checkpoint import Checkpoint
 from amprune.checkpoint.loading import input_device
@@ -26,8 +26,10 @@ from amprune.progress import Progress, no_progress
 from amprune.scores import LayerScores, Scores
 from amprune.scoring.batches import batches, check_calibration, padded, predicting_samples
 
-_BATCH_TOKENS = 1024
-"""Bounds the logits of a batch, whose gradient is held beside them."""
+_BATCH_TOKENS = 512
+"""Bounds the logits of a batch; a longer sample is a batch of its own."""
+_LOGITS = 12
+"""Bytes of a logit beside its own: in float32, its log-probability and its gradient."""
 
 
 @dataclass
@@ -50,13 +52,15 @@ def check_memory(checkpoint: Checkpoint, calibration: CalibrationSet, dtype: tor
     weights = shape.parameters * size
     states = calibration.tokens * shape.hidden_size * size * (shape.num_layers + 1)
     gradients = (shape.attention_parameters + shape.mlp_parameters) // shape.num_layers * 4
-    needed, free = weights + states + gradients, _free_memory(device)
+    longest = max(_BATCH_TOKENS, *map(len, calibration.samples))
+    logits = longest * make_config(checkpoint.config, where=str(checkpoint.folder)).vocab_size * (size + _LOGITS)
+    needed, free = weights + states + gradients + logits, _free_memory(device)
     if needed > free:
         raise ScoresError(
-            f"a criterion that needs gradients takes about {_gib(needed)} here (weights {_gib(weights)}, what enters "
-            f"the blocks {_gib(states)}, gradients of one block {_gib(gradients)}), but {_gib(free)} are free on "
-            f"{device}; give a larger --device, a smaller --dtype, fewer --samples, or a criterion that needs no "
-            "gradients, such as amp"
+            f"a criterion that needs gradients takes about {_binary(needed)} here (weights {_binary(weights)}, what "
+            f"enters the blocks {_binary(states)}, gradients of one block {_binary(gradients)}, logits "
+            f"{_binary(logits)}), but {_binary(free)} are free on {device}; give a larger --device, a smaller --dtype, "
+            "fewer --samples, or a criterion that needs no gradients, such as amp"
         )
 
 
@@ -66,8 +70,11 @@ def _free_memory(device: str) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**20 else f"{count / 2**10:.0f} KiB"
+def _binary(count: int) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count / 2**10:.0f} KiB"
 
 
 def score_gradients(
