@@ -21,6 +21,12 @@ torch.set_num_threads(1)
 gc.freeze()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the files that run the real model first: they take longest, and would run alone at the end."""
+    long = {item.path for item in items if item.get_closest_marker("real_model")}
+    items.sort(key=lambda item: item.path not in long)
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     import shutil
 

@@ -92,7 +92,6 @@ def test_the_command_line_says_what_is_wrong(dense: Path, place: Path, nothing_w
 def test_another_request_is_refused_unless_it_may_overwrite(dense: Path, place: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     experiment("table1", dense, out, **settings(place, methods=["amp"]))
-    (out / "figures").mkdir()
     notes = [out / "notes.txt", out / "figures" / "mine.png", out / "dense" / "mine.txt"]
     for note in notes:
         note.write_text("mine")

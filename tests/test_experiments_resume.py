@@ -149,7 +149,7 @@ def test_it_goes_on_after_kill_9(
     files = experiment("table1", dense, out, **settings(place, **ARGUMENTS))
     assert calls == ["evaluate random 20 %", AMP, "evaluate amp 20 %"], "the random model was on disk"
     assert figures(files) == figures(undisturbed)
-    assert left(out) == {"experiment.json", "report.md", "report.html", "dense"}
+    assert left(out) == {"experiment.json", "report.md", "report.html", "figures", "dense"}
 
 
 def test_training_goes_on_at_its_last_epoch(

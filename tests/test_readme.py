@@ -27,7 +27,7 @@ EVALUATE_OFFLINE = [
     *QUICK, *(["--data-dir", DATA, "--limit", "4", "--windows", "1"] if DATA else ["--measure", "latency,energy"])
 ]  # fmt: skip
 EXPERIMENT_OFFLINE = [
-    "--method", "amp,depth", "--calibration", "builtin", "--windows", "1",
+    "--method", "amp,depth", "--calibration", "builtin", "--samples", "4", "--windows", "1",
     *(["--data-dir", DATA, "--tasks", "piqa", "--limit", "4"] if DATA else ["--tasks", "", "--text", __file__]),
 ]  # fmt: skip
 OFFLINE = {"evaluate": EVALUATE_OFFLINE, "experiment": EXPERIMENT_OFFLINE}
