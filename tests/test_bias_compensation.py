@@ -27,7 +27,7 @@ from amprune import (
 )
 from amprune.architecture import describe
 from amprune.checkpoint import read_checkpoint
-from amprune.compensation import check_biases, compensated_biases, with_compensation
+from amprune.compensation import check_biases, compensated_biases
 from amprune.families import find_family
 from amprune.scores import InputMeans, LayerScores
 
@@ -195,7 +195,7 @@ def test_a_plan_that_asks_for_it_needs_the_scores_again(dense: Path, tmp_path: P
     assert json.loads((kept / "plan.json").read_text())["provenance"]["options"]["bias_compensation"] is True
     with pytest.raises(PlanError, match="needs the scores that the plan was made from"):
         apply_plan(dense, kept / "plan.json", tmp_path / "again")
-    with pytest.raises(PlanError, match="needs a checkpoint and its scores; use apply_plan"):
+    with pytest.raises(PlanError, match="asks for bias compensation, which needs a checkpoint on disk; use apply_plan"):
         prune_model(AutoModelForCausalLM.from_pretrained(dense), result.plan)
     again = apply_plan(dense, kept / "plan.json", tmp_path / "again", scores=scores)
     first, second = (read_checkpoint(tmp_path / name)[BIAS] for name in ("out", "again"))
@@ -256,4 +256,4 @@ def test_whole_blocks_are_not_compensated(dense: Path, tmp_path: Path) -> None:
     plan = make_plan(scores, ratio=0.4, protect_first=0, protect_last=0)
     with pytest.raises(PlanError, match="the plan removes whole blocks"):
         apply_plan(dense, plan, tmp_path / "out", scores=scores, bias_compensation=True)
-    assert with_compensation(plan).compensates_biases
+    assert plan.saying("bias_compensation").compensates_biases

@@ -299,7 +299,7 @@ BAD_FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "unknown suffix": (_file("set.csv", b"text\none\n"), r"set\.csv: unknown type of file; expected one of \.json, "),
     "missing file": (
         lambda folder: folder / "set.jsonl",
-        r"no calibration set '.*set\.jsonl': give alpaca, builtin or",
+        r"no calibration set '.*set\.jsonl': give alpaca, mixed, builtin or",
     ),
     "folder": (lambda folder: folder, r"no calibration set"),
     "Latin 1": (_file("set.txt", "Café".encode("latin-1")), r"set\.txt cannot be read as UTF-8 text"),
@@ -371,5 +371,5 @@ def test_alpaca_without_the_hub_names_what_works_without_it(tokenizer: Any) -> N
         CalibrationError, match=r"yahma/alpaca-cleaned on the hub, .*cannot be reached \(.+\)"
     ) as caught:
         load_calibration("alpaca", tokenizer)
-    assert "--calibration builtin" in str(caught.value)
+    assert "--calibration mixed or builtin" in str(caught.value)
     assert "--calibration PATH" in str(caught.value)

@@ -88,9 +88,11 @@ def test_prune_in_one_go_shows_what_happened(dense: Path, tmp_path: Path) -> Non
     assert str(out.name) in output
     assert {path.name for path in (out / "amprune").iterdir()} == {
         "plan.json",
+        "reconstruction.json",
         "scores.safetensors",
         "verification.json",
     }
+    assert "chosen" in output
     code, _, errors = run(*arguments)
     assert code == 1
     assert "--overwrite" in errors
@@ -99,10 +101,15 @@ def test_prune_in_one_go_shows_what_happened(dense: Path, tmp_path: Path) -> Non
 
 def test_prune_gives_the_same_as_the_stages(dense: Path, scores: Path, tmp_path: Path) -> None:
     run("plan", scores, "--ratio", 0.2, "-o", tmp_path / "plan.json")
-    run("apply", dense, tmp_path / "plan.json", tmp_path / "a")
-    run("prune", dense, tmp_path / "b", "--ratio", 0.2, "--calibration", "builtin", "--samples", 6)
-    for name in ("model.safetensors", "config.json", "amprune/plan.json"):
+    run("apply", dense, tmp_path / "plan.json", tmp_path / "a", "--scores", scores)
+    paper = ("--preset", "paper", "--calibration", "builtin", "--samples", 6)
+    code, _, errors = run("prune", dense, tmp_path / "b", "--ratio", 0.2, *paper)
+    assert code == 0, errors
+    for name in ("model.safetensors", "config.json", "amprune/scores.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    plans = [json.loads((tmp_path / out / "amprune" / "plan.json").read_text(encoding="utf-8")) for out in "ab"]
+    assert plans[1]["provenance"].pop("preset") == "paper"
+    assert plans[0] == plans[1]
 
 
 def test_a_tampered_output_is_not_verified(dense: Path, scores: Path, tmp_path: Path) -> None:
@@ -130,7 +137,14 @@ def failing(dense: Path, tmp_path: Path) -> dict[str, tuple[list[object], str]]:
         "no ratio": (["prune", dense, out, *quick], "give a ratio"),
         "no such model": (["prune", tmp_path / "none", out, "--ratio", 0.2], "no model"),
         "hub out of reach": (["inspect", "nobody/nothing"], "hub"),
-        "alpaca out of reach": (["prune", dense, out, "--ratio", 0.2], "builtin"),
+        "alpaca out of reach": (["prune", dense, out, "--ratio", 0.2, "--preset", "paper"], "builtin"),
+        "no such preset": (["prune", dense, out, "--ratio", 0.2, "--preset", "papper"], "did you mean paper?"),
+        "ratio and target": (["prune", dense, out, "--ratio", 0.2, "--target", "params=9k"], "give one of them"),
+        "target of nothing": (["prune", dense, out, "--target", "parms=9k"], "did you mean params?"),
+        "refit of whole blocks": (
+            ["prune", dense, out, "--ratio", 0.5, "--criterion", "depth", "--reconstruct"], "removes whole blocks"),
+        "refit and compensation": (
+            ["prune", dense, out, "--ratio", 0.2, "--bias-compensation", "--reconstruct"], "leave out one of them"),
         "no such calibration set": (["prune", dense, out, "--ratio", 0.2, "--calibration", "x.jsonl"], "x.jsonl"),
         "bad shard size": (["prune", dense, out, "--ratio", 0.2, "--max-shard-size", "big", *quick], "200MB"),
         "no such device": (["prune", dense, out, "--ratio", 0.2, "--device", "cuda:99", *quick], "device"),
@@ -210,7 +224,7 @@ def test_biases_make_up_for_what_is_removed(tmp_path: Path) -> None:
     arguments = ("--ratio", 0.2, "--calibration", "builtin", "--samples", 4, "--bias-compensation")
     code, _, errors = run("prune", dense, out, *arguments)
     assert code == 1
-    assert "the criterion amp lacks; use flap" in " ".join(errors.split())
+    assert "the criterion activation-l2 lacks; use flap" in " ".join(errors.split())
     code, _, errors = run("prune", dense, out, *arguments, "--criterion", "flap")
     assert code == 0, errors
     assert run("verify", out, "--dense", dense)[0] == 0

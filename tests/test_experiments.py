@@ -11,9 +11,9 @@ import pytest
 from tiny_evaluation import task_folder
 from tiny_experiments import TRAINING, count, dense_model, figures, left, settings, states
 
-from amprune.errors import CheckpointError, EvaluationError
+from amprune.errors import CheckpointError, EvaluationError, PlanError
 from amprune.evaluation import Evaluation
-from amprune.experiments import RECIPES, experiment
+from amprune.experiments import RECIPES, cells, experiment
 from amprune.pipeline import prune
 
 
@@ -48,9 +48,8 @@ EXPECTED: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
         ["Difference from heads and neurons 30 %", "](figures/table3-1.png)"],
     ),
     "figure1": (
-        {"ratios": [0.2, 0.4], **TRAINING},
-        ["dense", "without training 20 %", "with training 20 %", "without training 40 %", "with training 40 %"],
-        ["](figures/perplexity-1.png)", "dashed: the dense model"],
+        {"ratios": [0.2], **TRAINING}, ["dense", "best 20 %", "best, trained 20 %", "amp 20 %", "amp, trained 20 %"],
+        ["](figures/perplexity-1.png)", "dashed: the dense model", "best: preset of amprune"],
     ),
     "speedup": (
         {"ratios": [0.2]}, ["dense", "amp 20 %", "depth 20 %"],
@@ -84,23 +83,63 @@ def test_a_recipe_runs_whole(name: str, dense: Path, place: Path, tmp_path: Path
         name, 1
     )
     assert len([call for call in calls if call.startswith("recover")]) == {"figure1": 2, "epochs": 1}.get(name, 0)
-    trained = [call for call in calls if call.startswith("apply_plan")]
-    assert len(trained) == len(set(trained)), "a pruned model is made once"
+    pruned = [call for call in calls if call.startswith(("apply_plan", "prune"))]
+    assert len(pruned) == len(set(pruned)), "a pruned model is made once"
 
 
 def test_training_helps_in_figure1(dense: Path, place: Path, tmp_path: Path) -> None:
     """The trained model is another one than the pruned, and both are measured as what they are."""
-    files = experiment("figure1", dense, tmp_path / "out", **settings(place, ratios=[0.2], **TRAINING))
+    files = experiment("figure1", dense, tmp_path / "out", **settings(place, ratios=[0.2], methods=["amp"], **TRAINING))
     found = {name: value["perplexity, text.txt"]["value"] for name, value in figures(files).items()}
-    assert found["with training 20 %"] < found["without training 20 %"]
-    assert files.results.models[0].cells["with training 20 %"].making_seconds is not None
+    assert found["amp, trained 20 %"] < found["amp 20 %"]
+    assert files.results.models[0].cells["amp, trained 20 %"].making_seconds is not None
+
+
+def test_best_is_the_preset_on_its_own_set(dense: Path, place: Path, tmp_path: Path, calls: list[str]) -> None:
+    """It shares no scores with the others; the samples of the experiment bound those of its set, too."""
+    files = experiment("table1", dense, tmp_path / "out", keep=True, **settings(place, methods=["best", "amp"]))
+    made = ["evaluate dense", "prune best-amp-both-0.2", "evaluate best 20 %"]
+    assert calls == ["score_criteria amp", *made, "apply_plan amp-amp-both-0.2", "evaluate amp 20 %"]
+    found = files.results.models[0].cells
+    drawn = found["best 20 %"].calibration
+    assert drawn is not None
+    assert (drawn["name"], drawn["samples"], drawn["seed"]) == ("mixed", 3, 0)
+    assert found["amp 20 %"].calibration is None
+    assert (found["best 20 %"].making_seconds or 0) > 0
+    plan = json.loads((tmp_path / "out/dense/models/best-amp-both-0.2/amprune/plan.json").read_text())
+    assert (plan["provenance"]["preset"], plan["provenance"]["criterion"]) == ("best", "activation-l2")
+    text = files.report.markdown.read_text()
+    assert f"best: preset of amprune, calibrated on its own mixed set, {drawn['tokens']:,} tokens." in text
+    assert "on 3 samples of builtin, seed 0, the same for all methods but best;" in text
+    quality, difference = re.findall(r"^\| best \|(.*)\|$", text, re.M)
+    assert "\u00b1" in difference
+    assert re.match(r" (20|19)\.\d\d % \|", quality)
+
+
+def test_best_draws_no_more_than_there_is(
+    dense: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def refuse(model: Path, out: Path, **options: Any) -> None:
+        asked.append(options)
+        raise PlanError("the ratio is out of reach")
+
+    monkeypatch.setattr(cells, "prune", refuse)
+    for samples in (3, 5000):
+        given = settings(place, methods=["best"], samples=samples, seed=7)
+        files = experiment("table1", dense, tmp_path / str(samples), **given)
+        assert states(files) == {"dense": "done", "best 20 %": "n/a"}
+        assert "best 20 %: not possible with this model; the ratio is out of reach" in files.report.markdown.read_text()
+    shown = [(found["samples"], found["tokens"], found["seed"], found["device"]) for found in asked]
+    assert shown == [(3, 32_768, 7, "cpu"), (247, 32_768, 7, "cpu")]
 
 
 def test_every_method_of_table1_has_a_row(dense: Path, place: Path, tmp_path: Path) -> None:
     files = experiment("table1", dense, tmp_path / "out", **settings(place))
     rows = [line.split("|")[1].strip() for line in files.report.markdown.read_text().splitlines() if line[:1] == "|"]
-    methods = ["amp", "amp-l2", "amp-weighted", "activation-l2", "wanda-sp", "flap", "taylor", "magnitude", "random",
-               "depth", "depth-taylor"]  # fmt: skip
+    methods = ["best", "amp", "amp-l2", "amp-weighted", "activation-l2", "wanda-sp", "flap", "taylor", "magnitude",
+               "random", "depth", "depth-taylor"]  # fmt: skip
     assert rows[2 : 3 + len(methods)] == ["dense", *methods]
     assert set(states(files).values()) == {"done"}
     assert len({json.dumps(value) for value in figures(files).values()}) > 8, "the methods differ"

@@ -115,8 +115,16 @@ def test_differences_from_amp_are_paired(tmp_path: Path) -> None:
 
 def test_table1_says_where_amp_loses(tmp_path: Path) -> None:
     text = drawn(tmp_path, "table1", TABLE1, methods=METHODS).markdown.read_text()
-    assert "Perplexity, wikitext2 test: amp 20 % has 70.0 \u00b1 0.7, place 2 of 3; best is flap 20 %" in text
+    assert "Perplexity, wikitext2 test: amp 20 % has 70.0 \u00b1 0.7, place 2 of 3; first is flap 20 %" in text
     assert "Average accuracy: amp 20 % has 48.0 \u00b1 2.0, place 1 of 3; next is flap 20 %" in text
+
+
+def test_best_stands_beside_amp(tmp_path: Path) -> None:
+    figures = {"dense": (17.7, 0.6), "best 20 %": (30.0, 0.55), "amp 20 %": (70.0, 0.48)}
+    text = drawn(tmp_path, "table1", figures, methods=["best", "amp"]).markdown.read_text()
+    assert "amp 20 % has 70.0 \u00b1 0.7, place 2 of 2; first is best 20 %, 30.00 \u00b1 0.30 (\u221240.00" in text
+    assert rows(text, "best")[1][2:] == ["+8.0 \u00b1 2.7"] * 5 + ["+8.0 \u00b1 1.2"]
+    assert "best: preset of amprune, calibrated on its own mixed set." in text
 
 
 def test_each_ratio_has_its_own_best(tmp_path: Path) -> None:
@@ -149,7 +157,7 @@ def test_table2_says_whether_the_scores_are_coherent(reversed_order: float, word
 RATIOS = [0.0901, 0.2102, 0.5106]
 FIGURE1: Figures = {"dense": (17.7, 0.6)} | {
     f"{kind} {100 * ratio:g} %": (17.7 * math.exp(slope * ratio), 0.5)
-    for kind, slope in (("without training", 14.0), ("with training", 5.0))
+    for kind, slope in (("best", 9.0), ("best, trained", 4.0), ("amp", 14.0), ("amp, trained", 5.0))
     for ratio in RATIOS
 }
 EPOCHS: Figures = {"dense": (17.7, 0.6)} | {
@@ -168,10 +176,22 @@ def test_figure1_begins_at_the_dense_model(tmp_path: Path) -> None:
     files = drawn(tmp_path, "figure1", FIGURE1, ratios=RATIOS)
     assert {path.name for path in files.figures} == {"perplexity-1.png", "perplexity-1.svg"}
     text = files.markdown.read_text()
-    assert "without training: 17.70 at 0, 62.49 at 9.01" in text
-    assert "with training: 27.77 at 9.01" in text
-    assert rows(text, "with training 51.06 %")[0][1] == "51.06 %"
+    assert "amp: 17.70 at 0, 62.49 at 9.01" in text
+    assert "best: 17.70 at 0, 39.82 at 9.01" in text
+    assert "amp, trained: 27.77 at 9.01" in text
+    assert rows(text, "amp, trained 51.06 %")[0][1] == "51.06 %"
+    assert "best: preset of amprune, calibrated on its own mixed set." in text
+    order = [line.split("|")[1].strip() for line in text.splitlines() if "51.06 % |" in line]
+    assert order == [f"{kind} 51.06 %" for kind in ("best", "amp", "best, trained", "amp, trained")]
     assert "**17" not in text
+
+
+def test_figure1_has_no_line_of_what_failed(tmp_path: Path) -> None:
+    figures = {name: ("failed", "no memory") if "best" in name else value for name, value in FIGURE1.items()}
+    text = drawn(tmp_path, "figure1", figures, ratios=RATIOS).markdown.read_text()
+    assert "best: 17.70" not in text
+    assert "amp: 17.70" in text
+    assert set(rows(text, "best 9.01 %")[0][2:]) == {"failed"}
 
 
 @pytest.mark.parametrize(("high", "scale"), [(900.0, "log"), (90.0, "linear")])

@@ -43,10 +43,11 @@ def nothing_written(tmp_path: Path) -> Iterator[Path]:
     [
         ("tabel1", {}, EvaluationError, "did you mean table1"),
         ("table1", {"methods": ["tailor"]}, ScoresError, "did you mean taylor"),
+        ("figure1", {"methods": ["amp", "bets"]}, ScoresError, "did you mean best.*The methods are best, amp, amp-l2"),
         ("table1", {"config": "llama2-7b"}, EvaluationError, "did you mean llama-2-7b"),
         ("table2", {"config": "phi-2"}, EvaluationError, "only for table1"),
         ("table1", {"ratios": [1.2]}, PlanError, "between 0 and 1"),
-        ("table1", {"ratios": [0.2, 0.2]}, EvaluationError, "called 'amp 20 %'"),
+        ("table1", {"ratios": [0.2, 0.2]}, EvaluationError, "called 'best 20 %'"),
         ("table1", {"tasks": ["winogrande"], "data_dir": "/no/where"}, EvaluationError, "winogrande"),
         ("table1", {"texts": ["/no/text.txt"]}, EvaluationError, "cannot read"),
         ("table1", {"samples": 5000}, AmpruneError, "160 samples, 5000 were asked for"),
@@ -55,7 +56,7 @@ def nothing_written(tmp_path: Path) -> Iterator[Path]:
         ("speedup", {"recover": True}, EvaluationError, "leave out --recover"),
         ("epochs", {"recover": False}, EvaluationError, "leave out --no-recover"),
         ("epochs", {"max_steps": 3}, EvaluationError, "no --max-steps"),
-        ("table2", {"methods": ["flap"]}, EvaluationError, "--method belongs to table1 and speedup"),
+        ("table2", {"methods": ["flap"]}, EvaluationError, "--method belongs to table1, figure1 and speedup"),
         ("figure1", {"limit": 0}, EvaluationError, "--limit is 0"),
         ("figure1", {"windows": -1}, EvaluationError, "--windows is -1"),
     ],
@@ -153,7 +154,9 @@ def test_defaults_are_those_of_the_recipe() -> None:
     table1, figure1, epochs = made("table1"), made("figure1"), made("epochs")
     assert table1.ratios == (0.2,)
     assert table1.recovery is None
-    assert table1.methods[:3] == ("amp", "amp-l2", "amp-weighted")
+    assert table1.methods[:3] == ("best", "amp", "amp-l2")
+    assert figure1.methods == made("figure1", quick=True).methods == ("best", "amp")
+    assert made("table2").methods == made("table3").methods == ("amp",)
     assert "reversed" not in table1.methods
     assert (table1.samples, table1.limit, table1.windows, table1.calibration) == (50, None, None, "alpaca")
     assert figure1.ratios == (0.0901, 0.2102, 0.3003, 0.4002, 0.5106)
@@ -178,6 +181,15 @@ def test_quick_gives_way_to_what_is_given() -> None:
     small = made("figure1", quick=True, config="llama-2-7b")
     assert small.recovery is not None
     assert small.recovery.gradient_accumulation == 4
+
+
+def test_best_draws_as_its_preset_says_unless_bounded() -> None:
+    """A configuration, such as the paper's, speaks of the set that all others share."""
+    assert made("table1").preset_samples is None
+    assert made("table1", quick=True).preset_samples == 20
+    assert made("table1", quick=True, samples=7).preset_samples == 7
+    assert made("table1", config="llama-2-7b", methods=["best", "amp"]).preset_samples is None
+    assert made("table1", samples=7, methods=["amp"]).preset_samples is None
 
 
 def test_what_decides_no_figure_is_no_part_of_the_request() -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from tiny_experiments import (
     states,
 )
 
-from amprune.errors import CheckpointError, EvaluationError, ScoresError
+from amprune.errors import CheckpointError, EvaluationError, ReconstructionError, ScoresError
 from amprune.evaluation import Evaluation
 from amprune.experiments import ExperimentFiles, cells, experiment
 from amprune.report.numbers import MISSING
@@ -209,6 +210,30 @@ def test_a_failed_cell_is_told_and_tried_again(
     found = json.loads(output)
     assert list(found["models"][0]["cells"]) == ["dense", "random 20 %", "amp 20 %"]
     assert {cell["state"] for cell in found["models"][0]["cells"].values()} == {"done"}
+
+
+def test_best_fails_is_tried_again_and_goes_on(
+    dense: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: list[str]
+) -> None:
+    given = settings(place, methods=["best"])
+    with monkeypatch.context() as patch:
+        patch.setattr(cells, "prune", Mock(side_effect=ReconstructionError("too little memory")))
+        files = experiment("table1", dense, tmp_path / "out", **given)
+    assert files.failed == ((str(dense), "best 20 %", "too little memory"),)
+    with monkeypatch.context() as patch:
+        patch.setattr(cells, "evaluate", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            experiment("table1", dense, tmp_path / "out", **given)
+    calls.clear()
+    files = experiment("table1", dense, tmp_path / "out", **given)
+    assert calls == ["evaluate best 20 %"], "the pruned model was on disk"
+    assert states(files) == {"dense": "done", "best 20 %": "done"}
+    assert (files.results.models[0].cells["best 20 %"].calibration or {})["name"] == "mixed"
+    assert left(tmp_path / "out" / "dense") == {"evaluation.json"}
+    before = files.record.read_bytes()
+    experiment("table1", dense, tmp_path / "out", **given)
+    assert calls == ["evaluate best 20 %"]
+    assert files.record.read_bytes() == before
 
 
 def test_a_criterion_that_fails_fails_its_cells_alone(

@@ -13,9 +13,9 @@ PACKAGE = ROOT / "src" / "amprune"
 # A module imports only from those above it.
 ORDER = [
     "errors", "memory", "progress", "families", "shape", "architecture", "checkpoint", "texts", "calibration",
-    "scores", "criteria", "scoring", "depth", "plan", "slicing", "compensation", "recovered", "verification",
-    "evaluation", "model_card", "recovery", "stages", "inspection", "report", "experiments", "pipeline", "demo",
-    "display", "cli", "__main__",
+    "scores", "criteria", "presets", "scoring", "depth", "plan", "slicing", "masking", "allocation", "compensation",
+    "reconstruction", "recovered", "verification", "evaluation", "targets", "planning", "model_card", "recovery",
+    "stages", "inspection", "report", "pipeline", "experiments", "demo", "display", "cli", "__main__",
 ]  # fmt: skip
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

@@ -30,7 +30,9 @@ EXPERIMENT_OFFLINE = [
     "--method", "amp,depth", "--calibration", "builtin", "--samples", "4", "--windows", "1",
     *(["--data-dir", DATA, "--tasks", "piqa", "--limit", "4"] if DATA else ["--tasks", "", "--text", __file__]),
 ]  # fmt: skip
-OFFLINE = {"evaluate": EVALUATE_OFFLINE, "experiment": EXPERIMENT_OFFLINE}
+# A smaller refit than the default's.
+PRUNE_QUICK = ["--tokens", "8192"]
+OFFLINE = {"prune": PRUNE_QUICK, "evaluate": EVALUATE_OFFLINE, "experiment": EXPERIMENT_OFFLINE}
 PYTHON = [block for language, block in BLOCKS if language == "python"]
 
 

@@ -110,6 +110,7 @@ def count(patch: pytest.MonkeyPatch) -> list[str]:
 
     counted("score_criteria", lambda model, names: ",".join(names))
     counted("apply_plan", lambda model, plan, out: out.name)
+    counted("prune", lambda model, out: out.name)
     counted("recover", lambda model, out: out.name)
     counted("evaluate", lambda models, output: ",".join(re.sub("=.*", "", model) for model in models))
     return found

@@ -2,7 +2,7 @@
 
 The stages, each a module that reads and writes files (`pipeline.py` runs them in order):
 
-    MODEL -> score -> scores.safetensors -> make_plan -> plan.json -> apply_plan -> OUT -> verify
+    MODEL -> score -> scores.safetensors -> make_plan -> plan.json -> apply_plan (and refit) -> OUT -> verify
     OUT -> recover -> OUT; any models -> evaluate -> evaluation.json -> write_report -> report.html
 
 The method is AMP: "Efficient LLMs with AMP: Attention Heads and MLP Pruning", arXiv 2504.21174.
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         EvaluationError,
         MissingDependencyError,
         PlanError,
+        ReconstructionError,
         RecoveryError,
         ReportError,
         ScoresError,
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from amprune.scores import ImportanceScores
     from amprune.shape import ModelShape
     from amprune.slicing import prune_model
-    from amprune.stages import PrunedModel, apply_plan, score, verify
+    from amprune.stages import PrunedModel, apply_plan, draw_calibration, score, verify
     from amprune.verification import VerificationReport
 
 _MODULES = {
@@ -50,6 +51,7 @@ _MODULES = {
         "EvaluationError",
         "MissingDependencyError",
         "PlanError",
+        "ReconstructionError",
         "RecoveryError",
         "ReportError",
         "ScoresError",
@@ -66,7 +68,7 @@ _MODULES = {
     "scores": ("ImportanceScores",),
     "shape": ("ModelShape",),
     "slicing": ("prune_model",),
-    "stages": ("PrunedModel", "apply_plan", "score", "verify"),
+    "stages": ("PrunedModel", "apply_plan", "draw_calibration", "score", "verify"),
     "verification": ("VerificationReport",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
@@ -86,6 +88,7 @@ __all__ = [
     "PlanError",
     "PrunedModel",
     "PruningPlan",
+    "ReconstructionError",
     "RecoveredModel",
     "RecoveryError",
     "RecoverySettings",
@@ -95,6 +98,7 @@ __all__ = [
     "VerificationError",
     "VerificationReport",
     "apply_plan",
+    "draw_calibration",
     "evaluate",
     "experiment",
     "inspect",

@@ -1,18 +1,29 @@
 """Calibration sets: named, seeded, hashed samples of token ids.
 
-`alpaca` is the set of the paper, from the hub; `builtin` ships with the package; a path is the user's own text.
+`alpaca` is the set of the paper, from the hub; `mixed` (instructions, encyclopaedic and web text, code, dialogue) and
+`builtin` (its instructions alone) ship with the package; a path is the user's own text.
 """
 
 import hashlib
 import json
+import logging
 import os
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from amprune.errors import CalibrationError
+from amprune.checkpoint import Checkpoint
+from amprune.checkpoint.loading import load_tokenizer
+from amprune.errors import CalibrationError, ScoresError
 from amprune.texts import read_records, render
+
+logger = logging.getLogger(__name__)
+
+SAMPLES = 50
+"""As many as the paper draws."""
+HELD_OUT = 8
+"""One sample in so many is held out, where something is chosen by what others do not fit."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,13 @@ class CalibrationSet:
         """Hash of the token ids."""
         return hashlib.sha256(json.dumps(self.samples, separators=(",", ":")).encode()).hexdigest()
 
+    def split(self) -> tuple["CalibrationSet", "CalibrationSet"]:
+        """Returns all but the last eighth of the samples, and that eighth to hold out; of one sample both are it."""
+        held_out = -(-len(self.samples) // HELD_OUT)
+        if held_out == len(self.samples):
+            return self, self
+        return replace(self, samples=self.samples[:-held_out]), replace(self, samples=self.samples[-held_out:])
+
     def to_dict(self) -> dict[str, Any]:
         """Returns what a score file records of the set."""
         return {
@@ -52,7 +70,8 @@ def load_calibration(
     source: str | os.PathLike[str] | Sequence[str],
     tokenizer: Any,
     *,
-    samples: int = 50,
+    samples: int | None = None,
+    tokens: int | None = None,
     max_length: int = 512,
     prompts_only: bool = False,
     seed: int = 0,
@@ -60,9 +79,10 @@ def load_calibration(
     """Draws a seeded random sample of a set and tokenises it.
 
     Args:
-        source: `alpaca`, `builtin`, a .json, .jsonl, .parquet or .txt file, or a sequence of texts.
+        source: `alpaca`, `mixed`, `builtin`, a .json, .jsonl, .parquet or .txt file, or a sequence of texts.
         tokenizer: the model's own, as transformers loads it.
-        samples: how many to draw, without replacement.
+        samples: how many to draw, without replacement; None: 50, or as many as `tokens` asks for.
+        tokens: draw no more samples once there are as many tokens.
         max_length: tokens kept of each sample.
         prompts_only: leave out the response, as the released code of the paper does.
         seed: of the draw.
@@ -70,19 +90,68 @@ def load_calibration(
     Raises:
         CalibrationError: the set cannot be read, is malformed, or holds fewer samples.
     """
-    for name, value in (("samples", samples), ("max_length", max_length)):
-        if value < 1:
+    for name, value in (("samples", samples), ("tokens", tokens), ("max_length", max_length)):
+        if value is not None and value < 1:
             raise CalibrationError(f"{name} is {value}, expected at least 1")
+    if samples is None and tokens is None:
+        samples = SAMPLES
     name, records = read_records(source)
-    if len(records) < samples:
+    if samples is not None and len(records) < samples:
         smaller = f"--samples {len(records)} or " if records else ""
         raise CalibrationError(
             f"{name} holds {len(records)} samples, but {samples} were asked for; give {smaller}a larger set"
         )
-    places = [(f"{name}, {where}", record) for where, record in random.Random(seed).sample(records, samples)]
-    texts = [(where, _text(record, tokenizer, where, prompts_only=prompts_only)) for where, record in places]
-    tokens = tuple(_encode(tokenizer, text, max_length, where) for where, text in texts)
-    return CalibrationSet(name=name, samples=tokens, seed=seed, max_length=max_length, prompts_only=prompts_only)
+    drawn = random.Random(seed).sample(records, len(records) if samples is None else samples)
+    kept: list[tuple[int, ...]] = []
+    total = 0
+    for place, record in drawn:
+        if tokens is not None and total >= tokens:
+            break
+        where = f"{name}, {place}"
+        kept.append(_encode(tokenizer, _text(record, tokenizer, where, prompts_only=prompts_only), max_length, where))
+        total += len(kept[-1])
+    return CalibrationSet(name=name, samples=tuple(kept), seed=seed, max_length=max_length, prompts_only=prompts_only)
+
+
+def calibration_for(
+    checkpoint: Checkpoint,
+    source: str | os.PathLike[str] | Sequence[str] | CalibrationSet,
+    *,
+    samples: int | None = None,
+    tokens: int | None = None,
+    max_length: int = 512,
+    prompts_only: bool = False,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+) -> CalibrationSet:
+    """Draws a set for a model, by its own tokenizer and no longer than its positions; a set stays as it is.
+
+    Raises:
+        CalibrationError: as in `load_calibration`.
+        CheckpointError: the model has no tokenizer.
+        ScoresError: a sample of a set is longer than the model's positions.
+    """
+    positions = checkpoint.positions
+    if isinstance(source, CalibrationSet):
+        longest = max(map(len, source.samples), default=0)
+        if positions is not None and longest > positions:
+            raise ScoresError(
+                f"a sample of {source.name} has {longest} tokens, but the model has {positions} positions; cut the "
+                "samples"
+            )
+        return source
+    if positions is not None and positions < max_length:
+        logger.info("samples are cut at %d tokens, the model's positions, instead of %d", positions, max_length)
+        max_length = positions
+    return load_calibration(
+        source,
+        load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code),
+        samples=samples,
+        tokens=tokens,
+        max_length=max_length,
+        prompts_only=prompts_only,
+        seed=seed,
+    )
 
 
 def _text(record: Mapping[str, Any], tokenizer: Any, where: str, *, prompts_only: bool) -> tuple[str, bool]:

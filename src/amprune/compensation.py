@@ -5,7 +5,6 @@ so that the output stays a checkpoint that any engine loads.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +17,6 @@ from amprune.families import Cut, ModelFamily
 from amprune.plan import PruningPlan
 from amprune.scores import ImportanceScores, InputMeans, Scores
 from amprune.slicing import masks
-
-
-def with_compensation(plan: PruningPlan) -> PruningPlan:
-    """Returns the plan, saying that biases make up for what it removes."""
-    options = plan.provenance.get("options") or {}
-    return replace(plan, provenance={**plan.provenance, "options": {**options, "bias_compensation": True}})
 
 
 def check_biases(architecture: Architecture) -> None:

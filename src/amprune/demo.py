@@ -11,6 +11,8 @@ from amprune.progress import Progress, no_progress
 
 MODEL = "smollm2-135m"
 QUESTION = "Describe a forest."
+TOKENS = 8192
+"""Of the calibration set: fewer than by default, so that the demonstration stays short."""
 
 
 def answers(pruned: Path, *, question: str = QUESTION, progress: Progress = no_progress) -> tuple[str, str]:

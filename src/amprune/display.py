@@ -90,6 +90,7 @@ def plan_summary(plan: "PruningPlan") -> dict[str, Any]:
         "ratio_actual": plan.ratio_actual,
         "shape_before": plan.shape_before.to_dict(),
         "shape_after": plan.shape_after.to_dict(),
+        **{name: plan.provenance[name] for name in ("preset", "allocation", "speedup") if name in plan.provenance},
     }
 
 
@@ -138,8 +139,33 @@ def show_plan(plan: "PruningPlan", title: str, sizes: tuple[int, int] | None = N
 
 def show_result(result: "PrunedModel") -> None:
     """Prints the shapes, the sizes and the checks of a pruned model."""
+    show_allocation(result.plan)
     show_plan(result.plan, f"Pruned model in {result.folder}", (result.bytes_before, result.bytes_after))
     show_verification(result.verification)
+
+
+def show_allocation(plan: "PruningPlan") -> None:
+    """Prints the splits of the budget between heads and neurons that were measured, where one was chosen among them."""
+    found = plan.provenance.get("allocation")
+    if found is None:
+        return
+    table = Table(title="Splits of the budget, by the damage on held-out text", title_justify="left")
+    for name in ("query/key-value heads", "neurons", "removed", "divergence", "refitted", ""):
+        table.add_column(name, justify="right")
+    for index, one in enumerate(found["candidates"]):
+        budget, refitted = one["budget"], one["refitted"]
+        table.add_row(
+            f"{budget['query_heads']}/{budget['key_value_heads']}",
+            f"{budget['neurons']:,}",
+            f"{one['ratio']:.2%}",
+            f"{one['damage']['kl']:.3f}",
+            "" if refitted is None else f"{refitted['kl']:.3f}",
+            "chosen" if index == found["chosen"] else "",
+        )
+    stdout.print(table)
+    stdout.print(
+        "Divergence: Kullback-Leibler, nats a token, of the dense model's predictions; refitted: a short refit."
+    )
 
 
 def show_verification(report: "VerificationReport") -> None:

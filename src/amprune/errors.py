@@ -6,6 +6,7 @@ AmpruneError
 ├── CalibrationError         a calibration set cannot be read or is too small
 ├── ScoresError              scores cannot be computed, read, or belong to another model
 ├── PlanError                a plan cannot be made, read, or belongs to another model
+├── ReconstructionError      kept weights cannot be refitted
 ├── VerificationError        a written checkpoint is not the model that it should be
 ├── RecoveryError            a model cannot be recovered
 ├── EvaluationError          a model cannot be measured, or the data for it cannot be read
@@ -41,6 +42,10 @@ class ScoresError(AmpruneError):
 
 class PlanError(AmpruneError):
     """A plan cannot be made or read, or belongs to another model."""
+
+
+class ReconstructionError(AmpruneError):
+    """Kept weights cannot be refitted: the calibration tokens, the moments or the memory do not allow it."""
 
 
 class VerificationError(AmpruneError):

@@ -77,6 +77,10 @@ class ModelFamily:
     mlp_output: str
     """The MLP's last projection: its input is what Eq. 9 averages."""
     cuts: tuple[Cut, ...]
+    norm_after_output: bool = False
+    """A norm stands between each output projection and the residual stream."""
+    norm_after_output_if: tuple[str, bool] | None = None
+    """A config switch that decides it, where it is set, and its value where there is such a norm."""
     neurons_key: str = "intermediate_size"
     """The config entry that holds the number of neurons."""
     heads_refused: str | None = None
@@ -128,7 +132,8 @@ _WIDTH_FROM_HIDDEN_SIZE = (
 def _llama_like(
     *model_types: str, cuts: tuple[Cut, ...], attention_output: str = "o_proj", mlp_output: str = "down_proj",
     heads_refused: str | None = None, heads_refused_if: Mapping[str, str] | None = None,
-    equivalents: tuple[Equivalent, ...] = (),
+    equivalents: tuple[Equivalent, ...] = (), norm_after_output: bool = False,
+    norm_after_output_if: tuple[str, bool] | None = None,
 ) -> ModelFamily:  # fmt: skip
     return ModelFamily(
         model_types=model_types,
@@ -138,6 +143,8 @@ def _llama_like(
         attention_output=f"self_attn.{attention_output}",
         mlp_output=f"mlp.{mlp_output}",
         cuts=cuts,
+        norm_after_output=norm_after_output,
+        norm_after_output_if=norm_after_output_if,
         heads_refused=heads_refused,
         heads_refused_if=heads_refused_if or {},
         equivalents=equivalents,
@@ -174,19 +181,22 @@ FAMILIES: tuple[ModelFamily, ...] = (
         "qwen2",
         "qwen3",
         "gemma",
-        "gemma2",
-        "gemma3_text",
         "granite",
         "smollm3",
         "olmo",
         "cohere2",
-        "exaone4",
         "seed_oss",
         "ernie4_5",
         "vaultgemma",
-        "hyperclovax",
         "cwm",
         cuts=_ATTENTION + _GATE_UP_DOWN,
+    ),
+    _llama_like("gemma2", "gemma3_text", "exaone4", cuts=_ATTENTION + _GATE_UP_DOWN, norm_after_output=True),
+    _llama_like(
+        "hyperclovax",
+        cuts=_ATTENTION + _GATE_UP_DOWN,
+        norm_after_output=True,
+        norm_after_output_if=("use_post_norm", True),
     ),
     _llama_like(
         "cohere",
@@ -199,7 +209,8 @@ FAMILIES: tuple[ModelFamily, ...] = (
     ),
     _llama_like("nemotron", "apertus", "arcee", "jais2", cuts=_ATTENTION + _UP_DOWN),
     _llama_like("phi3", cuts=_FUSED_ATTENTION + _FUSED_GATE_UP_DOWN),
-    _llama_like("glm", "glm4", cuts=_ATTENTION + _FUSED_GATE_UP_DOWN),
+    _llama_like("glm", cuts=_ATTENTION + _FUSED_GATE_UP_DOWN),
+    _llama_like("glm4", cuts=_ATTENTION + _FUSED_GATE_UP_DOWN, norm_after_output=True),
     _llama_like(
         "starcoder2",
         cuts=(*_ATTENTION, *_rows("mlp.c_fc", NEURON), *_columns("mlp.c_proj", NEURON)),
@@ -217,7 +228,7 @@ FAMILIES: tuple[ModelFamily, ...] = (
         mlp_output="fc2",
         heads_refused_if={"qk_layernorm": "with qk_layernorm its norms are hidden_size / heads wide"},
     ),
-    _llama_like("olmo2", "olmo3", cuts=_GATE_UP_DOWN, heads_refused=_NORM_OVER_ALL_HEADS),
+    _llama_like("olmo2", "olmo3", cuts=_GATE_UP_DOWN, heads_refused=_NORM_OVER_ALL_HEADS, norm_after_output=True),
     _llama_like("stablelm", cuts=_GATE_UP_DOWN, heads_refused=_WIDTH_FROM_HIDDEN_SIZE),
     ModelFamily(
         model_types=("opt",),
@@ -227,6 +238,8 @@ FAMILIES: tuple[ModelFamily, ...] = (
         attention_output="self_attn.out_proj",
         mlp_output="fc2",
         cuts=(*_rows("fc1", NEURON), *_columns("fc2", NEURON)),
+        # A norm after the sum: what the block gives is then no sum of what its projections give.
+        norm_after_output_if=("do_layer_norm_before", False),
         neurons_key="ffn_dim",
         heads_refused=_WIDTH_FROM_HIDDEN_SIZE,
     ),
@@ -315,6 +328,12 @@ def find_family(model_type: str) -> ModelFamily:
         f"unknown model type {model_type!r}; supported are: {', '.join(supported_model_types())}. "
         "Adding a family takes a few lines of data: see docs/adding-a-model-family.md"
     )
+
+
+def has_norm_after_output(family: ModelFamily, config: Mapping[str, Any]) -> bool:
+    """Tells whether output projections of this model reach the residual stream through a norm."""
+    name, value = family.norm_after_output_if or ("", True)
+    return bool(config[name]) is value if name in config else family.norm_after_output
 
 
 def refusal_of_heads(family: ModelFamily, config: Mapping[str, Any]) -> str | None:

@@ -235,9 +235,15 @@ def how_it_was_made(plan: PruningPlan, logit_difference: float | None) -> tuple[
     said = [f"Scored by the criterion {criterion(plan)}{on if calibration else ', without a calibration set'}."]
     if plan.compensates_biases:
         said.append("Biases of the output projections make up for the mean of what was removed (arXiv 2312.11983).")
+    if plan.refits_outputs:
+        said.append(
+            "The kept weights of the output projections were refitted in closed form, layer by layer, on that set, so "
+            "that each layer gives what it gave before; nothing was trained."
+        )
     if logit_difference is not None:
         masked = "removed units masked" if len(plan.kept_layers) == len(plan.layers) else "removed blocks skipped"
         biased = " and the same biases" if plan.compensates_biases else ""
+        biased = " and the same output projections" if plan.refits_outputs else biased
         said.append(
             f"Verified: its logits equal those of the dense model with the {masked}{biased} (largest difference "
             f"{f'{logit_difference:.1e}' if logit_difference else '0'} of their standard deviation, in float64)."

@@ -10,16 +10,19 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from amprune.calibration import CalibrationSet
+from amprune.calibration import CalibrationSet, calibration_for
 from amprune.checkpoint import RECORDS, check_output, open_source, parse_size, read_checkpoint, write_json
 from amprune.compensation import check_biases
-from amprune.criteria import DEFAULT, find_criterion
+from amprune.criteria import find_criterion
 from amprune.errors import CheckpointError, PlanError
-from amprune.plan import HeadsMode, Only, Order, PlanOptions, find_budget, find_depth, make_plan
+from amprune.plan import HeadsMode, Only, Order, PlanOptions, find_budget, find_depth, make_plan, parse_target
+from amprune.planning import Computing, plan_on_model, with_target
+from amprune.presets import DEFAULT as DEFAULT_PRESET
+from amprune.presets import find_preset
 from amprune.progress import Progress, no_progress
 from amprune.stages import PathLike, PrunedModel, apply_plan, score
 
@@ -35,7 +38,11 @@ def prune(
     out: PathLike,
     *,
     ratio: float | None = None,
-    criterion: str = DEFAULT,
+    target: str | None = None,
+    preset: str = DEFAULT_PRESET,
+    criterion: str | None = None,
+    allocate: bool | None = None,
+    reconstruct: bool | None = None,
     order: Order = "amp",
     only: Only | None = None,
     heads_mode: HeadsMode | None = None,
@@ -46,9 +53,10 @@ def prune(
     protect_first: int = 4,
     protect_last: int = 2,
     bias_compensation: bool = False,
-    calibration: PathLike | list[str] | CalibrationSet = "alpaca",
-    samples: int = 50,
-    max_length: int = 512,
+    calibration: PathLike | list[str] | CalibrationSet | None = None,
+    samples: int | None = None,
+    tokens: int | None = None,
+    max_length: int | None = None,
     prompts_only: bool = False,
     seed: int = 0,
     device: str | None = None,
@@ -61,71 +69,85 @@ def prune(
     trust_remote_code: bool = False,
     progress: Progress = no_progress,
 ) -> PrunedModel:
-    """Scores, plans, slices and verifies a model in one go; the arguments are those of the single stages.
+    """Scores, plans, slices, refits and verifies a model in one go; the arguments are those of the single stages.
 
     What can fail without the weights (OUT, the ratio, the options) is checked before they are loaded.
+
+    In the place of `ratio`, `target` is `params=100M` or `weight-bytes=4GiB`, the most that may stay, or
+    `speedup=1.25x`, measured on this device. `preset` is `best`, what does least damage, or `paper`, the method as
+    published; it settles what is not given of criterion, calibration, samples, tokens, max_length, `allocate` (choose
+    how much of heads and of neurons goes by the damage on held-out calibration tokens; shares set by hand come first)
+    and `reconstruct` (refit the kept output weights on the calibration tokens).
 
     Raises:
         AmpruneError: one of its children; nothing is left behind then.
     """
-    choice: dict[str, Any] = {
-        "ratio": ratio,
-        "order": order,
-        "only": only,
-        "heads_mode": heads_mode,
-        "heads_ratio": heads_ratio,
-        "neurons_ratio": neurons_ratio,
-        "neuron_multiple": neuron_multiple,
-        "head_multiple": head_multiple,
-        "protect_first": protect_first,
-        "protect_last": protect_last,
-        "seed": seed,
-    }
+    settled = find_preset(preset)
+    rule = find_criterion(criterion or settled.criterion)
+    for name, wish in (("allocate", allocate), ("reconstruct", reconstruct)):
+        if wish and (rule.depth or (name == "reconstruct" and bias_compensation)):
+            what = f"the criterion {rule.name} removes whole blocks" if rule.depth else "so does bias_compensation"
+            raise PlanError(f"{name} makes the best of heads and neurons, but {what}; leave out one of them")
+    width = not rule.depth
+    allocate = width and order == "amp" and (settled.allocate if allocate is None else allocate)
+    reconstruct = width and not bias_compensation and (settled.reconstruct if reconstruct is None else reconstruct)
+    aim = None if target is None else parse_target(target)
     source = open_source(model, revision=revision, dtype=dtype)
     check_output(Path(out).expanduser(), overwrite=overwrite, protected=source.protected)
     parse_size(max_shard_size)
-    rule, dense = find_criterion(criterion), read_checkpoint(source.folder)
-    (find_depth if rule.depth else find_budget)(dense.shape, PlanOptions(**choice))
+    dense = read_checkpoint(source.folder)
+    asked = PlanOptions(
+        ratio=ratio, order=order, only=only, heads_mode=heads_mode, heads_ratio=heads_ratio,
+        neurons_ratio=neurons_ratio, neuron_multiple=neuron_multiple, head_multiple=head_multiple,
+        protect_first=protect_first, protect_last=protect_last, seed=seed,
+    )  # fmt: skip
+    options = with_target(asked, aim, dense, depth=rule.depth)
+    speedup = aim.value if aim is not None and aim.kind == "speedup" else None
+    if speedup is None:
+        (find_depth if rule.depth else find_budget)(dense.shape, options)
     if bias_compensation:
         check_biases(dense.architecture)
         if not rule.means:
-            raise PlanError(f"bias compensation needs mean inputs, which the criterion {criterion} lacks; use flap")
+            raise PlanError(f"bias compensation needs mean inputs, which the criterion {rule.name} lacks; use flap")
+    drawn = held_out = None
+    if rule.calibrated or allocate or reconstruct:
+        by_hand = (samples, tokens) != (None, None)
+        drawn = calibration_for(
+            dense, calibration if calibration is not None else settled.calibration,
+            samples=samples if by_hand else settled.samples, tokens=tokens if by_hand else settled.tokens,
+            max_length=max_length or settled.max_length, prompts_only=prompts_only, seed=seed,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+    fit = drawn
+    if drawn is not None and allocate:
+        fit, held_out = drawn.split()
     scores = score(
-        model,
-        criterion=criterion,
-        calibration=calibration,
-        samples=samples,
-        max_length=max_length,
-        prompts_only=prompts_only,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        device_map=device_map,
-        batch_tokens=batch_tokens,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
+        model, criterion=rule.name, calibration=fit or [], seed=seed, device=device, dtype=dtype,
+        device_map=device_map, batch_tokens=batch_tokens, revision=revision, trust_remote_code=trust_remote_code,
         progress=progress,
-    )
+    )  # fmt: skip
+    if width:
+        plan = plan_on_model(
+            dense, scores, options, speedup=speedup, held_out=held_out if allocate else None,
+            refit_on=fit if reconstruct else None, where=Computing(device, dtype, device_map, batch_tokens),
+            progress=progress,
+        )  # fmt: skip
+    else:
+        plan = make_plan(scores, **vars(options))
+    plan = replace(plan, provenance={**plan.provenance, "preset": preset})
     return apply_plan(
-        model,
-        make_plan(scores, **choice),
-        out,
-        scores=scores,
-        bias_compensation=bias_compensation,
-        max_shard_size=max_shard_size,
-        overwrite=overwrite,
-        dtype=dtype,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        progress=progress,
-    )
+        model, plan, out, scores=scores, bias_compensation=bias_compensation,
+        refit=drawn if reconstruct else None, device=device, batch_tokens=batch_tokens,
+        max_shard_size=max_shard_size, overwrite=overwrite, dtype=dtype, revision=revision,
+        trust_remote_code=trust_remote_code, progress=progress,
+    )  # fmt: skip
 
 
 def run(
     model: PathLike,
     out: PathLike,
     *,
-    ratio: float,
+    ratio: float | None = None,
     recovery: "RecoverySettings | None" = None,
     distil: bool = False,
     data: PathLike = "alpaca",
@@ -145,7 +167,7 @@ def run(
     Args:
         model: a Hugging Face folder, a `.gguf` file, an alias or a hub id.
         out: the folder to write; report and figures lie in its folder `amprune/`.
-        ratio: share of all parameters to remove.
+        ratio: share of all parameters to remove; left out where `pruning` has a target.
         recovery: trains after pruning.
         distil: the dense model teaches.
         data: for recovery, as in `recover`.

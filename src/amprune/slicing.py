@@ -111,13 +111,14 @@ def write_pruned(
     plan: PruningPlan,
     folder: Path,
     *,
-    biases: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    replaced: Mapping[str, torch.Tensor] = MappingProxyType({}),
     max_shard_size: str = "5GB",
     progress: Progress = no_progress,
 ) -> None:
     """Slices a checkpoint into a folder: config, shards, index and sidecar files, one shard in memory at a time.
 
-    `biases` take the place of tensors of the dense model, in these tensors' dtypes.
+    `replaced` take the place of tensors of the dense model, by their names there, in these tensors' dtypes and in the
+    shapes of the output.
 
     Raises:
         CheckpointError: the folder cannot be written.
@@ -134,7 +135,7 @@ def write_pruned(
         write_shards(
             folder,
             {name: headers[new] for name, new in stored.items()},
-            lambda name: _read_sliced(checkpoint, kept[stored[name]], changes, biases),
+            lambda name: _written(checkpoint, kept[stored[name]], changes, replaced),
             max_shard_size=max_shard_size,
             advance=advance,
         )
@@ -146,11 +147,14 @@ def _stored_name(checkpoint: Checkpoint, old: str, new: str) -> str:
     return stored if old == new else new[len(old) - len(stored) :]
 
 
-def _read_sliced(
-    checkpoint: Checkpoint, name: str, changes: Changes, biases: Mapping[str, torch.Tensor]
-) -> torch.Tensor:
-    if name in biases:
-        return biases[name].to(checkpoint.header(name).dtype)
+def _written(checkpoint: Checkpoint, name: str, changes: Changes, replaced: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    if name in replaced:
+        return replaced[name].to(checkpoint.header(name).dtype)
+    return sliced_tensor(checkpoint, name, changes=changes)
+
+
+def sliced_tensor(checkpoint: Checkpoint, name: str, *, changes: Changes) -> torch.Tensor:
+    """Reads a tensor of the dense model, without what goes by `changes`."""
     if name not in changes:
         return checkpoint[name]
     cut, kept = changes[name]
@@ -181,13 +185,14 @@ def prune_model(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     """Prunes a model in memory and returns a new one; `model` is left as it was.
 
     Raises:
-        PlanError: the plan is for another model, or asks for bias compensation.
+        PlanError: the plan is for another model, or asks for bias compensation or a refit.
         UnsupportedModelError: the architecture is not supported.
     """
-    if plan.compensates_biases:
+    if plan.compensates_biases or plan.refits_outputs:
+        what = "bias compensation" if plan.compensates_biases else "a refit"
         raise PlanError(
-            "the plan asks for bias compensation, which needs a checkpoint and its scores; use apply_plan, or take "
-            "bias_compensation out of the plan's options"
+            f"the plan asks for {what}, which needs a checkpoint on disk; use apply_plan, or take it out of the plan's "
+            "options"
         )
     raw = model.config.to_dict()
     architecture = describe(raw, where=type(model).__name__)

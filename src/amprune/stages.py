@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 
 from amprune import __version__
 from amprune.architecture import Architecture
-from amprune.calibration import CalibrationSet, load_calibration
+from amprune.calibration import CalibrationSet, calibration_for
 from amprune.checkpoint import (
     RECORDS,
     Checkpoint,
@@ -26,16 +27,19 @@ from amprune.checkpoint import (
     staged_folder,
     write_json,
 )
-from amprune.checkpoint.loading import default_device, input_device, load_tokenizer, loaded_model
-from amprune.compensation import compensated_biases, recorded_biases, with_compensation
+from amprune.checkpoint.loading import default_device, input_device, loaded_model
+from amprune.compensation import compensated_biases, recorded_biases
 from amprune.criteria import DEFAULT, Criterion, Needs, find_criterion
 from amprune.criteria.activations import LayerStatistics, Rule
 from amprune.criteria.weights import magnitude, random_scores
 from amprune.depth import block_perplexities
-from amprune.errors import ScoresError
+from amprune.errors import PlanError, ScoresError, VerificationError
 from amprune.model_card import write_model_card
 from amprune.plan import PruningPlan
+from amprune.presets import PRESETS
 from amprune.progress import Progress, no_progress
+from amprune.reconstruction import RECORD as RECONSTRUCTION
+from amprune.reconstruction import reconstruct, recorded_hashes
 from amprune.scores import ImportanceScores, InputMeans
 from amprune.scoring import check_memory, measure_activations, score_gradients
 from amprune.shape import ModelShape
@@ -63,7 +67,8 @@ def score(
     *,
     criterion: str = DEFAULT,
     calibration: PathLike | list[str] | CalibrationSet = "alpaca",
-    samples: int = 50,
+    samples: int | None = None,
+    tokens: int | None = None,
     max_length: int = 512,
     prompts_only: bool = False,
     seed: int = 0,
@@ -80,9 +85,10 @@ def score(
     Args:
         model: a Hugging Face folder, a `.gguf` file, an alias or a hub id.
         criterion: one of `amprune.criteria.CRITERIA`; amp is Eq. 8 and 9 of the paper.
-        calibration: `alpaca`, `builtin`, a file, a list of texts, or token ids as a `CalibrationSet`; criteria over
-            weights alone need none.
-        samples: drawn at random with `seed`.
+        calibration: `alpaca`, `mixed`, `builtin`, a file, a list of texts, or token ids as a `CalibrationSet`; criteria
+            over weights alone need none.
+        samples: drawn at random with `seed`; None: 50, or as many as `tokens` asks for.
+        tokens: draw no more samples once there are as many tokens.
         max_length: tokens kept of each sample; never more than the model's positions.
         prompts_only: leave out the responses.
         seed: of the draw, and of the criterion random.
@@ -102,6 +108,7 @@ def score(
         [criterion],
         calibration=calibration,
         samples=samples,
+        tokens=tokens,
         max_length=max_length,
         prompts_only=prompts_only,
         seed=seed,
@@ -120,7 +127,8 @@ def score_criteria(
     criteria: Sequence[str],
     *,
     calibration: PathLike | list[str] | CalibrationSet = "alpaca",
-    samples: int = 50,
+    samples: int | None = None,
+    tokens: int | None = None,
     max_length: int = 512,
     prompts_only: bool = False,
     seed: int = 0,
@@ -144,18 +152,16 @@ def score_criteria(
     scored = {c.name: _score_weights(checkpoint, c, seed) for c in chosen if not c.calibrated}
     calibrated, kept, where = [c for c in chosen if c.calibrated], None, "cpu"
     if calibrated:
-        if isinstance(calibration, CalibrationSet):
-            kept = calibration
-        else:
-            kept = load_calibration(
-                calibration,
-                load_tokenizer(source.folder, trust_remote_code=trust_remote_code),
-                samples=samples,
-                max_length=_shortest(max_length, checkpoint),
-                prompts_only=prompts_only,
-                seed=seed,
-            )
-        _check_positions(kept, checkpoint)
+        kept = calibration_for(
+            checkpoint,
+            calibration,
+            samples=samples,
+            tokens=tokens,
+            max_length=max_length,
+            prompts_only=prompts_only,
+            seed=seed,
+            trust_remote_code=trust_remote_code,
+        )
         if any(c.needs is Needs.GRADIENTS for c in calibrated):
             _check_gradients(checkpoint, kept, kind, device=device, device_map=device_map)
         with loaded_model(source.folder, dtype=dtype, device=device, device_map=device_map) as loaded:
@@ -232,15 +238,6 @@ def _score_activations(rule: Rule, layers: Sequence[LayerStatistics], shape: Mod
     return scored
 
 
-def _check_positions(calibration: CalibrationSet, checkpoint: Checkpoint) -> None:
-    longest = max(map(len, calibration.samples), default=0)
-    if checkpoint.positions is not None and longest > checkpoint.positions:
-        raise ScoresError(
-            f"a sample of {calibration.name} has {longest} tokens, but the model has {checkpoint.positions} positions; "
-            "cut the samples"
-        )
-
-
 def _check_gradients(
     checkpoint: Checkpoint,
     calibration: CalibrationSet,
@@ -257,11 +254,40 @@ def _check_gradients(
     check_memory(checkpoint, calibration, dtype, device=device or default_device())
 
 
-def _shortest(max_length: int, checkpoint: Checkpoint) -> int:
-    positions = checkpoint.positions or max_length
-    if positions < max_length:
-        logger.info("samples are cut at %d tokens, the model's positions, instead of %d", positions, max_length)
-    return int(min(max_length, positions))
+def draw_calibration(
+    model: PathLike,
+    calibration: PathLike | list[str] = "mixed",
+    *,
+    samples: int | None = None,
+    tokens: int | None = None,
+    max_length: int = 1024,
+    prompts_only: bool = False,
+    seed: int = 0,
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> CalibrationSet:
+    """Draws calibration samples by a model's own tokenizer, to score on, to refit on, or both.
+
+    The arguments are those of `score`; without `samples` and `tokens`, as much is drawn as the preset `best` asks for.
+
+    Raises:
+        CalibrationError: the set cannot be read, is malformed, or holds fewer samples.
+        CheckpointError: the model cannot be opened, or has no tokenizer.
+    """
+    if samples is None and tokens is None:
+        tokens = PRESETS["best"].tokens
+    checkpoint = read_checkpoint(open_source(model, revision=revision, dtype=dtype).folder)
+    return calibration_for(
+        checkpoint,
+        calibration,
+        samples=samples,
+        tokens=tokens,
+        max_length=max_length,
+        prompts_only=prompts_only,
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def apply_plan(
@@ -271,6 +297,9 @@ def apply_plan(
     *,
     scores: ImportanceScores | None = None,
     bias_compensation: bool = False,
+    refit: CalibrationSet | None = None,
+    device: str | None = None,
+    batch_tokens: int = 4096,
     max_shard_size: str = "5GB",
     overwrite: bool = False,
     dtype: str = "auto",
@@ -287,15 +316,20 @@ def apply_plan(
         scores: kept beside the plan in the output's records.
         bias_compensation: put the mean of what was removed into the biases of the output projections, where there are
             any; needs scores with mean inputs.
+        refit: text to refit the kept output weights on, layer by layer (see `reconstruct`); None leaves them as they
+            are.
+        device: of the refit; the default is cuda where there is one.
+        batch_tokens: most tokens in a batch of the refit.
         max_shard_size: such as 200MB or 5GB; peak memory follows it, not the size of the model.
         overwrite: replace an OUT that is a checkpoint.
-        dtype: that a GGUF file is dequantised to; other checkpoints keep theirs.
+        dtype: that a GGUF file is dequantised to; other checkpoints keep theirs, and the refit computes in it.
         revision: of a hub id.
         trust_remote_code: lets a tokenizer's own code run; model code never does.
         progress: told how far it is.
 
     Raises:
-        PlanError: the plan is for another model, or there is no bias to compensate with.
+        PlanError: the plan is for another model, there is no bias to compensate with, or nothing that can be refitted.
+        ReconstructionError: the refit has too few tokens, too little memory, or activations that are not finite.
         ScoresError: the scores hold no mean inputs.
         CheckpointError: the source cannot be read, or OUT not written.
         VerificationError: what was written is not the masked dense model; nothing is left.
@@ -307,12 +341,41 @@ def apply_plan(
     check_output(folder, overwrite=overwrite, protected=source.protected)
     dense = read_checkpoint(source.folder)
     check_plan_fits(plan, dense.shape, dense.fingerprint, where=str(model))
-    plan = with_compensation(plan) if bias_compensation else plan
+    plan = plan.saying("bias_compensation") if bias_compensation else plan
+    if plan.refits_outputs and refit is None:
+        raise PlanError(
+            "the plan asks for its output projections to be refitted, and there is no text to refit them on: give "
+            "--reconstruct and a calibration set (refit), or take reconstruct out of the plan's options"
+        )
+    plan = plan.saying("reconstruct") if refit is not None else plan
     biases = compensated_biases(dense, plan, scores) if plan.compensates_biases else {}
-    with staged_folder(folder, overwrite=overwrite, protected=source.protected) as partial:
-        write_pruned(dense, plan, partial, biases=biases, max_shard_size=max_shard_size, progress=progress)
+    with (
+        staged_folder(folder, overwrite=overwrite, protected=source.protected) as partial,
+        TemporaryDirectory(prefix="amprune-refit-") as spill,
+    ):
+        fitted = None
+        if refit is not None:
+            fitted = reconstruct(
+                dense,
+                plan,
+                refit,
+                Path(spill),
+                device=device,
+                dtype=dtype,
+                batch_tokens=batch_tokens,
+                progress=progress,
+            )
+            write_json(_records(partial) / RECONSTRUCTION, fitted.record)
+        replaced = biases if fitted is None else fitted.tensors
+        write_pruned(dense, plan, partial, replaced=replaced, max_shard_size=max_shard_size, progress=progress)
         report = verify_checkpoint(
-            partial, dense, plan, biases=biases, trust_remote_code=trust_remote_code, progress=progress
+            partial,
+            dense,
+            plan,
+            biases=biases,
+            refitted=recorded_hashes(partial),
+            trust_remote_code=trust_remote_code,
+            progress=progress,
         )
         report.require()
         _write_records(partial, plan, scores, report)
@@ -324,11 +387,17 @@ def apply_plan(
 def _write_records(
     folder: Path, plan: PruningPlan, scores: ImportanceScores | None, report: VerificationReport
 ) -> None:
-    records = folder / RECORDS
+    records = _records(folder)
     plan.save(records / "plan.json")
     if scores is not None:
         scores.save(records / "scores.safetensors")
     write_json(records / "verification.json", report.to_dict())
+
+
+def _records(folder: Path) -> Path:
+    records = folder / RECORDS
+    records.mkdir(exist_ok=True)
+    return records
 
 
 def verify(
@@ -345,7 +414,7 @@ def verify(
     Returns the report whether or not every check passed; `report.require()` raises when one did not.
 
     Raises:
-        VerificationError: OUT carries no plan.
+        VerificationError: OUT carries no plan, or not the record of a refit that the plan tells of.
         PlanError: `dense` is not the model that OUT was made from.
         CheckpointError: one of the two cannot be read.
     """
@@ -353,7 +422,18 @@ def verify(
     plan = read_plan(folder)
     checkpoint = read_checkpoint(open_source(dense, revision=revision, dtype=dtype).folder)
     check_plan_fits(plan, checkpoint.shape, checkpoint.fingerprint, where=str(dense))
-    biases = recorded_biases(folder, checkpoint, plan)
+    biases, refitted = recorded_biases(folder, checkpoint, plan), recorded_hashes(folder)
+    if plan.refits_outputs and not (folder / RECORDS / RECONSTRUCTION).is_file():
+        raise VerificationError(
+            f"{folder / RECORDS / RECONSTRUCTION} is missing, which says what was refitted; without it nothing can be "
+            "held to the dense model"
+        )
     return verify_checkpoint(
-        folder, checkpoint, plan, biases=biases, trust_remote_code=trust_remote_code, progress=progress
+        folder,
+        checkpoint,
+        plan,
+        biases=biases,
+        refitted=refitted,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
     )

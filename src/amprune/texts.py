@@ -11,6 +11,8 @@ from typing import Any
 from amprune.errors import CalibrationError, reason
 
 ALPACA_DATASET = "yahma/alpaca-cleaned"
+_SHIPPED = {"builtin": ("builtin.jsonl",), "mixed": ("builtin.jsonl", "mixed.jsonl")}
+"""Sets that ship with the package, and their files."""
 _SUFFIXES = (".json", ".jsonl", ".parquet", ".txt")
 _ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -31,7 +33,7 @@ Record = tuple[str, Mapping[str, Any]]
 def read_records(
     source: str | os.PathLike[str] | Sequence[str], *, option: str = "--calibration"
 ) -> tuple[str, list[Record]]:
-    """Reads `alpaca`, `builtin`, a .json, .jsonl, .parquet or .txt file, or a sequence of texts.
+    """Reads `alpaca`, `mixed`, `builtin`, a .json, .jsonl, .parquet or .txt file, or a sequence of texts.
 
     Returns its name and its records but for blank texts. `option` is how the command line calls the source.
 
@@ -47,13 +49,12 @@ def _read(source: str | os.PathLike[str] | Sequence[str], option: str) -> tuple[
         return "texts", [(f"text {number}", {"text": text}) for number, text in enumerate(source, 1)]
     if source == "alpaca":
         return "alpaca", list(_alpaca(option))
-    if source == "builtin":
-        text = (resources.files("amprune") / "data" / "builtin.jsonl").read_text(encoding="utf-8")
-        return "builtin", _parse_lines(text, "builtin")
+    if source in _SHIPPED:
+        return str(source), [record for file in _SHIPPED[str(source)] for record in _shipped(file)]
     path = Path(source).expanduser()
     if not path.is_file():
         raise CalibrationError(
-            f"no {option.lstrip('-')} set {str(source)!r}: give alpaca, builtin or the path of a "
+            f"no {option.lstrip('-')} set {str(source)!r}: give alpaca, mixed, builtin or the path of a "
             f"{', '.join(_SUFFIXES)} file"
         )
     readers: dict[str, Callable[[Path], list[Record]]] = {
@@ -68,6 +69,10 @@ def _read(source: str | os.PathLike[str] | Sequence[str], option: str) -> tuple[
     if not records:
         raise CalibrationError(f"{path} is empty; {option} needs at least one sample")
     return path.name, records
+
+
+def _shipped(file: str) -> list[Record]:
+    return _parse_lines((resources.files("amprune") / "data" / file).read_text(encoding="utf-8"), file)
 
 
 def _text(path: Path) -> str:
@@ -134,7 +139,7 @@ def _alpaca(option: str) -> Iterable[Record]:
     except Exception as error:  # network failures come in many types
         raise CalibrationError(
             f"the set alpaca is {ALPACA_DATASET} on the hub, which cannot be reached ({reason(error)}); use {option} "
-            f"builtin, which ships with amprune, or {option} PATH for a file of your own"
+            f"mixed or builtin, which ship with amprune, or {option} PATH for a file of your own"
         ) from error
     return ((f"row {number}", row) for number, row in enumerate(rows, 1))
 

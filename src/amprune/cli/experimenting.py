@@ -46,12 +46,15 @@ def experiment_command(
     ratio: Annotated[
         list[str] | None, typer.Option(help="Shares of all parameters to remove, with commas; repeatable.")
     ] = None,
-    method: Annotated[str | None, typer.Option(help="Criteria of table1 and speedup, with commas.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="best, or criteria, of table1, figure1, speedup, with commas.")
+    ] = None,
     checkpoint: Annotated[
         list[str] | None, typer.Option(help="A row of table1: NAME=PATH of another tool's model; repeatable.")
     ] = None,
     calibration: Annotated[
-        str | None, typer.Option(help="alpaca (default), builtin, or a .json, .jsonl, .parquet or .txt file.")
+        str | None,
+        typer.Option(help="alpaca (default), mixed, builtin, or a .json, .jsonl, .parquet or .txt file; not of best."),
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration samples (default: 50).")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the draw, the random order and the training.")] = None,

@@ -31,11 +31,37 @@ GgufDtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
     typer.Option("--dtype", help="Dtype that a GGUF file is dequantised to (auto: bfloat16); others keep theirs."),
 ]
-Calibration = Annotated[
-    str, typer.Option(help="alpaca (from the hub), builtin, or a .json, .jsonl, .parquet or .txt file.")
+_SETS = "alpaca (from the hub), mixed, builtin, or a .json, .jsonl, .parquet or .txt file"
+Calibration = Annotated[str, typer.Option(help=f"{_SETS}.")]
+PresetCalibration = Annotated[str | None, typer.Option("--calibration", help=f"{_SETS} (default: the preset's).")]
+Samples = Annotated[
+    int | None, typer.Option(help="Calibration samples, drawn at random (default: 50, or by --tokens).")
 ]
-Samples = Annotated[int, typer.Option(help="Calibration samples, drawn at random.")]
+Tokens = Annotated[int | None, typer.Option(help="Draw calibration samples until there are as many tokens.")]
 MaxLength = Annotated[int, typer.Option(help="Tokens kept of each sample.")]
+PresetMaxLength = Annotated[
+    int | None, typer.Option("--max-length", help="Tokens kept of each sample (default: the preset's).")
+]
+PresetOption = Annotated[
+    str,
+    typer.Option(
+        "--preset",
+        help="best: what does least damage (refits kept weights, shares out the budget by measuring); paper: AMP as "
+        "published.",
+    ),
+]
+Target = Annotated[
+    str | None,
+    typer.Option(help="In the place of a ratio: params=100M, weight-bytes=4GiB (at most), or speedup=1.25x (timed)."),
+]
+Allocate = Annotated[
+    bool | None,
+    typer.Option(help="Choose how much of heads and neurons goes by measuring the damage (default: the preset's)."),
+]
+Reconstruct = Annotated[
+    bool | None,
+    typer.Option(help="Refit kept output weights in closed form, no training (default: the preset's)."),
+]
 PromptsOnly = Annotated[bool, typer.Option("--prompts-only", help="Leave out the responses.")]
 Seed = Annotated[int, typer.Option(help="Seed of the draw and of the random order.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 (default: cuda where there is one).")]
@@ -44,14 +70,12 @@ DeviceMap = Annotated[
 ]
 BatchTokens = Annotated[int, typer.Option(help="Most tokens in a batch; changes no score.")]
 Ratio = Annotated[float | None, typer.Option(help="Share of all parameters to remove, such as 0.2.")]
-CriterionOption = Annotated[
-    str,
-    typer.Option(
-        "--criterion",
-        help="amp, amp-l2, amp-weighted, activation-l2, wanda-sp, flap, taylor, magnitude, random, reversed; depth and "
-        "depth-taylor remove whole blocks.",
-    ),
-]
+_CRITERIA = (
+    "amp, amp-l2, amp-weighted, activation-l2, wanda-sp, flap, taylor, magnitude, random, reversed; depth and "
+    "depth-taylor remove whole blocks"
+)
+CriterionOption = Annotated[str, typer.Option("--criterion", help=f"{_CRITERIA}.")]
+PresetCriterion = Annotated[str | None, typer.Option("--criterion", help=f"{_CRITERIA} (default: the preset's).")]
 ProtectFirst = Annotated[int, typer.Option(help="Of depth pruning: this many first blocks stay.")]
 ProtectLast = Annotated[int, typer.Option(help="Of depth pruning: this many last blocks stay.")]
 BiasCompensation = Annotated[

@@ -1,11 +1,12 @@
 """From a model to a smaller one: inspect, score, plan, apply, verify, prune, demo."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from amprune.cli.options import (
+    Allocate,
     BatchTokens,
     BiasCompensation,
     Calibration,
@@ -28,13 +29,20 @@ from amprune.cli.options import (
     OrderOption,
     Out,
     Overwrite,
+    PresetCalibration,
+    PresetCriterion,
+    PresetMaxLength,
+    PresetOption,
     PromptsOnly,
     ProtectFirst,
     ProtectLast,
     Ratio,
+    Reconstruct,
     Revision,
     Samples,
     Seed,
+    Target,
+    Tokens,
     TrustRemoteCode,
     app,
     options_of,
@@ -52,6 +60,8 @@ from amprune.display import (
     show_verification,
     stdout,
 )
+from amprune.presets import DEFAULT as DEFAULT_PRESET
+from amprune.presets import PRESETS
 
 
 @app.command("inspect")
@@ -70,7 +80,8 @@ def score_command(
     output: Annotated[Path, typer.Option("--output", "-o", help="Score file to write.")],
     criterion: CriterionOption = "amp",
     calibration: Calibration = "alpaca",
-    samples: Samples = 50,
+    samples: Samples = None,
+    tokens: Tokens = None,
     max_length: MaxLength = 512,
     prompts_only: PromptsOnly = False,
     seed: Seed = 0,
@@ -138,6 +149,16 @@ def apply_command(
         Path | None, typer.Option(help="The score file that the plan was made from; kept with the output.")
     ] = None,
     bias_compensation: BiasCompensation = False,
+    reconstruct: Annotated[
+        bool, typer.Option("--reconstruct", help="Refit kept output weights in closed form, on the calibration set.")
+    ] = False,
+    calibration: Calibration = PRESETS[DEFAULT_PRESET].calibration,
+    samples: Samples = None,
+    tokens: Tokens = None,
+    max_length: MaxLength = PRESETS[DEFAULT_PRESET].max_length,
+    seed: Seed = 0,
+    device: Device = None,
+    batch_tokens: BatchTokens = 4096,
     max_shard_size: MaxShardSize = "5GB",
     overwrite: Overwrite = False,
     dtype: GgufDtype = "auto",
@@ -147,12 +168,19 @@ def apply_command(
     debug: Debug = False,
 ) -> None:
     """Slice a model by a plan, write it shard by shard, and verify it."""
-    options = options_of(locals(), "scores")
+    drawing: dict[str, Any] = {
+        "calibration": calibration, "samples": samples, "tokens": tokens, "max_length": max_length, "seed": seed,
+        "dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
+    options = options_of(
+        locals(), "scores", "reconstruct", "calibration", "samples", "tokens", "max_length", "seed", "drawing"
+    )
     with reported(debug):
-        from amprune import ImportanceScores, apply_plan
+        from amprune import ImportanceScores, apply_plan, draw_calibration
 
+        refit = draw_calibration(model, **drawing) if reconstruct else None
         known = None if scores is None else ImportanceScores.load(scores)
-        result = apply_plan(**options, scores=known, progress=progress)
+        result = apply_plan(**options, scores=known, refit=refit, progress=progress)
         emit(result_summary(result), as_json, lambda: show_result(result))
 
 
@@ -181,7 +209,11 @@ def prune_command(
     model: Model,
     out: Out,
     ratio: Ratio = None,
-    criterion: CriterionOption = "amp",
+    target: Target = None,
+    preset: PresetOption = DEFAULT_PRESET,
+    criterion: PresetCriterion = None,
+    allocate: Allocate = None,
+    reconstruct: Reconstruct = None,
     order: OrderOption = "amp",
     only: OnlyOption = None,
     heads_mode: HeadsModeOption = None,
@@ -192,9 +224,10 @@ def prune_command(
     protect_first: ProtectFirst = 4,
     protect_last: ProtectLast = 2,
     bias_compensation: BiasCompensation = False,
-    calibration: Calibration = "alpaca",
-    samples: Samples = 50,
-    max_length: MaxLength = 512,
+    calibration: PresetCalibration = None,
+    samples: Samples = None,
+    tokens: Tokens = None,
+    max_length: PresetMaxLength = None,
     prompts_only: PromptsOnly = False,
     seed: Seed = 0,
     device: Device = None,
@@ -208,7 +241,7 @@ def prune_command(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Score, plan, slice, write and verify in one go."""
+    """Score, plan, slice, refit, write and verify in one go."""
     options = options_of(locals())
     with reported(debug):
         from amprune import prune
@@ -226,10 +259,10 @@ def demo_command(
 ) -> None:
     """Prune SmolLM2-135M and let the dense and the pruned model answer a question."""
     with reported(debug):
-        from amprune.demo import MODEL, QUESTION, answers
+        from amprune.demo import MODEL, QUESTION, TOKENS, answers
         from amprune.pipeline import prune
 
-        result = prune(MODEL, out, ratio=ratio, calibration="builtin", overwrite=True, progress=progress)
+        result = prune(MODEL, out, ratio=ratio, tokens=TOKENS, overwrite=True, progress=progress)
         dense, pruned = answers(out, progress=progress)
         summary = {**result_summary(result), "question": QUESTION, "dense_answer": dense, "pruned_answer": pruned}
 

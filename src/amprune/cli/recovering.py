@@ -5,8 +5,7 @@ from typing import Annotated
 import typer
 
 from amprune.cli.options import (
-    Calibration,
-    CriterionOption,
+    Allocate,
     DataDir,
     Debug,
     Device,
@@ -19,13 +18,22 @@ from amprune.cli.options import (
     NeuronMultiple,
     Out,
     Overwrite,
+    PresetCalibration,
+    PresetCriterion,
+    PresetOption,
+    Ratio,
+    Reconstruct,
     Revision,
+    Samples,
+    Target,
+    Tokens,
     TrustRemoteCode,
     Windows,
     app,
     words,
 )
 from amprune.display import emit, progress, reported, show_recovery, show_report
+from amprune.presets import DEFAULT as DEFAULT_PRESET
 
 Data = Annotated[str, typer.Option(help="alpaca (from the hub), builtin, or a .json, .jsonl, .parquet or .txt file.")]
 TrainingSamples = Annotated[int | None, typer.Option("--samples", help="Samples to draw (default: all).")]
@@ -107,12 +115,17 @@ def recover_command(
 def run_command(
     model: Model,
     out: Out,
-    ratio: Annotated[float, typer.Option(help="Share of all parameters to remove, such as 0.2.")],
+    ratio: Ratio = None,
+    target: Target = None,
+    preset: PresetOption = DEFAULT_PRESET,
     recover: Annotated[bool, typer.Option("--recover", help="Train after pruning.")] = False,
     evaluate: Annotated[bool, typer.Option("--evaluate", help="Measure dense, pruned and recovered model.")] = False,
-    criterion: CriterionOption = "amp",
-    calibration: Calibration = "alpaca",
-    calibration_samples: Annotated[int, typer.Option(help="Calibration samples, drawn at random.")] = 50,
+    criterion: PresetCriterion = None,
+    allocate: Allocate = None,
+    reconstruct: Reconstruct = None,
+    calibration: PresetCalibration = None,
+    calibration_samples: Samples = None,
+    calibration_tokens: Tokens = None,
     neuron_multiple: NeuronMultiple = 1,
     head_multiple: HeadMultiple = 1,
     data: Data = "alpaca",
@@ -145,8 +158,10 @@ def run_command(
             model, out, ratio=ratio, recovery=training if recover else None, distil=distil, data=data,
             training_samples=training_samples, measure=evaluate, device=device, overwrite=overwrite,
             pruning={
-                "criterion": criterion, "calibration": calibration, "samples": calibration_samples, "seed": seed,
-                "neuron_multiple": neuron_multiple, "head_multiple": head_multiple,
+                "target": target, "preset": preset, "criterion": criterion, "allocate": allocate,
+                "reconstruct": reconstruct, "calibration": calibration, "samples": calibration_samples,
+                "tokens": calibration_tokens, "seed": seed, "neuron_multiple": neuron_multiple,
+                "head_multiple": head_multiple,
             },
             evaluation={
                 "measure": words(measure), "data_dir": data_dir, "limit": limit, "windows": windows,

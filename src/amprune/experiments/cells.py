@@ -6,7 +6,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from amprune.checkpoint import RECORDS, read_json
 from amprune.criteria import CRITERIA
 from amprune.errors import AmpruneError, EvaluationError, ScoresError, reason
 from amprune.evaluation import Evaluation, evaluate
@@ -16,11 +18,15 @@ from amprune.evaluation.run import Measurement
 from amprune.experiments.recipes import Cell
 from amprune.experiments.settings import Settings
 from amprune.memory import release_memory
+from amprune.pipeline import prune
 from amprune.plan import PruningPlan, make_plan
+from amprune.presets import find_preset
 from amprune.progress import Progress
+from amprune.reconstruction import RECORD
 from amprune.recovery import recover
 from amprune.scores import ImportanceScores
 from amprune.stages import apply_plan, score_criteria
+from amprune.texts import read_records
 
 EVALUATION, SCORES, MODELS = "evaluation.json", "scores", "models"
 """In the folder of each model."""
@@ -55,7 +61,7 @@ class Bench:
 
     def pruned(self, cell: Cell) -> Path:
         """Returns where a cell's pruned model lies; cells that differ in training alone share it."""
-        parts = (cell.criterion, cell.order, cell.only or "both", f"{cell.ratio:.6g}")
+        parts = (cell.preset or cell.criterion, cell.order, cell.only or "both", f"{cell.ratio:.6g}")
         return self.models / "-".join(map(str, parts))
 
     def trained(self, cell: Cell) -> Path:
@@ -144,13 +150,15 @@ def make_model(bench: Bench, cell: Cell) -> None:
     """Prunes the model of a cell, and trains it where the cell says so, unless an interrupted run has.
 
     Raises:
-        PlanError: the model has no such cell; from `plan_cell` alone.
-        AmpruneError: slicing, verifying or training failed.
+        PlanError: the model has no such cell; of cells with a criterion, `plan_cell` alone tells so.
+        AmpruneError: pruning, verifying or training failed.
     """
-    if cell.criterion is None or bench.place(cell).is_dir():
+    if not cell.is_pruned or bench.place(cell).is_dir():
         return
     settings, pruned = bench.settings, bench.pruned(cell)
-    if not pruned.is_dir():
+    if cell.preset is not None and not pruned.is_dir():
+        _prune_whole(bench, cell, cell.preset)
+    elif not pruned.is_dir():
         apply_plan(bench.model, plan_cell(bench, cell), pruned, dtype=settings.dtype, progress=bench.progress)
     if cell.trained:
         end = bench.trained(cell)
@@ -167,6 +175,32 @@ def make_model(bench: Bench, cell: Cell) -> None:
             overwrite=True,  # of an interrupted run, which ended before all epochs were written
             progress=bench.progress,
         )
+
+
+def _prune_whole(bench: Bench, cell: Cell, preset: str) -> None:
+    """Prunes by a preset, which draws from its own calibration set, no more than the experiment allows."""
+    settings, own = bench.settings, find_preset(preset)
+    samples, tokens = None, None
+    if settings.preset_samples is not None:
+        samples, tokens = min(settings.preset_samples, len(read_records(own.calibration)[1])), own.tokens
+    prune(
+        bench.model,
+        bench.pruned(cell),
+        ratio=cell.ratio,
+        preset=preset,
+        samples=samples,
+        tokens=tokens,
+        seed=settings.seed,
+        device=settings.device,
+        dtype=settings.dtype,
+        progress=bench.progress,
+    )
+
+
+def own_calibration(bench: Bench, cell: Cell) -> dict[str, Any] | None:
+    """Returns what the pruned model of a preset says of the set that it was made with; None where it says nothing."""
+    file = bench.pruned(cell) / RECORDS / RECORD
+    return read_json(file).get("calibration") if cell.preset is not None and file.is_file() else None
 
 
 def plan_cell(bench: Bench, cell: Cell) -> PruningPlan:
@@ -187,7 +221,7 @@ def measure_cells(bench: Bench, cells: Sequence[Cell]) -> Evaluation:
     """
     settings = bench.settings
     places = {cell.name: _source(bench, cell) for cell in cells}
-    _forget_others(bench.evaluation, {cell.name: bench.place(cell) for cell in cells if cell.criterion is not None})
+    _forget_others(bench.evaluation, {cell.name: bench.place(cell) for cell in cells if cell.is_pruned})
     return evaluate(
         [f"{name}={place}" for name, place in places.items()],
         bench.evaluation,
@@ -209,7 +243,7 @@ def measure_cells(bench: Bench, cells: Sequence[Cell]) -> Evaluation:
 def _source(bench: Bench, cell: Cell) -> str:
     if cell.checkpoint is not None:
         return cell.checkpoint.removeprefix(f"{cell.name}=")
-    return bench.model if cell.criterion is None else str(bench.place(cell))
+    return str(bench.place(cell)) if cell.is_pruned else bench.model
 
 
 def _forget_others(file: Path, places: Mapping[str, Path]) -> None:
@@ -227,9 +261,9 @@ def _forget_others(file: Path, places: Mapping[str, Path]) -> None:
 
 def remove_models(bench: Bench, cell: Cell, *, needed: Sequence[Cell]) -> None:
     """Removes the models of a cell that none of the needed ones is made of."""
-    if cell.criterion is None:
+    if not cell.is_pruned:
         return
-    kept = {place for other in needed if other.criterion is not None for place in _places(bench, other)}
+    kept = {place for other in needed if other.is_pruned for place in _places(bench, other)}
     for place in _places(bench, cell):
         if place not in kept and place.is_dir():
             shutil.rmtree(place)

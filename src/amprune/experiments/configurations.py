@@ -14,7 +14,7 @@ from amprune.recovery import RecoverySettings
 
 FORMAT = "amprune configuration 1"
 _KEYS = ("format", "about", "model", "settings", "recovery", "experiments")
-_OTHERS = ("recovery", "quick", "latency", "checkpoints")
+_OTHERS = ("recovery", "quick", "latency", "checkpoints", "preset_samples")
 _SETTINGS = ("recover", *TRAINING, *(field.name for field in fields(Settings) if field.name not in _OTHERS))
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from amprune.evaluation import Evaluation, names_of
 from amprune.experiments import sections, timing
 from amprune.experiments.cells import EVALUATION
-from amprune.experiments.recipes import DENSE, Cell, Recipe
+from amprune.experiments.recipes import BEST, DENSE, Cell, Recipe
 from amprune.experiments.results import ModelResults, Results
 from amprune.experiments.settings import Settings
 from amprune.experiments.tables import Shown
@@ -104,9 +104,13 @@ def _amount(recipe: Recipe, settings: Settings) -> str:
 
 
 def _calibration(settings: Settings) -> str:
+    """Says on what was scored, but for presets, of which their table says it."""
+    if not set(settings.methods) - {BEST}:
+        return f"The draw of the calibration samples and the training have the seed {settings.seed}."
+    others = f" but {BEST}" if BEST in settings.methods else ""
     return (
-        f"Scored once by each criterion on {settings.samples} samples of {_file_name(settings.calibration)}, "
-        f"seed {settings.seed}, the same for all methods; the random order and the training have the same seed."
+        f"Scored once by each criterion on {settings.samples} samples of {_file_name(settings.calibration)}, seed "
+        f"{settings.seed}, the same for all methods{others}; the random order and the training have the same seed."
     )
 
 

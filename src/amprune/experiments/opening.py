@@ -72,7 +72,7 @@ def _check_data(settings: Settings, measure: Sequence[str]) -> None:
         load_wikitext("test", data_dir=folder)
     for text in settings.texts:
         load_text(Path(text))
-    if any(CRITERIA[name].calibrated for name in settings.methods):
+    if any(name in CRITERIA and CRITERIA[name].calibrated for name in settings.methods):
         _check_samples(settings.calibration, settings.samples, "--calibration", "--samples")
     if settings.recovery is not None:
         _check_samples(settings.data, settings.training_samples or 1, "--data", "--training-samples")

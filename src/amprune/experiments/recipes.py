@@ -4,14 +4,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from amprune.criteria import CRITERIA
-from amprune.errors import EvaluationError, guess
+from amprune.errors import EvaluationError, ScoresError, guess
 from amprune.evaluation import names_of
 from amprune.evaluation.run import Measurement
 from amprune.plan import Only, Order
 
 DENSE = "dense"
 QUALITY: tuple[Measurement, ...] = ("perplexity", "zero_shot")
-METHODS = tuple(name for name in CRITERIA if name != "reversed")
+BEST = "best"
+"""The preset of amprune, as a method beside the criteria: it has a calibration set of its own."""
+METHODS = (BEST, *(name for name in CRITERIA if name != "reversed"))
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,9 @@ class Cell:
     ratio: float = 0.0
     """Asked for; 0 of a model that is not pruned here."""
     criterion: str | None = None
+    """By which it is pruned here, on the scores that all cells share."""
+    preset: str | None = None
+    """In the place of a criterion: what is pruned as a whole, with a calibration set of its own."""
     order: Order = "amp"
     only: Only | None = None
     checkpoint: str | None = None
@@ -32,6 +37,11 @@ class Cell:
     trained: bool = False
     epoch: int | None = None
     """After which epoch of its training; None: at its end."""
+
+    @property
+    def is_pruned(self) -> bool:
+        """Tells models that are pruned here from the dense one and those of other tools."""
+        return self.criterion is not None or self.preset is not None
 
 
 @dataclass(frozen=True)
@@ -74,13 +84,14 @@ def _dense() -> Cell:
     return Cell(DENSE, DENSE)
 
 
-def _pruned(method: str, ratio: float, *, criterion: str = "amp", trained: bool = False, **choice: object) -> Cell:
-    return Cell(f"{method} {percentage(ratio)}", method, ratio, criterion, trained=trained, **choice)  # type: ignore[arg-type]
+def _pruned(name: str, ratio: float, *, method: str = "amp", trained: bool = False, **choice: object) -> Cell:
+    criterion, preset = (None, BEST) if method == BEST else (method, None)
+    return Cell(f"{name} {percentage(ratio)}", name, ratio, criterion, preset, trained=trained, **choice)  # type: ignore[arg-type]
 
 
 def _table1(choices: Choices) -> list[Cell]:
     pruned = [
-        _pruned(method, ratio, criterion=method, trained=choices.trained)
+        _pruned(method, ratio, method=method, trained=choices.trained)
         for ratio in choices.ratios
         for method in choices.methods
     ]
@@ -120,22 +131,20 @@ def _table3(choices: Choices) -> list[Cell]:
     ]
 
 
-WITHOUT, WITH = "without training", "with training"
-
-
 def _figure1(choices: Choices) -> list[Cell]:
     cells = [_dense()]
     for ratio in choices.ratios:
-        cells.append(_pruned(WITHOUT, ratio))
-        if choices.trained:
-            cells.append(_pruned(WITH, ratio, trained=True))
+        for method in choices.methods:
+            cells.append(_pruned(method, ratio, method=method))
+            if choices.trained:
+                cells.append(_pruned(f"{method}, trained", ratio, method=method, trained=True))
     return cells
 
 
 def _speedup(choices: Choices) -> list[Cell]:
     return [
         _dense(),
-        *(_pruned(method, ratio, criterion=method) for method in choices.methods for ratio in choices.ratios),
+        *(_pruned(method, ratio, method=method) for method in choices.methods for ratio in choices.ratios),
     ]
 
 
@@ -160,7 +169,7 @@ RECIPES: Mapping[str, Recipe] = {
     for recipe in (
         Recipe(
             "table1", "Methods side by side",
-            "Table I: every method at the same ratio, with the same calibration set and the same training or none.",
+            "Table I: every method at the same ratio, with the same training or none.",
             (0.2,), _table1, methods=METHODS, checkpoints=True,
         ),
         Recipe(
@@ -174,7 +183,7 @@ RECIPES: Mapping[str, Recipe] = {
         ),
         Recipe(
             "figure1", "Perplexity against ratio", "Figure 1: perplexity as the ratio grows, untrained and trained.",
-            (*_PAPER_RATIOS, 0.4002, 0.5106), _figure1, measure=("perplexity",), trains=True,
+            (*_PAPER_RATIOS, 0.4002, 0.5106), _figure1, methods=(BEST, "amp"), measure=("perplexity",), trains=True,
         ),
         Recipe(
             "speedup", "Speedup", "Section IV-C: time to generate, measured and ideal; whole blocks removed beside.",
@@ -201,3 +210,14 @@ def find_recipe(name: str) -> Recipe:
     if name in RECIPES:
         return RECIPES[name]
     raise EvaluationError(f"no experiment {name!r}; {guess(name, RECIPES)}The experiments are {', '.join(RECIPES)}")
+
+
+def check_method(name: str) -> None:
+    """Makes sure that there is a method of a name.
+
+    Raises:
+        ScoresError: there is none; the message suggests the nearest and lists all.
+    """
+    known = (BEST, *CRITERIA)
+    if name not in known:
+        raise ScoresError(f"unknown method {name!r}; {guess(name, known)}The methods are {', '.join(known)}")

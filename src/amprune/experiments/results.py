@@ -26,9 +26,12 @@ class CellResult:
     ratio: float | None = None
     """Share of the parameters that the model lacks."""
     making_seconds: float | None = None
-    """Slicing, verifying and training, as far as another cell or an interrupted run had left it to do."""
+    """Slicing, verifying and training, of a preset scoring and refitting, too; as far as another cell or an interrupted
+    run had left it to do."""
     measuring_seconds: float | None = None
     """Of models that are measured together, the time for all."""
+    calibration: dict[str, Any] | None = None
+    """Of a preset: its own set, with its samples, tokens and hash."""
     figures: dict[str, dict[str, float | None]] = field(default_factory=dict)
     """Perplexities and accuracies by the titles of the table's columns: `value` and `standard_error`."""
 

@@ -14,6 +14,7 @@ from amprune.experiments.cells import (
     failure,
     make_model,
     measure_cells,
+    own_calibration,
     plan_cell,
     remove_models,
     score_cells,
@@ -82,9 +83,9 @@ def experiment(
 ) -> ExperimentFiles:
     """Runs one of the paper's experiments on models, and draws its tables and figures.
 
-    Each criterion scores a model once. A pruned model is removed when it is measured. What is finished is kept: the
-    same call goes on where it was interrupted, and tries again what failed. None takes the default: of `quick`, of the
-    configuration, of the experiment, in this order.
+    Each criterion scores a model once; `best` is made by `prune`. A pruned model is removed when it is measured. What
+    is finished is kept: the same call goes on where it was interrupted, and tries again what failed. None takes the
+    default: of `quick`, of the configuration, of the experiment, in this order.
 
     Args:
         name: table1, table2, table3, figure1, speedup, epochs or cost.
@@ -92,10 +93,10 @@ def experiment(
         output: the folder to write.
         config: settings that ship, such as llama-2-7b, or a JSON file.
         ratios: shares of all parameters to remove.
-        methods: of table1 and speedup; any of `amprune.criteria.CRITERIA`.
+        methods: of table1, figure1 and speedup; `best`, the preset, or any of `amprune.criteria.CRITERIA`.
         checkpoints: of table1: NAME=PATH of models that other tools made, a row each.
-        calibration: `alpaca`, `builtin` or a file, for all methods the same.
-        samples: of it.
+        calibration: `alpaca`, `mixed`, `builtin` or a file, the same for all methods but `best`, which has its own.
+        samples: of it; where given, the most that `best` draws of its own, too.
         seed: of the draw, the random order and the training.
         data_dir: holds `wikitext2/` and `tasks/`; None fetches from the hub.
         texts: files to take perplexity on instead of WikiText-2.
@@ -207,7 +208,7 @@ def _run_together(
             ready.append((cell, result))
         else:
             settle(cell, result, [other for other in (*todo, *done) if other != cell])
-    ready.sort(key=lambda pair: pair[0].criterion is not None)  # the baseline first
+    ready.sort(key=lambda pair: pair[0].is_pruned)  # the baseline first
     cells = [cell for cell, _ in ready]
     for index, (cell, result) in enumerate(zip(cells, _measured(bench, cells, [r for _, r in ready]), strict=True)):
         settle(cell, result, cells[index + 1 :])
@@ -225,12 +226,14 @@ def _made(bench: Bench, cell: Cell, unscored: dict[str, AmpruneError]) -> CellRe
         return CellResult("n/a", str(error))
     try:
         make_model(bench, cell)
+        calibration = own_calibration(bench, cell)
     except Exception as error:
         if (known := failure(error)) is None:
             raise
-        return CellResult("failed", str(known))
-    seconds = round(time.perf_counter() - start, 1) if cell.criterion is not None else None
-    return CellResult("done", making_seconds=seconds)
+        impossible = cell.preset is not None and isinstance(known, PlanError | UnsupportedModelError)
+        return CellResult("n/a" if impossible else "failed", str(known))
+    seconds = round(time.perf_counter() - start, 1) if cell.is_pruned else None
+    return CellResult("done", making_seconds=seconds, calibration=calibration)
 
 
 def _measured(bench: Bench, cells: Sequence[Cell], made: Sequence[CellResult]) -> list[CellResult]:

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from amprune.experiments.figures import Level, Panel, Point, lines_figure, rows_figure
-from amprune.experiments.recipes import DENSE, WITH, WITHOUT, Cell, percentage
+from amprune.experiments.recipes import DENSE, Cell, percentage
 from amprune.experiments.tables import Column, Shown, columns_of, difference_table, quality_table
+from amprune.presets import find_preset
 from amprune.report.blocks import Block, Bullets, Picture, Section, Text
 from amprune.report.numbers import number
 
@@ -30,6 +31,7 @@ def table1(shown: Shown) -> list[Section]:
             blocks.append(Bullets(verdicts))
         blocks.append(quality_table(shown, cells, f"{percentage(ratio)} of the parameters \u00b1 standard error"))
         blocks.append(Text("Bold: the best of the pruned models. Accuracies in %." + _uneven(shown, cells[1:], ratio)))
+        blocks += _own_sets(shown, cells)
         blocks += _rows_picture(shown, cells[1:], ratio)
         if amp is not None and (table := difference_table(shown, cells, amp)) is not None:
             blocks += [table, Text(_DIFFERENCES)]
@@ -71,6 +73,18 @@ def _uneven(shown: Shown, cells: Sequence[Cell], ratio: float) -> str:
     return f" Not of the same size, which their figures have to be read with: {names}." if off else ""
 
 
+def _own_sets(shown: Shown, cells: Sequence[Cell]) -> list[Text]:
+    """Says of presets on what they were calibrated, which is not the set of the others."""
+    drawn = {cell.preset: found["tokens"] for cell in cells if cell.preset and (found := shown.calibration(cell))}
+    return [
+        Text(
+            f"{preset}: preset of amprune, calibrated on its own {find_preset(preset).calibration} set"
+            + (f", {drawn[preset]:,} tokens." if preset in drawn else ".")
+        )
+        for preset in dict.fromkeys(cell.preset for cell in cells if cell.preset)
+    ]
+
+
 def _verdicts(shown: Shown, cells: Sequence[Cell], amp: Cell) -> tuple[str, ...]:
     """Says how AMP does among the others, by perplexity and on average."""
     if shown.state(amp) != "done":
@@ -93,7 +107,7 @@ def _verdict(column: Column, ranked: Sequence[Cell], amp: Cell) -> str:
     words = f"{_capital(what)}: {amp.name} has {column.text(amp)}, place {place + 1} of {len(ranked)}"
     other = ranked[0] if place else ranked[1]
     gap = column.against(other, amp)
-    kind = ("best" if place else "next") + f" is {other.name}, {column.text(other)}"
+    kind = ("first" if place else "next") + f" is {other.name}, {column.text(other)}"
     if gap is None:
         return f"{words}; {kind}."
     error = None if gap.standard_error is None else gap.standard_error * column.scale
@@ -150,11 +164,11 @@ def figure1(shown: Shown) -> list[Section]:
     blocks: list[Block] = []
     for index, column in enumerate([c for c in columns_of(shown.evaluation) if c.low_is_better], start=1):
         lines = {}
-        for method in (WITHOUT, WITH):
-            of_line = (DENSE, method) if method == WITHOUT else (method,)  # the dense model is not trained
+        for method, trained in _lines(shown):
+            of_line = (method,) if trained else (DENSE, method)  # the dense model is not trained
             cells = [cell for cell in shown.cells if cell.method in of_line and shown.state(cell) == "done"]
-            if points := [_point(column, cell, 100 * (shown.removed(cell) or 0.0)) for cell in cells]:
-                lines[method] = points
+            if any(cell.is_pruned for cell in cells):
+                lines[method] = [_point(column, cell, 100 * (shown.removed(cell) or 0.0)) for cell in cells]
         if not lines:
             continue
         level, words = _level(column), "; ".join(_course(name, points) for name, points in lines.items())
@@ -165,10 +179,17 @@ def figure1(shown: Shown) -> list[Section]:
         what = f"{_capital(column.title)}, against the share of parameters removed"
         caption = f"{what}; bars are standard errors{dashed}."
         blocks.append(Picture(f"{shown.prefix}perplexity-{index}", figure, f"Perplexity. {words}.", caption))
-    cells = sorted(shown.cells, key=lambda cell: (cell.method != DENSE, cell.method != WITHOUT, cell.ratio))
+    order = [DENSE, *(method for method, _ in _lines(shown))]
+    cells = sorted(shown.cells, key=lambda cell: (order.index(cell.method), cell.ratio))
     table = quality_table(shown, cells, "", heading="model", label=lambda cell: cell.name)
     blocks.append(replace(table, bold=frozenset()))  # models of several ratios compete for nothing
-    return [Section(shown.recipe.title, tuple(blocks))]
+    return [Section(shown.recipe.title, (*blocks, *_own_sets(shown, cells)))]
+
+
+def _lines(shown: Shown) -> list[tuple[str, bool]]:
+    """Returns the lines of figure1 and whether they are of trained models, those without training first."""
+    found = dict.fromkeys((cell.method, cell.trained) for cell in shown.cells if cell.is_pruned)
+    return sorted(found, key=lambda line: line[1])
 
 
 def _point(column: Column, cell: Cell, x: float) -> Point:

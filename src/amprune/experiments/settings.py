@@ -6,12 +6,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from amprune.criteria import find_criterion
 from amprune.errors import EvaluationError, PlanError
 from amprune.evaluation import LatencySettings
 from amprune.evaluation.perplexity import SEQUENCE_LENGTH
 from amprune.evaluation.zero_shot import TASKS
-from amprune.experiments.recipes import Cell, Choices, Recipe
+from amprune.experiments.recipes import BEST, Cell, Choices, Recipe, check_method
 from amprune.recovery import RecoverySettings
 
 _QUICK: Mapping[str, Any] = {"samples": 20, "limit": 40, "windows": 8, "training_samples": 64, "energy_seconds": 2.0}
@@ -31,6 +30,8 @@ class Settings:
     """NAME=PATH each."""
     calibration: str = "alpaca"
     samples: int = 50
+    preset_samples: int | None = None
+    """The most that `best` draws of its own set; None: as many as the preset says."""
     seed: int = 0
     """Of the calibration draw, the random order and the training."""
     data_dir: str | None = None
@@ -75,6 +76,8 @@ def make_settings(recipe: Recipe, given: Mapping[str, Any], *, configured: Mappi
     own = {name: merged.pop(name) for name in TRAINING if name in merged}
     training = {**merged.pop("recovery", {}), **(_QUICK_TRAINING if quick else {}), **own}
     recover = merged.pop("recover", recipe.trains)
+    if BEST in merged["methods"]:  # a configuration speaks of the set that all others share
+        merged["preset_samples"] = chosen.get("samples", _QUICK["samples"] if quick else None)
     settings = Settings(**{name: _frozen(value) for name, value in merged.items()}, quick=quick)
     if "latency" not in merged:
         settings = replace(settings, latency=latency_cases(recipe, quick=quick))
@@ -147,10 +150,10 @@ def _recovery(recipe: Recipe, training: Mapping[str, Any], settings: Settings) -
 
 def _check(recipe: Recipe, settings: Settings) -> None:
     for name in settings.methods:
-        find_criterion(name)
+        check_method(name)
     alone, trained = len(recipe.methods) == 1, settings.recovery is not None
     refused = {
-        f"{recipe.name} is about amp alone; --method belongs to table1 and speedup": (
+        f"{recipe.name} is about amp alone; --method belongs to table1, figure1 and speedup": (
             alone and settings.methods != recipe.methods
         ),
         f"{recipe.name} has no row for a --checkpoint; table1 has": settings.checkpoints and not recipe.checkpoints,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from amprune.evaluation import Evaluation
 from amprune.evaluation.comparison import Difference
@@ -40,11 +41,11 @@ class Shown:
     @property
     def ratios(self) -> tuple[float, ...]:
         """Returns the ratios asked for, in the order of the cells."""
-        return tuple(dict.fromkeys(cell.ratio for cell in self.cells if cell.criterion is not None))
+        return tuple(dict.fromkeys(cell.ratio for cell in self.cells if cell.is_pruned))
 
     def at(self, ratio: float) -> tuple[Cell, ...]:
         """Returns the cells that are pruned here at a ratio."""
-        return tuple(cell for cell in self.cells if cell.criterion is not None and cell.ratio == ratio)
+        return tuple(cell for cell in self.cells if cell.is_pruned and cell.ratio == ratio)
 
     @property
     def beside(self) -> tuple[Cell, ...]:
@@ -55,6 +56,11 @@ class Shown:
         """Returns what became of a cell; a dash where it was never tried."""
         result = self.found.cells.get(cell.name)
         return MISSING if result is None else result.state
+
+    def calibration(self, cell: Cell) -> Mapping[str, Any] | None:
+        """Returns what is known of the set that the preset of a cell drew."""
+        result = self.found.cells.get(cell.name)
+        return None if result is None else result.calibration
 
     def removed(self, cell: Cell) -> float | None:
         """Returns the share of the parameters that a measured model lacks."""

@@ -1,30 +1,42 @@
 """Plans: which units every layer keeps. Needs neither the model nor torch.
 
 options.py    what a user may ask, and what of it is refused
-budget.py     ratio -> numbers of heads and neurons, the same in every layer
+target.py     what is aimed at, as a text: parameters, bytes or a speedup
+heads.py      which numbers of heads can go, and what a layer keeps
+budget.py     ratio or parameters -> numbers of heads and neurons, the same in every layer
 depth.py      ratio and scores of whole blocks -> the blocks that stay
 make.py       scores and these numbers -> the units of each layer
 artefact.py   `plan.json`: write, read, check
 """
 
 from amprune.plan.artefact import LayerPlan, PruningPlan, check_plan
-from amprune.plan.budget import find_budget, head_choices, largest_ratio
+from amprune.plan.budget import asked_ratio, find_budget, largest_ratio, matching_neurons
 from amprune.plan.depth import find_depth, removable_blocks
+from amprune.plan.heads import Budget, HeadChoices, choices_of_all_modes, head_choices, kept_heads
 from amprune.plan.make import make_plan
 from amprune.plan.options import HeadsMode, Only, Order, PlanOptions
+from amprune.plan.target import Target, parse_target
 
 __all__ = [
+    "Budget",
+    "HeadChoices",
     "HeadsMode",
     "LayerPlan",
     "Only",
     "Order",
     "PlanOptions",
     "PruningPlan",
+    "Target",
+    "asked_ratio",
     "check_plan",
+    "choices_of_all_modes",
     "find_budget",
     "find_depth",
     "head_choices",
+    "kept_heads",
     "largest_ratio",
     "make_plan",
+    "matching_neurons",
+    "parse_target",
     "removable_blocks",
 ]

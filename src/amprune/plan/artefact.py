@@ -4,7 +4,7 @@ import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +50,21 @@ class PruningPlan:
     @property
     def compensates_biases(self) -> bool:
         """Whether biases make up for the mean of what is removed."""
+        return self._says("bias_compensation")
+
+    @property
+    def refits_outputs(self) -> bool:
+        """Whether the kept weights of the output projections are refitted."""
+        return self._says("reconstruct")
+
+    def _says(self, option: str) -> bool:
         options = self.provenance.get("options")
-        return isinstance(options, dict) and options.get("bias_compensation") is True
+        return isinstance(options, dict) and options.get(option) is True
+
+    def saying(self, option: str) -> "PruningPlan":
+        """Returns the plan with an option that is true, such as `bias_compensation` or `reconstruct`."""
+        options = self.provenance.get("options") or {}
+        return replace(self, provenance={**self.provenance, "options": {**options, option: True}})
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes `plan.json`, one line a layer; the same plan gives the same bytes."""

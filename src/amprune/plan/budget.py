@@ -1,50 +1,26 @@
-r"""The exact budget: from a ratio to the numbers of heads and neurons that every layer keeps.
-
-Query heads over key-value heads, and what the two modes remove (9 query heads, 3 key-value heads, groups of 3):
-
-    query       0 1 2   3 4 5   6 7 8        groups: a key-value head and all       within: the same number of
-                \_|_/   \_|_/   \_|_/        query heads that read it               query heads in every group
-    key-value     0       1       2          . . .   3 4 5   6 7 8                  0 . 2   3 4 .   . 7 8
-                                               .       1       2                      0       1       2
-"""
+"""The exact budget: from a ratio, or from a number of parameters, to the numbers of heads and neurons that stay."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from amprune.errors import PlanError
-from amprune.plan.options import HeadsMode, PlanOptions, check_options, heads_stay
+from amprune.plan.heads import Budget, HeadChoices, head_choices, kept_heads
+from amprune.plan.options import (
+    PlanOptions,
+    check_options,
+    heads_stay,
+)
 from amprune.shape import ModelShape
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Units that every layer keeps."""
-
-    heads_mode: HeadsMode
-    query_heads: int
-    key_value_heads: int
-    neurons: int
-
-
-@dataclass(frozen=True)
-class HeadChoices:
-    """The numbers of head units that can be removed from every layer, and what one costs."""
-
-    mode: HeadsMode
-    units: int
-    """Groups in a layer, or query heads in a group."""
-    cost: int
-    """Parameters of one unit, over all layers."""
-    removable: tuple[int, ...]
 
 
 def find_budget(shape: ModelShape, options: PlanOptions) -> Budget:
     """Spends the ratio on heads, rounded to whole units, and on neurons, which make up the exact rest.
 
+    Of a number of parameters nothing is exceeded: neurons are rounded down to the largest that fits.
+
     Raises:
-        PlanError: an option is wrong, the ratio is out of reach or too small to remove anything, or the family's heads
-            cannot be removed.
+        PlanError: an option is wrong, the ratio or the number of parameters is out of reach or removes nothing, or the
+            family's heads cannot be removed.
     """
     check_options(shape, options)
     choices = head_choices(shape, options)
@@ -54,41 +30,29 @@ def find_budget(shape: ModelShape, options: PlanOptions) -> Budget:
             f"{shape.num_attention_heads} query and {shape.num_key_value_heads} key-value heads, and transformers "
             f"accepts {', '.join(map(str, shape.query_head_counts)) or 'only these'} query heads"
         )
+    if options.target_parameters is not None and options.target_parameters >= shape.parameters:
+        raise _removes_nothing(shape, choices, options)
     removed, neurons = _spend(shape, choices, options)
     if (removed, neurons) == (0, shape.intermediate_size):
         raise _removes_nothing(shape, choices, options)
-    query_heads, key_value_heads = _kept_heads(shape, choices.mode, removed)
+    query_heads, key_value_heads = kept_heads(shape, choices.mode, removed)
     return Budget(choices.mode, query_heads, key_value_heads, neurons)
 
 
-def head_choices(shape: ModelShape, options: PlanOptions) -> HeadChoices:
-    """Lists what can be removed of heads; without a mode: groups, or within where there is one key-value head."""
-    mode = options.heads_mode or ("within" if shape.num_key_value_heads == 1 else "groups")
-    if shape.group_size == 1:
-        mode = "groups"
-    if mode == "groups":
-        units = shape.num_key_value_heads
-        cost = shape.group_size * shape.query_head_parameters + shape.key_value_head_parameters
-    else:
-        units, cost = shape.group_size, shape.num_key_value_heads * shape.query_head_parameters
+def matching_neurons(shape: ModelShape, choices: HeadChoices, removed: int, options: PlanOptions) -> int | None:
+    """Returns how many neurons meet the ratio where `removed` head units go, or None where no number does.
 
-    def fits(removed: int) -> bool:
-        query_heads, key_value_heads = _kept_heads(shape, mode, removed)
-        counted = key_value_heads if mode == "groups" else query_heads
-        return (removed == 0 or query_heads in shape.query_head_counts) and counted % options.head_multiple == 0
-
-    if heads_stay(shape, options):
-        # Heads that stay as they are need not obey a multiple.
-        return HeadChoices(mode, units, cost * shape.num_layers, (0,))
-    return HeadChoices(mode, units, cost * shape.num_layers, tuple(filter(fits, range(units))))
-
-
-def _kept_heads(shape: ModelShape, mode: HeadsMode, removed: int) -> tuple[int, int]:
-    """Returns the numbers of query and key-value heads that stay."""
-    if mode == "groups":
-        groups = shape.num_key_value_heads - removed
-        return groups * shape.group_size, groups
-    return shape.num_attention_heads - removed * shape.num_key_value_heads, shape.num_key_value_heads
+    They come to within half a multiple of the ratio; of `target_parameters` they are the most that do not exceed it,
+    by less than one multiple.
+    """
+    cost, width, multiple = shape.neuron_parameters * shape.num_layers, shape.intermediate_size, options.neuron_multiple
+    if options.target_parameters is not None:
+        excess = shape.parameters - options.target_parameters - removed * choices.cost
+        neurons = (width - -(-excess // cost)) // multiple * multiple
+        return neurons if multiple <= neurons <= width // multiple * multiple else None
+    wanted = width - (_ratio(shape, options) * shape.parameters - removed * choices.cost) / cost
+    neurons = _to_multiple(wanted, multiple, width)
+    return neurons if abs(neurons - wanted) <= multiple / 2 + 1e-6 else None
 
 
 def largest_ratio(shape: ModelShape, options: PlanOptions) -> float:
@@ -127,16 +91,28 @@ def _spend(shape: ModelShape, choices: HeadChoices, options: PlanOptions) -> tup
     if options.only == "heads" or options.neurons_ratio is not None:
         neurons = _neurons_by_hand(shape, options)
         return _heads_for(shape, choices, options, (width - neurons) * neuron_cost), neurons
-    ratio = _ratio(options)
     preferred = _preferred(shape, choices, options)
     if (equal := _equal_shares(shape, choices, options, preferred)) is not None:
         return equal
     for removed in preferred:
-        wanted = width - (ratio * shape.parameters - removed * choices.cost) / neuron_cost
-        neurons = _to_multiple(wanted, options.neuron_multiple, width)
-        if abs(neurons - wanted) <= options.neuron_multiple / 2 + 1e-6:
-            return removed, neurons
+        if (matching := matching_neurons(shape, choices, removed, options)) is not None:
+            return removed, matching
+    if options.target_parameters is not None:
+        # Between two numbers of heads: what all neurons leave with the larger one is the most that does not exceed it.
+        most = width // options.neuron_multiple * options.neuron_multiple
+        return _enough_heads(shape, choices, options, (width - most) * neuron_cost, preferred), most
     raise _unreachable(shape, choices, options)
+
+
+def _enough_heads(
+    shape: ModelShape, choices: HeadChoices, options: PlanOptions, spent: int, allowed: Sequence[int]
+) -> int:
+    """Returns the fewest head units that reach `target_parameters` where neurons have taken `spent` parameters."""
+    most = options.target_parameters or 0
+    enough = [removed for removed in allowed if shape.parameters - spent - removed * choices.cost <= most]
+    if not enough:
+        raise _unreachable(shape, choices, options)
+    return min(enough)
 
 
 def _equal_shares(
@@ -147,8 +123,8 @@ def _equal_shares(
     Published ratios are rounded: 21.02 % of LLaMA-2 7B stands for 7 of 32 heads and 7/32 of the neurons, although a
     shape with one neuron more lies nearer to 0.2102. A ratio with more than four decimals is taken as exact.
     """
-    ratio = _ratio(options)
-    if not preferred or round(ratio, 4) != ratio or (options.neuron_multiple, options.only) != (1, None):
+    ratio = options.ratio
+    if not preferred or ratio is None or round(ratio, 4) != ratio or options.neuron_multiple != 1 or options.only:
         return None
     share = _prunable_share(shape, ratio)
     neurons = _to_multiple(shape.intermediate_size * (1 - share), 1, shape.intermediate_size)
@@ -162,17 +138,26 @@ def _prunable_share(shape: ModelShape, ratio: float) -> float:
     return ratio * shape.parameters / (shape.attention_parameters + shape.mlp_parameters)
 
 
-def _ratio(options: PlanOptions) -> float:
-    if options.ratio is None:
-        raise PlanError("give a ratio, or both heads_ratio and neurons_ratio")
-    return options.ratio
+def _ratio(shape: ModelShape, options: PlanOptions) -> float:
+    if (ratio := asked_ratio(shape, options)) is None:
+        raise PlanError("give a ratio, or both heads_ratio and neurons_ratio, or target_parameters")
+    return ratio
+
+
+def asked_ratio(shape: ModelShape, options: PlanOptions) -> float | None:
+    """Returns the share of the parameters to remove that was asked for, as a ratio or as a number; None: neither."""
+    if options.target_parameters is None:
+        return options.ratio
+    return 1 - options.target_parameters / shape.parameters
 
 
 def _heads_for(shape: ModelShape, choices: HeadChoices, options: PlanOptions, spent: int) -> int:
     """Returns the head units to remove where the neurons are settled and have taken `spent` parameters."""
-    if options.ratio is None or options.heads_ratio is not None or heads_stay(shape, options):
+    if asked_ratio(shape, options) is None or options.heads_ratio is not None or heads_stay(shape, options):
         return _nearest(choices.removable, (options.heads_ratio or 0) * choices.units)
-    wanted = (options.ratio * shape.parameters - spent) / choices.cost
+    if options.target_parameters is not None:
+        return _enough_heads(shape, choices, options, spent, choices.removable)
+    wanted = (_ratio(shape, options) * shape.parameters - spent) / choices.cost
     if not min(choices.removable) - 0.5 <= wanted <= max(choices.removable) + 0.5:
         raise _unreachable(shape, choices, options)
     return _nearest(choices.removable, wanted)
@@ -184,7 +169,7 @@ def _preferred(shape: ModelShape, choices: HeadChoices, options: PlanOptions) ->
         return [0]
     if options.heads_ratio is not None:
         return [_nearest(choices.removable, options.heads_ratio * choices.units)]
-    wanted = _prunable_share(shape, _ratio(options)) * shape.attention_parameters / choices.cost
+    wanted = _prunable_share(shape, _ratio(shape, options)) * shape.attention_parameters / choices.cost
     if shape.group_size > 1:
         # Few and large units: one too many costs far more quality than the same parameters in neurons.
         whole = math.floor(wanted + 1e-9)
@@ -202,10 +187,14 @@ def _to_multiple(wanted: float, multiple: int, most: int) -> int:
 
 
 def _unreachable(shape: ModelShape, choices: HeadChoices, options: PlanOptions) -> PlanError:
-    ratio, ranges = _ratio(options), _reachable(shape, choices, options)
+    ratio, ranges = _ratio(shape, options), _reachable(shape, choices, options)
     below, above = [high for _, high in ranges if high < ratio], [low for low, _ in ranges if low > ratio]
     because = f" (heads cannot be removed: {shape.heads_refused})" if shape.heads_refused else ""
-    if not above:
+    asked = f"a ratio of {ratio}"
+    if (parameters := options.target_parameters) is not None:
+        smallest = round((1 - max((high for _, high in ranges), default=0.0)) * shape.parameters)
+        asked, what = f"a target of {parameters:,} parameters", f"the smallest reachable is {smallest:,}"
+    elif not above:
         what = f"the largest reachable is {rounded_down(max(below, default=0.0))}"
     elif not below:
         what = f"the smallest reachable is {rounded_up(min(above))}"
@@ -213,7 +202,7 @@ def _unreachable(shape: ModelShape, choices: HeadChoices, options: PlanOptions) 
         nearest = f"{rounded_down(max(below))} and {rounded_up(min(above))}"
         what = f"heads come in whole units, and the nearest reachable are {nearest}"
     return PlanError(
-        f"a ratio of {ratio} cannot be reached with these options: {what}{because}; every layer keeps at least one "
+        f"{asked} cannot be reached with these options: {what}{because}; every layer keeps at least one "
         f"head and {options.neuron_multiple} of its neurons, and embeddings and norms are never pruned"
     )
 
@@ -223,6 +212,12 @@ def _removes_nothing(shape: ModelShape, choices: HeadChoices, options: PlanOptio
     steps = [low for low, _ in _reachable(shape, choices, options) if low > 0]
     if options.only != "heads" and options.neurons_ratio is None:
         steps.append(options.neuron_multiple * shape.neuron_parameters * shape.num_layers / shape.parameters)
+    if (target := options.target_parameters) is not None:
+        nearest = shape.parameters - round(min(steps, default=0.0) * shape.parameters)
+        return PlanError(
+            f"a target of {target:,} parameters would remove nothing: the model has {shape.parameters:,}, and the next "
+            f"below is {nearest:,}"
+        )
     smallest = f"the smallest step of these options is {min(steps):.2e} of the parameters" if steps else "ask for more"
     return PlanError(f"{asked} would remove nothing, as units are whole; {smallest}")
 

@@ -6,25 +6,28 @@ from dataclasses import fields
 
 from amprune.errors import PlanError
 from amprune.plan.artefact import LayerPlan, PruningPlan, check_plan
-from amprune.plan.budget import rounded_down, rounded_up
-from amprune.plan.options import PlanOptions, check_order, check_ratio
+from amprune.plan.budget import asked_ratio, rounded_down, rounded_up
+from amprune.plan.options import PlanOptions, check_order, check_ratio, check_target, recorded
 from amprune.scores import ImportanceScores, Scores
 from amprune.shape import ModelShape
 
-OPTIONS = ("ratio", "order", "seed", "protect_first", "protect_last")
+OPTIONS = ("ratio", "target_parameters", "order", "seed", "protect_first", "protect_last")
 """Options that mean something where whole blocks are removed."""
 
 
 def find_depth(shape: ModelShape, options: PlanOptions) -> int:
     """Returns how many decoder blocks go: as many as come nearest to the ratio, of two equally near the fewer.
 
+    Of `target_parameters` it is the fewest that leave no more.
+
     Raises:
         PlanError: an option is wrong or means nothing here, the ratio is out of reach or too small to remove a block,
             or blocks of this model cannot be removed.
     """
     _check_options(shape, options)
-    if options.ratio is None:
-        raise PlanError("give a ratio: blocks are removed by their share of the parameters")
+    ratio = asked_ratio(shape, options)
+    if ratio is None:
+        raise PlanError("give a ratio or target_parameters: blocks are removed by their share of the parameters")
     most, step = removable_blocks(shape, options), shape.layer_parameters / shape.parameters
     protected = f"the first {options.protect_first} and the last {options.protect_last} blocks are protected"
     if most < 1:
@@ -32,16 +35,28 @@ def find_depth(shape: ModelShape, options: PlanOptions) -> int:
             f"none of the {shape.num_layers} blocks can be removed: {protected}, and at least one stays; lower "
             "protect_first or protect_last"
         )
-    removed = max(math.ceil(options.ratio / step - 0.5 - 1e-9), 0)
+    if options.target_parameters is not None:
+        removed = math.ceil((shape.parameters - options.target_parameters) / shape.layer_parameters)
+    else:
+        removed = max(math.ceil(ratio / step - 0.5 - 1e-9), 0)
+    if options.target_parameters is not None and removed <= 0:
+        raise PlanError(
+            f"a target of {options.target_parameters:,} parameters would remove no block: the model has "
+            f"{shape.parameters:,}; without one block it has {shape.parameters - shape.layer_parameters:,}"
+        )
     if removed == 0:
         raise PlanError(
-            f"a ratio of {options.ratio} would remove no block, as each holds {step:.2%} of the parameters; the "
+            f"a ratio of {ratio} would remove no block, as each holds {step:.2%} of the parameters; the "
             f"nearest ratio that works is {rounded_up(step)}"
         )
     if removed > most:
+        asked, reachable = f"a ratio of {ratio}", f"the largest ratio is {rounded_down(most * step)}"
+        if (target := options.target_parameters) is not None:
+            smallest = shape.parameters - most * shape.layer_parameters
+            asked, reachable = f"a target of {target:,} parameters", f"the smallest reachable is {smallest:,}"
         raise PlanError(
-            f"a ratio of {options.ratio} asks for {removed} of {shape.num_layers} blocks, but at most {most} can go: "
-            f"{protected}; the largest ratio is {rounded_down(most * step)}"
+            f"{asked} asks for {removed} of {shape.num_layers} blocks, but at most {most} can go: {protected}; "
+            f"{reachable}"
         )
     return removed
 
@@ -60,6 +75,7 @@ def _check_options(shape: ModelShape, options: PlanOptions) -> None:
         raise PlanError("the scores do not say how many parameters a block holds; score the model again")
     check_order(options)
     check_ratio(options)
+    check_target(options)
     for field in fields(PlanOptions):
         value = getattr(options, field.name)
         if field.name not in OPTIONS and value != field.default:
@@ -93,7 +109,7 @@ def plan_depth(scores: ImportanceScores, blocks: Scores, options: PlanOptions) -
     )
     actual = 1 - after.parameters / shape.parameters
     plan = PruningPlan(
-        ratio_target=actual if options.ratio is None else options.ratio,
+        ratio_target=actual if (asked := asked_ratio(shape, options)) is None else asked,
         ratio_actual=actual,
         shape_before=shape,
         shape_after=after,
@@ -103,7 +119,7 @@ def plan_depth(scores: ImportanceScores, blocks: Scores, options: PlanOptions) -
             "criterion": scores.criterion,
             "calibration": scores.calibration,
             "scoring": scores.settings,
-            "options": {name: getattr(options, name) for name in OPTIONS},
+            "options": recorded(options, OPTIONS),
         },
     )
     check_plan(plan)

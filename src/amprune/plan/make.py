@@ -1,19 +1,24 @@
 """From scores and a ratio to a plan (Algorithm 1, lines 3 to 8)."""
 
 import random
-from typing import Any
+from dataclasses import asdict, fields
 
+from amprune.errors import PlanError
 from amprune.plan.artefact import LayerPlan, PruningPlan, check_plan
-from amprune.plan.budget import Budget, find_budget
+from amprune.plan.budget import asked_ratio, find_budget
 from amprune.plan.depth import plan_depth
-from amprune.plan.options import HeadsMode, Only, Order, PlanOptions
+from amprune.plan.heads import Budget, check_budget
+from amprune.plan.options import HeadsMode, Only, Order, PlanOptions, recorded
 from amprune.scores import ImportanceScores, LayerScores, Scores
+
+_OF_WIDTH = tuple(field.name for field in fields(PlanOptions) if not field.name.startswith("protect_"))
 
 
 def make_plan(
     scores: ImportanceScores,
     *,
     ratio: float | None = None,
+    target_parameters: int | None = None,
     order: Order = "amp",
     only: Only | None = None,
     heads_mode: HeadsMode | None = None,
@@ -24,6 +29,7 @@ def make_plan(
     seed: int = 0,
     protect_first: int = 4,
     protect_last: int = 2,
+    budget: Budget | None = None,
 ) -> PruningPlan:
     """Chooses the units to keep so that the model loses `ratio` of its parameters.
 
@@ -36,6 +42,8 @@ def make_plan(
     Args:
         scores: of the model to be pruned.
         ratio: `1 - Q/P`, in (0, 1); left out when both shares are given.
+        target_parameters: in the place of a ratio, the most parameters that may stay; never exceeded, and met to within
+            one neuron (one `neuron_multiple`) per layer.
         order: `amp` removes the least important, `reversed` the most important, `random` a seeded draw.
         only: remove heads alone or neurons alone (the paper's ablation).
         heads_mode: `groups` removes key-value heads with their readers; `within` removes as many query heads in every
@@ -49,6 +57,8 @@ def make_plan(
         protect_first: blocks at the start that stay, where whole blocks are removed; the default is that of Shortened
             LLaMA (arXiv 2402.02834).
         protect_last: the same at the end.
+        budget: the numbers of units to keep, such as an allocation has chosen; the other options then say what was
+            asked for, and in which order units go.
 
     Raises:
         PlanError: the ratio is out of reach (says the nearest) or removes nothing, options contradict each other, or
@@ -56,6 +66,7 @@ def make_plan(
     """
     options = PlanOptions(
         ratio=ratio,
+        target_parameters=target_parameters,
         order=order,
         only=only,
         heads_mode=heads_mode,
@@ -68,13 +79,19 @@ def make_plan(
         protect_last=protect_last,
     )
     if scores.blocks is not None:
+        if budget is not None:
+            raise PlanError("a budget of heads and neurons means nothing to scores of whole blocks; leave it out")
         return plan_depth(scores, scores.blocks, options)
     shape = scores.shape
-    budget = find_budget(shape, options)
+    given = {} if budget is None else {"budget": asdict(budget)}
+    if budget is None:
+        budget = find_budget(shape, options)
+    else:
+        check_budget(shape, budget, options)
     after = shape.shrunk(query_heads=budget.query_heads, key_value_heads=budget.key_value_heads, neurons=budget.neurons)
     actual = 1 - after.parameters / shape.parameters
     plan = PruningPlan(
-        ratio_target=actual if ratio is None else ratio,
+        ratio_target=actual if (asked := asked_ratio(shape, options)) is None else asked,
         ratio_actual=actual,
         shape_before=shape,
         shape_after=after,
@@ -84,15 +101,11 @@ def make_plan(
             "criterion": scores.criterion,
             "calibration": scores.calibration,
             "scoring": scores.settings,
-            "options": _of_width(options) | {"heads_mode": budget.heads_mode},
+            "options": recorded(options, _OF_WIDTH) | {"heads_mode": budget.heads_mode} | given,
         },
     )
     check_plan(plan)
     return plan
-
-
-def _of_width(options: PlanOptions) -> dict[str, Any]:
-    return {name: value for name, value in vars(options).items() if not name.startswith("protect_")}
 
 
 def _keep_layer(scores: LayerScores, index: int, budget: Budget, options: PlanOptions) -> LayerPlan:

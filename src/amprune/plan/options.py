@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from amprune.errors import PlanError
 from amprune.shape import ModelShape
@@ -17,6 +17,7 @@ class PlanOptions:
     """What a user may ask of a plan; `make_plan` documents each."""
 
     ratio: float | None = None
+    target_parameters: int | None = None
     order: Order = "amp"
     only: Only | None = None
     heads_mode: HeadsMode | None = None
@@ -31,17 +32,23 @@ class PlanOptions:
 
 def check_options(shape: ModelShape, options: PlanOptions) -> None:
     """Refuses options that are out of range, contradict each other or do not suit the family."""
+    check_units(shape, options)
+    _check_shares(options)
+    check_target(options)
+    if (options.only == "neurons" and options.heads_ratio) or (options.only == "heads" and options.neurons_ratio):
+        raise PlanError(f"only={options.only} contradicts a share of the other kind set by hand; leave out one of them")
+    _check_decided(shape, options)
+
+
+def check_units(shape: ModelShape, options: PlanOptions) -> None:
+    """Refuses options, whatever is said of how much goes, that are out of range or do not suit the family."""
     check_order(options)
     _check_choice("only", options.only, (None, *get_args(Only)))
     _check_choice("heads_mode", options.heads_mode, (None, *get_args(HeadsMode)))
     _check_no_protection(options)
-    _check_shares(options)
     _check_multiples(shape, options)
     if shape.heads_refused is not None and (options.only == "heads" or options.heads_ratio):
         raise PlanError(f"heads of a {shape.model_type} model cannot be removed: {shape.heads_refused}")
-    if (options.only == "neurons" and options.heads_ratio) or (options.only == "heads" and options.neurons_ratio):
-        raise PlanError(f"only={options.only} contradicts a share of the other kind set by hand; leave out one of them")
-    _check_decided(shape, options)
 
 
 def check_order(options: PlanOptions) -> None:
@@ -61,6 +68,19 @@ def check_ratio(options: PlanOptions) -> None:
         raise PlanError(f"ratio is {ratio}, expected a number between 0 and 1, such as 0.2 for 20 % of the parameters")
 
 
+def check_target(options: PlanOptions) -> None:
+    """Refuses a number of parameters that is none, or that stands beside a ratio."""
+    target = options.target_parameters
+    if target is None:
+        return
+    if options.ratio is not None:
+        raise PlanError(
+            f"a ratio of {options.ratio} and a target of {target} parameters say the same; give one of them"
+        )
+    if type(target) is not int or target < 1:
+        raise PlanError(f"target_parameters is {target!r}, expected a whole number of at least 1")
+
+
 def _check_no_protection(options: PlanOptions) -> None:
     for name in ("protect_first", "protect_last"):
         if (value := getattr(options, name)) != getattr(PlanOptions, name):
@@ -78,11 +98,18 @@ def _check_shares(options: PlanOptions) -> None:
 
 
 def _check_decided(shape: ModelShape, options: PlanOptions) -> None:
-    """Wants a ratio where a share is open. Where both are settled by hand, they decide and the ratio is the target."""
+    """Wants a ratio or a number of parameters where a share is open.
+
+    Where both are settled by hand, they decide: a ratio is what was aimed at then, and a number would have no say.
+    """
     open_heads = options.heads_ratio is None and not heads_stay(shape, options)
     open_neurons = options.neurons_ratio is None and options.only != "heads"
-    if options.ratio is None and (open_heads or open_neurons):
-        raise PlanError("give a ratio, or both heads_ratio and neurons_ratio")
+    if options.ratio is None and options.target_parameters is None and (open_heads or open_neurons):
+        raise PlanError("give a ratio, or both heads_ratio and neurons_ratio, or target_parameters")
+    if options.target_parameters is not None and not (open_heads or open_neurons):
+        raise PlanError(
+            "target_parameters decides nothing where the shares of heads and of neurons are both settled; leave one out"
+        )
 
 
 def heads_stay(shape: ModelShape, options: PlanOptions) -> bool:
@@ -97,3 +124,9 @@ def _check_multiples(shape: ModelShape, options: PlanOptions) -> None:
     ):
         if not isinstance(multiple, int) or not 1 <= multiple <= total:
             raise PlanError(f"{name} is {multiple}, expected 1 to {total}, the number that a layer has")
+
+
+def recorded(options: PlanOptions, names: Sequence[str]) -> dict[str, Any]:
+    """Returns what a plan records of its options; a target in the place of a ratio only where there is one."""
+    unused = () if options.target_parameters is not None else ("target_parameters",)
+    return {name: getattr(options, name) for name in names if name not in unused}

@@ -33,6 +33,7 @@ from amprune.evaluation import Evaluation, evaluate
 from amprune.memory import release_memory
 from amprune.model_card import write_recovered_card
 from amprune.progress import Progress, no_progress
+from amprune.reconstruction import RECORD as RECONSTRUCTION
 from amprune.recovered import LOG, RECORD
 from amprune.recovery.merging import write_recovered
 from amprune.recovery.models import check_device, check_teacher, teaching_model, trainable_model
@@ -279,7 +280,7 @@ def _record(
 
 def _write_records(source: Source, folder: Path, log: Sequence[dict[str, Any]], record: dict[str, Any]) -> None:
     """Keeps how it was made: the plan and the scores of the pruned model, the record and the log of the training."""
-    for name in ("plan.json", "scores.safetensors"):
+    for name in ("plan.json", "scores.safetensors", RECONSTRUCTION):
         if (source.folder / RECORDS / name).is_file():
             shutil.copyfile(source.folder / RECORDS / name, folder / RECORDS / name)
     write_json(folder / RECORDS / RECORD, record)

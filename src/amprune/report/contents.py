@@ -29,6 +29,7 @@ from amprune.report.quality import (
     heading,
     perplexity_section,
 )
+from amprune.report.reconstruction import reconstruction_section
 from amprune.report.sizes import removed, size_section
 from amprune.report.speed import amount, latency_section, resources_section, rise, workload_section
 from amprune.report.training import recovery_section
@@ -49,6 +50,7 @@ def make_contents(inputs: Inputs, *, workload: Workload) -> Contents:
         resources_section(inputs, colours),
         size_section(inputs, colours),
         importance_section(inputs, colours),
+        reconstruction_section(inputs, colours),
         recovery_section(inputs, colours),
         workload_section(inputs, workload),
         made_section(inputs),

@@ -14,6 +14,7 @@ from amprune.evaluation.records import Evaluation, ModelEntry
 from amprune.inspection import inspect
 from amprune.model_card import read_card
 from amprune.plan import PruningPlan
+from amprune.reconstruction import ReconstructionRecord, read_record
 from amprune.recovered import Recovery, TrainingLog, is_recovered, read_recovery, read_training_log
 from amprune.scores import ImportanceScores
 
@@ -32,6 +33,8 @@ class Subject:
     scores: ImportanceScores | None = None
     parts: dict[str, int] | None = None
     """Parameters by part of the model, where its folder is at hand."""
+    reconstruction: ReconstructionRecord | None = None
+    """How well its output projections were refitted, where they were."""
     trained: bool = False
     """Whether it was trained after pruning."""
     recovery: Recovery | None = None
@@ -146,6 +149,7 @@ def _own_records(folder: Path) -> Subject:
     try:
         if is_recovered(folder):
             read_recovery(folder)
+        read_record(folder)
         if (folder / RECORDS / "plan.json").is_file():
             parameters = PruningPlan.load(folder / RECORDS / "plan.json").shape_after.parameters
         else:
@@ -187,7 +191,8 @@ def _with_records(folder: Path, subject: Subject) -> Subject:
     if plan is not None:
         scores = _attempt(lambda: ImportanceScores.load(folder / RECORDS / "scores.safetensors"))
         fits = scores is not None and scores.shape == plan.shape_before
-        subject = replace(subject, plan=plan, scores=scores if fits else None)
+        refit = _attempt(lambda: read_record(folder))
+        subject = replace(subject, plan=plan, scores=scores if fits else None, reconstruction=refit)
     if (folder / "config.json").is_file():
         parts = _attempt(lambda: inspect(folder).parameters_by_part)
         if parts is not None and sum(parts.values()) == subject.parameters:

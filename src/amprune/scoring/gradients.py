@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from transformers import PreTrainedModel
 
@@ -22,6 +21,7 @@ from amprune.checkpoint.loading import input_device
 from amprune.criteria.weights import taylor
 from amprune.errors import ScoresError
 from amprune.families import Cut
+from amprune.memory import binary, free_memory
 from amprune.progress import Progress, no_progress
 from amprune.scores import LayerScores, Scores
 from amprune.scoring.batches import batches, check_calibration, padded, predicting_samples
@@ -54,27 +54,14 @@ def check_memory(checkpoint: Checkpoint, calibration: CalibrationSet, dtype: tor
     gradients = (shape.attention_parameters + shape.mlp_parameters) // shape.num_layers * 4
     longest = max(_BATCH_TOKENS, *map(len, calibration.samples))
     logits = longest * make_config(checkpoint.config, where=str(checkpoint.folder)).vocab_size * (size + _LOGITS)
-    needed, free = weights + states + gradients + logits, _free_memory(device)
+    needed, free = weights + states + gradients + logits, free_memory(device)
     if needed > free:
         raise ScoresError(
-            f"a criterion that needs gradients takes about {_binary(needed)} here (weights {_binary(weights)}, what "
-            f"enters the blocks {_binary(states)}, gradients of one block {_binary(gradients)}, logits "
-            f"{_binary(logits)}), but {_binary(free)} are free on {device}; give a larger --device, a smaller --dtype, "
+            f"a criterion that needs gradients takes about {binary(needed)} here (weights {binary(weights)}, what "
+            f"enters the blocks {binary(states)}, gradients of one block {binary(gradients)}, logits "
+            f"{binary(logits)}), but {binary(free)} are free on {device}; give a larger --device, a smaller --dtype, "
             "fewer --samples, or a criterion that needs no gradients, such as amp"
         )
-
-
-def _free_memory(device: str) -> int:
-    if torch.device(device).type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
-
-
-def _binary(count: int) -> str:
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count / 2**10:.0f} KiB"
 
 
 def score_gradients(

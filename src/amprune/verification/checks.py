@@ -15,6 +15,8 @@ from amprune.checkpoint.loading import has_tokenizer, load_tokenizer, loading_pr
 from amprune.errors import AmpruneError, VerificationError
 from amprune.plan import PruningPlan, check_plan
 from amprune.progress import Progress, no_progress
+from amprune.reconstruction import RECORD as RECONSTRUCTION
+from amprune.reconstruction import digest
 from amprune.recovered import RECORD, is_recovered, read_recovery
 from amprune.slicing import kept_tensors, output_config
 from amprune.verification.logits import logit_difference, probe_logits
@@ -68,6 +70,7 @@ def verify_checkpoint(
     plan: PruningPlan,
     *,
     biases: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    refitted: Mapping[str, str] = MappingProxyType({}),
     trust_remote_code: bool = False,
     progress: Progress = no_progress,
 ) -> VerificationReport:
@@ -78,7 +81,8 @@ def verify_checkpoint(
     Of an output that was trained after pruning, the logits are held to be finite alone, as is every weight.
 
     `biases`, of float64 and by their dense names, are those that make up for what was removed: stored ones are held to
-    them, and the masked dense model is given what is stored.
+    them, and the masked dense model is given what is stored. `refitted` are the hashes of the output projections that
+    were refitted, by their dense names: what is stored is held to them, and the masked dense model is given that.
     """
     checks: list[Check] = []
     difference: float | None = None
@@ -94,14 +98,15 @@ def verify_checkpoint(
 
     def compare_logits() -> str:
         nonlocal difference
-        difference = logit_difference(output(), dense, plan, biases, advance)
+        difference = logit_difference(output(), dense, plan, {*biases, *refitted}, advance)
         if not difference <= TOLERANCE:
             raise VerificationError(
                 f"logits differ from those of the masked dense model by {difference:.1e} of their standard deviation, "
                 f"more than {TOLERANCE:.0e}"
             )
         found = "identical" if difference == 0 else f"within {difference:.1e} of their standard deviation"
-        return f"{found}, to the dense model with the removed {removed} (tolerance {TOLERANCE:.0e}, float64)"
+        refit = " and its output projections refitted" if refitted else ""
+        return f"{found}, to the dense model with the removed {removed}{refit} (tolerance {TOLERANCE:.0e}, float64)"
 
     with progress("Verifying", 2) as advance:
         run("groups", lambda: _check_plan(folder, plan))
@@ -112,6 +117,8 @@ def verify_checkpoint(
         run("reload", lambda: _check_reload(folder))
         if biases and not is_recovered(folder):
             run("biases", lambda: _check_biases(output(), dense, plan, biases))
+        if refitted and not is_recovered(folder):
+            run("refit", lambda: _check_refitted(output(), dense, plan, refitted))
         if is_recovered(folder):
             run("weights", lambda: _check_finite(output()))
             run("logits", lambda: _check_trained(folder, output(), advance))
@@ -161,6 +168,16 @@ def _check_biases(output: Checkpoint, dense: Checkpoint, plan: PruningPlan, bias
         if not ((found.double() - bias).abs() <= allowed).all():
             raise VerificationError(f"{name} is not the dense bias and the mean of what was removed")
     return f"{len(biases)} hold the mean of what was removed, to within rounding"
+
+
+def _check_refitted(output: Checkpoint, dense: Checkpoint, plan: PruningPlan, refitted: Mapping[str, str]) -> str:
+    """Holds what is stored to what was fitted, byte by byte."""
+    if unknown := sorted(set(refitted).difference(dense)):
+        raise VerificationError(f"{RECONSTRUCTION} names {unknown[0]}, which the dense model does not have")
+    for name, old in kept_tensors(dense.architecture, plan, refitted).items():
+        if digest(output[name]) != refitted[old]:
+            raise VerificationError(f"{name} is not what was fitted: its hash differs from that of {RECONSTRUCTION}")
+    return f"{len(refitted)} tensors of output projections are those that were fitted, byte by byte"
 
 
 def _check_files(folder: Path, source: Path) -> str:

@@ -1,39 +1,46 @@
 """Logits of an output and of what it should be: the masked dense model, streamed from its files."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 
 import torch
+from torch.nn.functional import linear
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from amprune.architecture import Architecture, quiet_transformers
 from amprune.checkpoint import Checkpoint
 from amprune.checkpoint.loading import vocabulary_size
 from amprune.checkpoint.streaming import streamed_model
-from amprune.depth import handed_on
 from amprune.errors import VerificationError
+from amprune.masking import masked
 from amprune.memory import release_memory
 from amprune.plan import PruningPlan
 from amprune.slicing import kept_tensors, masks
 
 _SEQUENCES, _LENGTH = 2, 48
 
+_Projection = Callable[[], tuple[torch.Tensor, torch.Tensor | None]]
+"""Reads the weight and the bias of an output projection."""
+
 
 def logit_difference(
     output: Checkpoint,
     dense: Checkpoint,
     plan: PruningPlan,
-    biases: Mapping[str, torch.Tensor],
+    replaced: Collection[str],
     advance: Callable[[int], None],
 ) -> float:
     """Returns the largest difference of any logit, in units of the masked dense model's standard deviation.
 
-    The masked dense model is given the biases that the output stores in the place of `biases`, by their dense names.
+    The masked dense model is given what the output stores in the place of the weights and biases of output
+    projections that are `replaced`, by their dense names.
     """
-    pruned, shifts = probe_logits(output), _shifts(output, dense, plan, biases)
+    pruned, projections = probe_logits(output), _projections(output, dense, plan, replaced)
     advance(1)
-    expected = probe_logits(dense, partial(_masked, plan=plan, architecture=dense.architecture, shifts=shifts))
+    changed = partial(_masked, plan=plan, architecture=dense.architecture, projections=projections)
+    expected = probe_logits(dense, changed)
     advance(1)
     for name, logits in (("the masked dense model", expected), ("the pruned model", pruned)):
         if not torch.isfinite(logits).all():
@@ -61,29 +68,39 @@ def probe_logits(
 
 @contextmanager
 def _masked(
-    model: PreTrainedModel, plan: PruningPlan, architecture: Architecture, shifts: Mapping[str, torch.Tensor]
+    model: PreTrainedModel, plan: PruningPlan, architecture: Architecture, projections: Mapping[str, _Projection]
 ) -> Iterator[None]:
-    """Zeroes the inputs of output projections where units are removed, and lets removed blocks hand on their input.
-
-    The first is the same as zeroing columns of the projections. `shifts` are added to what projections give.
-    """
+    """Makes the dense model compute what the pruned one should; `projections` stand in for those of the dense model."""
     with ExitStack() as stack:
+        stack.enter_context(masked(model, plan, architecture))
         for name, mask in masks(plan, architecture):
-            hook = lambda _, inputs, mask=mask: (inputs[0] * mask, *inputs[1:])  # noqa: E731
-            stack.callback(model.get_submodule(name).register_forward_pre_hook(hook).remove)
-        for name, shift in shifts.items():
-            add = lambda _module, _inputs, output, shift=shift: output + shift  # noqa: E731
-            stack.callback(model.get_submodule(name).register_forward_hook(add).remove)
-        skip = lambda _, args, kwargs, output: handed_on(args, kwargs, output)  # noqa: E731
-        for layer in set(range(len(plan.layers))).difference(plan.kept_layers):
-            block = model.get_submodule(architecture.block(layer))
-            stack.callback(block.register_forward_hook(skip, with_kwargs=True).remove)
+            if name in projections:
+                stack.callback(_stand_in(model.get_submodule(name), mask, projections[name]))
         yield
 
 
-def _shifts(
-    output: Checkpoint, dense: Checkpoint, plan: PruningPlan, biases: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """Returns by how much the output's biases differ from the dense ones, by the module of the dense model."""
-    changed = kept_tensors(dense.architecture, plan, biases)
-    return {old.removesuffix(".bias"): output[name].double() - dense[old].double() for name, old in changed.items()}
+def _stand_in(module: torch.nn.Module, mask: torch.Tensor, projection: _Projection) -> Callable[[], None]:
+    kept = mask.nonzero().flatten()
+
+    def project(_module: object, inputs: tuple[torch.Tensor, ...], _output: object) -> torch.Tensor:
+        weight, bias = projection()
+        return linear(inputs[0].index_select(-1, kept), weight.T if isinstance(module, Conv1D) else weight, bias)
+
+    return module.register_forward_hook(project).remove
+
+
+def _projections(
+    output: Checkpoint, dense: Checkpoint, plan: PruningPlan, replaced: Collection[str]
+) -> dict[str, _Projection]:
+    """Maps each output projection of the dense model with a replaced tensor to a reader of what the output stores."""
+    new = {old: name for name, old in kept_tensors(dense.architecture, plan, dense).items()}
+
+    def reader(module: str) -> _Projection:
+        def read() -> tuple[torch.Tensor, torch.Tensor | None]:
+            bias = new.get(f"{module}.bias")
+            return output[new[f"{module}.weight"]].double(), None if bias is None else output[bias].double()
+
+        return read
+
+    modules = {name.rpartition(".")[0] for name in replaced}
+    return {module: reader(module) for module in modules if f"{module}.weight" in new}

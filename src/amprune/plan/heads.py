@@ -1,0 +1,107 @@
+r"""Which numbers of heads can go, in whole units of two kinds; the same number from every layer.
+
+Query heads over key-value heads, and what the two modes remove (9 query heads, 3 key-value heads, groups of 3):
+
+    query       0 1 2   3 4 5   6 7 8        groups: a key-value head and all       within: the same number of
+                \_|_/   \_|_/   \_|_/        query heads that read it               query heads in every group
+    key-value     0       1       2          . . .   3 4 5   6 7 8                  0 . 2   3 4 .   . 7 8
+                                               .       1       2                      0       1       2
+"""
+
+from dataclasses import dataclass, replace
+
+from amprune.errors import PlanError
+from amprune.plan.options import HeadsMode, PlanOptions, check_ratio, check_target, check_units, heads_stay
+from amprune.shape import ModelShape
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Units that every layer keeps."""
+
+    heads_mode: HeadsMode
+    query_heads: int
+    key_value_heads: int
+    neurons: int
+
+
+@dataclass(frozen=True)
+class HeadChoices:
+    """The numbers of head units that can be removed from every layer, and what one costs."""
+
+    mode: HeadsMode
+    units: int
+    """Groups in a layer, or query heads in a group."""
+    cost: int
+    """Parameters of one unit, over all layers."""
+    removable: tuple[int, ...]
+
+
+def head_choices(shape: ModelShape, options: PlanOptions) -> HeadChoices:
+    """Lists what can be removed of heads; without a mode: groups, or within where there is one key-value head."""
+    mode = options.heads_mode or ("within" if shape.num_key_value_heads == 1 else "groups")
+    if shape.group_size == 1:
+        mode = "groups"
+    if mode == "groups":
+        units = shape.num_key_value_heads
+        cost = shape.group_size * shape.query_head_parameters + shape.key_value_head_parameters
+    else:
+        units, cost = shape.group_size, shape.num_key_value_heads * shape.query_head_parameters
+
+    def fits(removed: int) -> bool:
+        query_heads, key_value_heads = kept_heads(shape, mode, removed)
+        counted = key_value_heads if mode == "groups" else query_heads
+        return (removed == 0 or query_heads in shape.query_head_counts) and counted % options.head_multiple == 0
+
+    if heads_stay(shape, options):
+        # Heads that stay as they are need not obey a multiple.
+        return HeadChoices(mode, units, cost * shape.num_layers, (0,))
+    return HeadChoices(mode, units, cost * shape.num_layers, tuple(filter(fits, range(units))))
+
+
+def choices_of_all_modes(shape: ModelShape, options: PlanOptions) -> tuple[HeadChoices, ...]:
+    """Lists what can be removed of heads in the mode that is asked for, or in each; the default's comes first.
+
+    What would be listed twice, such as that no head goes, is listed where it comes first.
+    """
+    default = head_choices(shape, options)
+    found, seen = [], set[tuple[int, int]]()
+    other: HeadsMode = "within" if default.mode == "groups" else "groups"
+    modes: tuple[HeadsMode, ...] = (default.mode, other) if options.heads_mode is None else (default.mode,)
+    for mode in modes:
+        choices = head_choices(shape, replace(options, heads_mode=mode))
+        kept = {removed: kept_heads(shape, choices.mode, removed) for removed in choices.removable}
+        found.append(replace(choices, removable=tuple(r for r in choices.removable if kept[r] not in seen)))
+        seen |= set(kept.values())
+    return tuple(choices for choices in found if choices.removable)
+
+
+def kept_heads(shape: ModelShape, mode: HeadsMode, removed: int) -> tuple[int, int]:
+    """Returns the numbers of query and key-value heads that stay."""
+    if mode == "groups":
+        groups = shape.num_key_value_heads - removed
+        return groups * shape.group_size, groups
+    return shape.num_attention_heads - removed * shape.num_key_value_heads, shape.num_key_value_heads
+
+
+def check_budget(shape: ModelShape, budget: Budget, options: PlanOptions) -> None:
+    """Refuses numbers of units that no layer of the model can keep, or not with these options.
+
+    Raises:
+        PlanError: says which numbers there are.
+    """
+    check_units(shape, options)
+    check_ratio(options)
+    check_target(options)
+    known = {
+        kept_heads(shape, choices.mode, removed)
+        for choices in choices_of_all_modes(shape, replace(options, heads_mode=budget.heads_mode))
+        for removed in choices.removable
+    }
+    if (budget.query_heads, budget.key_value_heads) not in known:
+        raise PlanError(
+            f"the budget keeps {budget.query_heads} query and {budget.key_value_heads} key-value heads, expected (mode "
+            f"{budget.heads_mode}) {' or '.join(f'{queries} and {groups}' for queries, groups in sorted(known))}"
+        )
+    if not 1 <= budget.neurons <= shape.intermediate_size:
+        raise PlanError(f"the budget keeps {budget.neurons} neurons, expected 1 to {shape.intermediate_size}")
