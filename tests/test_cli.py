@@ -79,6 +79,29 @@ def test_stage_by_stage(dense: Path, scores: Path, tmp_path: Path) -> None:
     assert json.loads(output)["passed"]
 
 
+def test_a_plan_for_a_number_of_parameters(scores: Path, tmp_path: Path) -> None:
+    code, output, errors = run("plan", scores, "--target-parameters", "60k", "-o", tmp_path / "plan.json", "--json")
+    assert code == 0, errors
+    assert 59_000 < json.loads(output)["shape_after"]["parameters"] <= 60_000
+    code, _, errors = run("plan", scores, "--target-parameters", "many", "-o", tmp_path / "other.json")
+    assert code == 1
+    assert "100M" in errors
+
+
+def test_a_plan_from_a_refitted_output_is_refitted_again(dense: Path, tmp_path: Path) -> None:
+    quick = ("--calibration", "builtin", "--samples", 8)
+    code, _, errors = run("prune", dense, tmp_path / "a", "--ratio", 0.2, *quick)
+    assert code == 0, errors
+    plan = tmp_path / "a" / "amprune" / "plan.json"
+    code, _, errors = run("apply", dense, plan, tmp_path / "b")
+    assert code == 1
+    assert "give --reconstruct" in errors
+    code, _, errors = run("apply", dense, plan, tmp_path / "b", "--reconstruct", *quick, "--max-length", 1024)
+    assert code == 0, errors
+    files = [tmp_path / name / "model.safetensors" for name in "ab"]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def test_prune_in_one_go_shows_what_happened(dense: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ["prune", dense, out, "--ratio", 0.2, "--calibration", "builtin", "--samples", 6]

@@ -202,3 +202,11 @@ def test_refitting_beats_plain_pruning_on_other_text(best: Path, dense: Path, tm
     with torch.inference_mode():
         logits = [model(ids).logits for model in models]
     assert (logits[1] - logits[0]).square().mean() < (logits[2] - logits[0]).square().mean()
+
+
+@pytest.mark.parametrize("device_map", ["disk", "auto"])
+def test_a_model_larger_than_memory_is_allocated_and_refitted(dense: Path, tmp_path: Path, device_map: str) -> None:
+    result = prune(dense, tmp_path / "out", ratio=0.2, device_map=device_map, **QUICK)
+    assert result.verification.passed
+    assert result.plan.provenance["allocation"]["candidates"]
+    assert result.plan.refits_outputs

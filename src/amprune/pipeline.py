@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 from amprune.calibration import CalibrationSet, calibration_for
 from amprune.checkpoint import RECORDS, check_output, open_source, parse_size, read_checkpoint, write_json
 from amprune.compensation import check_biases
-from amprune.criteria import find_criterion
+from amprune.criteria import Criterion, find_criterion
 from amprune.errors import CheckpointError, PlanError
 from amprune.plan import HeadsMode, Only, Order, PlanOptions, find_budget, find_depth, make_plan, parse_target
 from amprune.planning import Computing, plan_on_model, with_target
 from amprune.presets import DEFAULT as DEFAULT_PRESET
-from amprune.presets import find_preset
+from amprune.presets import Preset, find_preset
 from amprune.progress import Progress, no_progress
 from amprune.stages import PathLike, PrunedModel, apply_plan, score
 
@@ -84,13 +84,9 @@ def prune(
     """
     settled = find_preset(preset)
     rule = find_criterion(criterion or settled.criterion)
-    for name, wish in (("allocate", allocate), ("reconstruct", reconstruct)):
-        if wish and (rule.depth or (name == "reconstruct" and bias_compensation)):
-            what = f"the criterion {rule.name} removes whole blocks" if rule.depth else "so does bias_compensation"
-            raise PlanError(f"{name} makes the best of heads and neurons, but {what}; leave out one of them")
-    width = not rule.depth
-    allocate = width and order == "amp" and (settled.allocate if allocate is None else allocate)
-    reconstruct = width and not bias_compensation and (settled.reconstruct if reconstruct is None else reconstruct)
+    allocate, reconstruct = _settle(
+        rule, settled, allocate=allocate, reconstruct=reconstruct, order=order, bias_compensation=bias_compensation
+    )
     aim = None if target is None else parse_target(target)
     source = open_source(model, revision=revision, dtype=dtype)
     check_output(Path(out).expanduser(), overwrite=overwrite, protected=source.protected)
@@ -126,14 +122,14 @@ def prune(
         device_map=device_map, batch_tokens=batch_tokens, revision=revision, trust_remote_code=trust_remote_code,
         progress=progress,
     )  # fmt: skip
-    if width:
+    if rule.depth:
+        plan = make_plan(scores, **vars(options))
+    else:
         plan = plan_on_model(
             dense, scores, options, speedup=speedup, held_out=held_out if allocate else None,
             refit_on=fit if reconstruct else None, where=Computing(device, dtype, device_map, batch_tokens),
             progress=progress,
         )  # fmt: skip
-    else:
-        plan = make_plan(scores, **vars(options))
     plan = replace(plan, provenance={**plan.provenance, "preset": preset})
     return apply_plan(
         model, plan, out, scores=scores, bias_compensation=bias_compensation,
@@ -141,6 +137,29 @@ def prune(
         max_shard_size=max_shard_size, overwrite=overwrite, dtype=dtype, revision=revision,
         trust_remote_code=trust_remote_code, progress=progress,
     )  # fmt: skip
+
+
+def _settle(
+    rule: Criterion,
+    preset: Preset,
+    *,
+    allocate: bool | None,
+    reconstruct: bool | None,
+    order: Order,
+    bias_compensation: bool,
+) -> tuple[bool, bool]:
+    """Returns whether to allocate and to reconstruct: as asked, else as the preset says where that has a meaning."""
+    for name, wish in (("allocate", allocate), ("reconstruct", reconstruct)):
+        if wish and (rule.depth or (name == "reconstruct" and bias_compensation)):
+            what = f"the criterion {rule.name} removes whole blocks" if rule.depth else "so does bias_compensation"
+            raise PlanError(f"{name} makes the best of heads and neurons, but {what}; leave out one of them")
+    if rule.depth:
+        return False, False
+    if allocate is None:
+        allocate = preset.allocate and order == "amp"
+    if reconstruct is None:
+        reconstruct = preset.reconstruct and not bias_compensation
+    return allocate, reconstruct
 
 
 def run(

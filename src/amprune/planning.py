@@ -92,7 +92,9 @@ def plan_on_model(
             loaded_model(dense.folder, dtype=where.dtype, device=where.device, device_map=where.device_map) as model,
             TemporaryDirectory(prefix="amprune-refit-") as spill,
         ):
-            refit = None if refit_on is None else _refit(dense, refit_on, Path(spill), where)
+            # A model that is spread or streamed has no weights of its own to put others in the place of.
+            fits = where.device_map is None
+            refit = _refit(dense, refit_on, Path(spill), where) if fits and refit_on is not None else None
             found = allocate(
                 model, dense.architecture, scores, held_out, options, budgets=splits, refit=refit, progress=progress
             )

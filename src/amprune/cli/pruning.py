@@ -117,6 +117,9 @@ def plan_command(
     scores: Annotated[Path, typer.Argument(help="Score file.", metavar="SCORES")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Plan to write.")],
     ratio: Ratio = None,
+    target_parameters: Annotated[
+        str | None, typer.Option(help="In the place of a ratio, the most parameters that may stay, such as 100M.")
+    ] = None,
     order: OrderOption = "amp",
     only: OnlyOption = None,
     heads_mode: HeadsModeOption = None,
@@ -131,11 +134,13 @@ def plan_command(
     debug: Debug = False,
 ) -> None:
     """Choose what to keep under an exact budget; needs neither the model nor a GPU."""
-    options = options_of(locals(), "scores", "output")
+    options = options_of(locals(), "scores", "output", "target_parameters")
     with reported(debug):
         from amprune import ImportanceScores, make_plan
+        from amprune.plan import parse_target
 
-        plan = make_plan(ImportanceScores.load(scores), **options)
+        most = None if target_parameters is None else int(parse_target(f"params={target_parameters}").value)
+        plan = make_plan(ImportanceScores.load(scores), target_parameters=most, **options)
         plan.save(output)
         emit({"plan": str(output), **plan_summary(plan)}, as_json, lambda: show_plan(plan, f"Plan in {output}"))
 
