@@ -211,7 +211,9 @@ def test_one_pass_serves_all_criteria_that_need_the_same(scored: Any, monkeypatc
     tiny = find("llama-gqa")
     _, together = scored(tiny)
     passes = []
-    monkeypatch.setattr("amprune.stages.measure_activations", lambda *a, **k: passes.append("forward") or real(*a, **k))
+    monkeypatch.setattr(
+        "amprune.stages.scoring.measure_activations", lambda *a, **k: passes.append("forward") or real(*a, **k)
+    )
     from amprune.scoring import measure_activations as real
 
     alone = score_of(tiny, "wanda-sp")
@@ -275,7 +277,7 @@ def test_gradients_that_do_not_fit_are_refused_before_the_model_is_loaded(
 ) -> None:
     folder = save_model(find("llama-gqa"), tmp_path)
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=100_000))
-    monkeypatch.setattr("amprune.stages.loaded_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("amprune.stages.scoring.loaded_model", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(
         ScoresError, match=r"takes about [\d.]+ MiB here \(weights \d+ KiB, .*, logits .*\), but 98 KiB are free on cpu"
     ):

@@ -3,7 +3,7 @@
     MODEL -> prune -> OUT                      scored, planned, sliced and verified in one process
     MODEL -> run -> OUT, evaluated, reported   prune, recover, evaluate and report
 
-`stages.py` has the stages of pruning one by one, `recovery/` the training, `evaluation/` and `report/` the rest.
+`stages/` has the stages of pruning one by one, `recovery/` the training, `evaluation/` and `report/` the rest.
 """
 
 import json
