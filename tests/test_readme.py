@@ -31,7 +31,7 @@ EXPERIMENT_OFFLINE = [
     *(["--data-dir", DATA, "--tasks", "piqa", "--limit", "4"] if DATA else ["--tasks", "", "--text", __file__]),
 ]  # fmt: skip
 # A smaller refit than the default's.
-PRUNE_QUICK = ["--tokens", "8192"]
+PRUNE_QUICK = ["--tokens", "4096"]
 OFFLINE = {"prune": PRUNE_QUICK, "evaluate": EVALUATE_OFFLINE, "experiment": EXPERIMENT_OFFLINE}
 PYTHON = [block for language, block in BLOCKS if language == "python"]
 

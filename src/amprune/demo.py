@@ -11,7 +11,7 @@ from amprune.progress import Progress, no_progress
 
 MODEL = "smollm2-135m"
 QUESTION = "Describe a forest."
-TOKENS = 8192
+TOKENS = 4096
 """Of the calibration set: fewer than by default, so that the demonstration stays short."""
 
 
