@@ -97,11 +97,8 @@ def test_shares_by_hand_and_single_switches_come_before_the_preset(dense: Path, 
     assert plan_in(tmp_path / "random").refits_outputs  # text for the refit alone
 
 
-def test_depth_pruning_under_the_preset_neither_allocates_nor_refits(tmp_path: Path) -> None:
-    folder = tmp_path / "dense"
-    make_model(find("llama-gqa")).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    prune(folder, tmp_path / "out", ratio=0.4, criterion="depth", protect_first=0, protect_last=0, tokens=300)
+def test_depth_pruning_under_the_preset_neither_allocates_nor_refits(dense: Path, tmp_path: Path) -> None:
+    prune(dense, tmp_path / "out", ratio=0.4, criterion="depth", protect_first=0, protect_last=0, tokens=300)
     plan = plan_in(tmp_path / "out")
     assert plan.shape_after.num_layers == 1
     assert not plan.refits_outputs

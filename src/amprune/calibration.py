@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,6 +52,10 @@ class CalibrationSet:
         if held_out == len(self.samples):
             return self, self
         return replace(self, samples=self.samples[:-held_out]), replace(self, samples=self.samples[-held_out:])
+
+    def first(self, tokens: int) -> "CalibrationSet":
+        """Returns the first samples that hold as many tokens, or all."""
+        return replace(self, samples=tuple(_until(self.samples, tokens)))
 
     def to_dict(self) -> dict[str, Any]:
         """Returns what a score file records of the set."""
@@ -102,15 +106,22 @@ def load_calibration(
             f"{name} holds {len(records)} samples, but {samples} were asked for; give {smaller}a larger set"
         )
     drawn = random.Random(seed).sample(records, len(records) if samples is None else samples)
-    kept: list[tuple[int, ...]] = []
+    places = ((f"{name}, {place}", record) for place, record in drawn)
+    encoded = (
+        _encode(tokenizer, _text(record, tokenizer, where, prompts_only=prompts_only), max_length, where)
+        for where, record in places
+    )
+    kept = tuple(encoded if tokens is None else _until(encoded, tokens))
+    return CalibrationSet(name=name, samples=kept, seed=seed, max_length=max_length, prompts_only=prompts_only)
+
+
+def _until(samples: Iterable[tuple[int, ...]], tokens: int) -> Iterator[tuple[int, ...]]:
+    """Yields samples until there are so many tokens; what comes after is not asked for."""
     total = 0
-    for place, record in drawn:
-        if tokens is not None and total >= tokens:
-            break
-        where = f"{name}, {place}"
-        kept.append(_encode(tokenizer, _text(record, tokenizer, where, prompts_only=prompts_only), max_length, where))
-        total += len(kept[-1])
-    return CalibrationSet(name=name, samples=tuple(kept), seed=seed, max_length=max_length, prompts_only=prompts_only)
+    for sample in samples:
+        yield sample
+        if (total := total + len(sample)) >= tokens:
+            return
 
 
 def calibration_for(

@@ -112,20 +112,14 @@ def _largest(scores: ImportanceScores, options: PlanOptions, splits: Sequence[Bu
 def _search(
     dense: Checkpoint, options: PlanOptions, speedup: float, where: Computing, progress: Progress
 ) -> SpeedupSearch:
-    dtype = dense.dtype if where.dtype == "auto" else getattr(torch, where.dtype)
+    dtype = dense.computed_in(where.dtype)
     with shape_timer(dense.config, dense.architecture, device=where.device, dtype=dtype, progress=progress) as timing:
         logger.info("a speedup of %.2fx is searched for with %s", speedup, timing.words(dense.shape.num_layers))
         return find_shapes(dense.shape, speedup, options, timing.speedup)
 
 
 def _refit(dense: Checkpoint, samples: CalibrationSet, spill: Path, where: Computing) -> Refit:
-    kept, total = [], 0
-    for sample in samples.samples:
-        if total >= _REFIT_TOKENS:
-            break
-        kept.append(sample)
-        total += len(sample)
-    few = replace(samples, samples=tuple(kept))
+    few = samples.first(_REFIT_TOKENS)
 
     def refit(plan: PruningPlan) -> Mapping[str, torch.Tensor]:
         fitted = reconstruct(

@@ -19,6 +19,7 @@ from amprune.plan import (
     PlanOptions,
     PruningPlan,
     choices_of_all_modes,
+    evenly,
     find_budget,
     kept_heads,
     make_plan,
@@ -179,17 +180,10 @@ def plan_of(scores: ImportanceScores, allocation: Allocation, options: PlanOptio
 def _next(splits: Sequence[Budget], found: Mapping[Budget, Damage]) -> list[Budget]:
     """Returns what is to be measured next: of many candidates a few, spread evenly, then the neighbours of the best."""
     if not found:
-        return evenly(splits, MOST)
+        return list(evenly(splits, MOST))
     best = splits.index(min(found, key=lambda budget: (found[budget].kl, splits.index(budget))))
     near = [splits[index] for index in (best - 1, best + 1) if 0 <= index < len(splits)]
     return [budget for budget in near if budget not in found]
-
-
-def evenly(items: Sequence[Budget], most: int) -> list[Budget]:
-    """Returns at most so many of the items, spread evenly, the first and the last among them."""
-    if len(items) <= most:
-        return list(items)
-    return [items[round(index * (len(items) - 1) / (most - 1))] for index in range(most)]
 
 
 @contextmanager

@@ -42,7 +42,7 @@ def loaded_model(
         raise CheckpointError("give a device or a device_map, not both")
     if device_map == "disk":
         checkpoint = read_checkpoint(folder)
-        yield streamed_model(checkpoint, checkpoint.dtype if dtype == "auto" else getattr(torch, dtype))
+        yield streamed_model(checkpoint, checkpoint.computed_in(dtype))
         return
     with tempfile.TemporaryDirectory(prefix="amprune-offload-") as offload:
         try:

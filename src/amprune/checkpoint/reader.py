@@ -61,6 +61,11 @@ class Checkpoint(Mapping[str, torch.Tensor]):
                 counts[tensor.header.dtype] = counts.get(tensor.header.dtype, 0) + math.prod(tensor.header.shape)
         return max(counts, key=lambda dtype: counts[dtype])
 
+    def computed_in(self, dtype: str) -> torch.dtype:
+        """Returns the dtype of a name; auto is that of most parameters."""
+        found: torch.dtype = self.dtype if dtype == "auto" else getattr(torch, dtype)
+        return found
+
     def header(self, name: str) -> TensorHeader:
         """Returns the shape and dtype of a tensor without reading it."""
         return self._stored[name].header

@@ -12,7 +12,7 @@ artefact.py   `plan.json`: write, read, check
 from amprune.plan.artefact import LayerPlan, PruningPlan, check_plan
 from amprune.plan.budget import asked_ratio, find_budget, largest_ratio, matching_neurons
 from amprune.plan.depth import find_depth, removable_blocks
-from amprune.plan.heads import Budget, HeadChoices, choices_of_all_modes, head_choices, kept_heads
+from amprune.plan.heads import Budget, HeadChoices, choices_of_all_modes, evenly, head_choices, kept_heads
 from amprune.plan.make import make_plan
 from amprune.plan.options import HeadsMode, Only, Order, PlanOptions
 from amprune.plan.target import Target, parse_target
@@ -30,6 +30,7 @@ __all__ = [
     "asked_ratio",
     "check_plan",
     "choices_of_all_modes",
+    "evenly",
     "find_budget",
     "find_depth",
     "head_choices",

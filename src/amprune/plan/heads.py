@@ -8,11 +8,15 @@ Query heads over key-value heads, and what the two modes remove (9 query heads, 
                                                .       1       2                      0       1       2
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from amprune.errors import PlanError
 from amprune.plan.options import HeadsMode, PlanOptions, check_ratio, check_target, check_units, heads_stay
 from amprune.shape import ModelShape
+
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
@@ -105,3 +109,10 @@ def check_budget(shape: ModelShape, budget: Budget, options: PlanOptions) -> Non
         )
     if not 1 <= budget.neurons <= shape.intermediate_size:
         raise PlanError(f"the budget keeps {budget.neurons} neurons, expected 1 to {shape.intermediate_size}")
+
+
+def evenly(items: Sequence[_Item], most: int) -> Sequence[_Item]:
+    """Returns at most so many of the items, spread evenly, the first and the last among them."""
+    if len(items) <= most or most < 2:
+        return items[:most]
+    return [items[round(index * (len(items) - 1) / (most - 1))] for index in range(most)]

@@ -97,7 +97,7 @@ def reconstruct(
     _check_plan(plan)
     rows = packed(calibration, longest=min(ROW, dense.positions or ROW), eos=_eos(dense))
     held_out = len(rows) // HELD_OUT
-    place, kind = torch.device(device or default_device()), dense.dtype if dtype == "auto" else getattr(torch, dtype)
+    place, kind = torch.device(device or default_device()), dense.computed_in(dtype)
     width = max(plan.shape_after.intermediate_size, plan.shape_after.num_attention_heads * plan.shape_after.head_dim)
     moments_dtype = _moments_dtype(dense, rows, width, kind, place)
     if (fitted := rows[:-held_out].numel()) < width:

@@ -1,6 +1,6 @@
 """The section on reconstruction: how well refitted output projections give what they should."""
 
-from collections.abc import Sequence
+from statistics import fmean
 
 from amprune.reconstruction import ReconstructionRecord
 from amprune.report.blocks import Block, Bullets, Picture, Section, Table, Text
@@ -67,15 +67,11 @@ def _sentence(name: str, record: ReconstructionRecord) -> str:
 def _row(name: str, record: ReconstructionRecord) -> tuple[str, ...]:
     attention, mlp = [layer.attention for layer in record.layers], [layer.mlp for layer in record.layers]
     means = [
-        _mean([getattr(one, field) for one in part])
+        fmean([getattr(one, field) for one in part])
         for part in (attention, mlp)
         for field in ("held_out_before", "held_out_after")
     ]
     return (name, *map(_share, means), _share(record.layers[-1].drift))
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _share(value: float) -> str:

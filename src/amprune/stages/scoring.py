@@ -30,6 +30,8 @@ from amprune.shape import ModelShape
 
 PathLike = str | os.PathLike[str]
 
+_BEST = PRESETS["best"]
+
 
 def score(
     model: PathLike,
@@ -225,11 +227,11 @@ def _check_gradients(
 
 def draw_calibration(
     model: PathLike,
-    calibration: PathLike | list[str] = "mixed",
+    calibration: PathLike | list[str] = _BEST.calibration,
     *,
     samples: int | None = None,
     tokens: int | None = None,
-    max_length: int = 1024,
+    max_length: int = _BEST.max_length,
     prompts_only: bool = False,
     seed: int = 0,
     dtype: str = "auto",
@@ -245,7 +247,7 @@ def draw_calibration(
         CheckpointError: the model cannot be opened, or has no tokenizer.
     """
     if samples is None and tokens is None:
-        tokens = PRESETS["best"].tokens
+        tokens = _BEST.tokens
     checkpoint = read_checkpoint(open_source(model, revision=revision, dtype=dtype).folder)
     return calibration_for(
         checkpoint,

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from amprune.errors import PlanError
-from amprune.plan import Budget, HeadChoices, PlanOptions, choices_of_all_modes, find_budget, kept_heads
+from amprune.plan import Budget, PlanOptions, choices_of_all_modes, evenly, find_budget, kept_heads
 from amprune.shape import ModelShape
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ def find_shapes(
     reached = []
     for choices in choices_of_all_modes(shape, options):
         start = 0
-        for removed in _head_units(choices, options, head_counts):
+        for removed in evenly(choices.removable, head_counts):
             heads = kept_heads(shape, choices.mode, removed)
             budgets = [
                 Budget(choices.mode, *heads, neurons)
@@ -116,14 +116,6 @@ def _timed(shape: ModelShape, budget: Budget, speedup: Callable[[ModelShape], fl
         budget.query_heads, budget.key_value_heads, budget.neurons, found.speedup,
     )  # fmt: skip
     return found
-
-
-def _head_units(choices: HeadChoices, options: PlanOptions, most: int) -> tuple[int, ...]:
-    """Returns the numbers of head units that are tried, ascending."""
-    units = choices.removable
-    if len(units) <= most or most < 2:
-        return units[:most] if most < 2 else units
-    return tuple(units[round(index * (len(units) - 1) / (most - 1))] for index in range(most))
 
 
 def _widths(shape: ModelShape, options: PlanOptions) -> list[int]:
