@@ -3,6 +3,7 @@
 The stages, each a module that reads and writes files (`pipeline.py` runs them in order):
 
     MODEL -> score -> scores.safetensors -> make_plan -> plan.json -> apply_plan (and refit) -> OUT -> verify
+    OUT -> export_gguf -> OUT.gguf, which llama.cpp runs
     OUT -> recover -> OUT; any models -> evaluate -> evaluation.json -> write_report -> report.html
 
 The method is AMP: "Efficient LLMs with AMP: Attention Heads and MLP Pruning", arXiv 2504.21174.
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
         CalibrationError,
         CheckpointError,
         EvaluationError,
+        ExportError,
         MissingDependencyError,
         PlanError,
         ReconstructionError,
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from amprune.evaluation import Evaluation, LatencySettings, evaluate
     from amprune.experiments import ExperimentFiles, experiment
     from amprune.inspection import inspect
+    from amprune.llama_cpp import ExportedGguf, export_gguf
     from amprune.pipeline import prune, run
     from amprune.plan import PruningPlan, make_plan
     from amprune.recovery import RecoveredModel, RecoverySettings, recover
@@ -49,6 +52,7 @@ _MODULES = {
         "CalibrationError",
         "CheckpointError",
         "EvaluationError",
+        "ExportError",
         "MissingDependencyError",
         "PlanError",
         "ReconstructionError",
@@ -61,6 +65,7 @@ _MODULES = {
     "evaluation": ("Evaluation", "LatencySettings", "evaluate"),
     "experiments": ("ExperimentFiles", "experiment"),
     "inspection": ("inspect",),
+    "llama_cpp": ("ExportedGguf", "export_gguf"),
     "pipeline": ("prune", "run"),
     "plan": ("PruningPlan", "make_plan"),
     "recovery": ("RecoveredModel", "RecoverySettings", "recover"),
@@ -81,6 +86,8 @@ __all__ = [
     "Evaluation",
     "EvaluationError",
     "ExperimentFiles",
+    "ExportError",
+    "ExportedGguf",
     "ImportanceScores",
     "LatencySettings",
     "MissingDependencyError",
@@ -101,6 +108,7 @@ __all__ = [
     "draw_calibration",
     "evaluate",
     "experiment",
+    "export_gguf",
     "inspect",
     "load_calibration",
     "make_plan",

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from amprune.evaluation import Evaluation
     from amprune.experiments import ExperimentFiles
     from amprune.inspection import Inspection
+    from amprune.llama_cpp import ExportedGguf
     from amprune.plan import PruningPlan
     from amprune.recovery import RecoveredModel
     from amprune.report import ReportFiles
@@ -297,6 +298,35 @@ def show_recovery(result: "RecoveredModel") -> None:
         f"Merged: logits equal those of the model with its adapter; rounding to the checkpoint's dtype moves them by "
         f"{record['rounding']:.1e} of their standard deviation"
     )
+
+
+def show_export(exported: "ExportedGguf") -> None:
+    """Prints the types of an exported file's tensors, what was proven, and rows that its type does not suit."""
+    file = exported.file
+    table = Table(title=f"{file.type} in {escape(str(file.path))}", title_justify="left", title_style="bold")
+    for name in ("type", "tensors", "MB", "share"):
+        table.add_column(name, justify="left" if name == "type" else "right")
+    for kind, (count, size) in file.types.items():
+        table.add_row(kind.lower(), f"{count:,}", f"{size / 1e6:,.1f}", f"{size / file.weight_bytes:.1%}")
+    table.add_row("all", f"{len(file.tensors):,}", f"{file.weight_bytes / 1e6:,.1f}", "")
+    stdout.print(table)
+    if exported.odd_rows:
+        rows = ", ".join(f"{row:,} ({count} tensors)" for row, count in exported.odd_rows.items())
+        stdout.print(
+            f"Rows that the blocks of {file.type} do not divide took a larger type: {rows}. Neurons in multiples of "
+            "256 (32 for q8_0 and q4_0) avoid it for the down projections: --neuron-multiple 256",
+            markup=False,
+        )
+    if (check := exported.check) is None:
+        stdout.print("Converted; not run in llama.cpp", style="bold yellow")
+    else:
+        gap = f", the worst {check.largest_gap:.2g} standard deviations below the best" if check.largest_gap else ""
+        stdout.print("Runs in llama.cpp", style="bold green")
+        stdout.print(
+            f"  ok  {check.runtime}: {check.agreed} of {check.tokens} greedy tokens are those of transformers in "
+            f"float32{gap}",
+            markup=False,
+        )
 
 
 def show_report(files: "ReportFiles") -> None:

@@ -8,6 +8,7 @@ AmpruneError
 ├── PlanError                a plan cannot be made, read, or belongs to another model
 ├── ReconstructionError      kept weights cannot be refitted
 ├── VerificationError        a written checkpoint is not the model that it should be
+├── ExportError              a model cannot be written in another format
 ├── RecoveryError            a model cannot be recovered
 ├── EvaluationError          a model cannot be measured, or the data for it cannot be read
 ├── ReportError              a report cannot be drawn
@@ -50,6 +51,10 @@ class ReconstructionError(AmpruneError):
 
 class VerificationError(AmpruneError):
     """A written checkpoint is not the model that it should be."""
+
+
+class ExportError(AmpruneError):
+    """A model cannot be written in the format of another program, or is not the same there."""
 
 
 class RecoveryError(AmpruneError):
