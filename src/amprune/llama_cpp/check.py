@@ -81,7 +81,7 @@ def check_tokens(file: GgufFile, checkpoint: Checkpoint, *, threads: int) -> Tok
     """
     judge = streamed_model(checkpoint, torch.float32)
     prompts = torch.randint(vocabulary_size(judge), (PROMPTS, PROMPT), generator=torch.Generator().manual_seed(0))
-    with llama_cpp_model(file.path, positions=PROMPT + NEW, threads=threads, exact=True) as model:
+    with llama_cpp_model(file, positions=PROMPT + NEW, threads=threads, exact=True) as model:
         generated = [model.generate(prompt.tolist(), NEW).tokens for prompt in prompts]
         version = f"xllamacpp {model.version}"
     if any(len(tokens) != NEW for tokens in generated):

@@ -64,6 +64,12 @@ class GgufFile:
         return sum(tensor.elements for tensor in self.tensors)
 
     @property
+    def vocabulary(self) -> int:
+        """Token ids that it embeds."""
+        table = next(tensor for tensor in self.tensors if tensor.name == _EMBEDDING)
+        return table.elements // table.row
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.bytes for tensor in self.tensors)

@@ -1,17 +1,14 @@
 """GGUF files run by llama.cpp, through xllamacpp, in this process."""
 
 import gc
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from amprune.errors import ExportError, reason
+from amprune.llama_cpp.gguf_file import GgufFile
 from amprune.llama_cpp.tools import import_runtime
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -28,8 +25,10 @@ class Generated:
 class LlamaCppModel:
     """A GGUF file that llama.cpp holds in memory."""
 
-    def __init__(self, path: Path, server: Any, version: str) -> None:
-        self.path = path
+    def __init__(self, file: GgufFile, server: Any, version: str) -> None:
+        self.path = file.path
+        self.vocabulary = file.vocabulary
+        """Token ids that it embeds."""
         self.version = version
         """Of xllamacpp."""
         self._server = server
@@ -54,12 +53,12 @@ class LlamaCppModel:
 
 @contextmanager
 def llama_cpp_model(
-    path: Path, *, positions: int, threads: int, exact: bool = False, gpu: bool = False
+    file: GgufFile, *, positions: int, threads: int, exact: bool = False, gpu: bool = False
 ) -> Iterator[LlamaCppModel]:
     """Loads a GGUF file.
 
     Args:
-        path: of the file.
+        file: what is loaded.
         positions: longest sequence.
         threads: of the processor.
         exact: keys and values in float32 and plain attention, as transformers computes in float32; else llama.cpp's own
@@ -72,7 +71,7 @@ def llama_cpp_model(
     """
     runtime = import_runtime()
     parameters = runtime.CommonParams()
-    parameters.model.path = str(path)
+    parameters.model.path = str(file.path)
     # The server rounds a context to multiples of 256.
     parameters.n_ctx, parameters.n_parallel, parameters.fit_params = -(-positions // 256) * 256, 1, False
     parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
@@ -85,9 +84,9 @@ def llama_cpp_model(
         server = runtime.Server(parameters)
     except RuntimeError as error:
         raise ExportError(
-            f"llama.cpp (xllamacpp {runtime.__version__}) does not load {path}: {reason(error)}"
+            f"llama.cpp (xllamacpp {runtime.__version__}) does not load {file.path}: {reason(error)}"
         ) from error
-    model = LlamaCppModel(path, server, str(runtime.__version__))
+    model = LlamaCppModel(file, server, str(runtime.__version__))
     try:
         yield model
     finally:
