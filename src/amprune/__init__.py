@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         EvaluationError,
         MissingDependencyError,
         PlanError,
+        PushError,
         ReconstructionError,
         RecoveryError,
         ReportError,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from amprune.report import write_report
     from amprune.scores import ImportanceScores
     from amprune.shape import ModelShape
+    from amprune.sharing import PushedModel, push
     from amprune.slicing import prune_model
     from amprune.stages import PrunedModel, apply_plan, draw_calibration, score, verify
     from amprune.verification import VerificationReport
@@ -51,6 +53,7 @@ _MODULES = {
         "EvaluationError",
         "MissingDependencyError",
         "PlanError",
+        "PushError",
         "ReconstructionError",
         "RecoveryError",
         "ReportError",
@@ -67,6 +70,7 @@ _MODULES = {
     "report": ("write_report",),
     "scores": ("ImportanceScores",),
     "shape": ("ModelShape",),
+    "sharing": ("PushedModel", "push"),
     "slicing": ("prune_model",),
     "stages": ("PrunedModel", "apply_plan", "draw_calibration", "score", "verify"),
     "verification": ("VerificationReport",),
@@ -88,6 +92,8 @@ __all__ = [
     "PlanError",
     "PrunedModel",
     "PruningPlan",
+    "PushError",
+    "PushedModel",
     "ReconstructionError",
     "RecoveredModel",
     "RecoveryError",
@@ -106,6 +112,7 @@ __all__ = [
     "make_plan",
     "prune",
     "prune_model",
+    "push",
     "recover",
     "run",
     "score",
