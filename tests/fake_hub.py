@@ -104,7 +104,10 @@ class FakeHub:
                 with operation.as_file() as file:
                     changes[operation.path_in_repo] = file.read()
         oid = self.change(repo_id, changes, commit_message, revision or "main", parent_commit)
-        return CommitInfo(f"{ADDRESS}/{repo_id}/commit/{oid}", commit_message, "", oid, _endpoint=ADDRESS)
+        place = f"{ADDRESS}/{repo_id}/commit/{oid}"
+        return CommitInfo(
+            commit_url=place, commit_message=commit_message, commit_description="", oid=oid, _endpoint=ADDRESS
+        )
 
     def change(
         self, repo_id: str, changes: dict[str, bytes | None], message: str, branch: str, parent: str | None

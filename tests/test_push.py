@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from fake_hub import ADDRESS, FakeHub, Repo, refusal, served
-from huggingface_hub import HfApi, constants
+from huggingface_hub import CommitInfo, HfApi, constants
 from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 from tiny_models import find, make_model
 from tiny_recovery import save_chats, train
@@ -279,14 +279,14 @@ UNFIT: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("case", UNFIT)
-@pytest.mark.parametrize("dry_run", [False, True])
-def test_a_folder_that_is_not_fit_is_refused_and_the_hub_not_asked(case: str, dry_run: bool, out: Path) -> None:
+def test_a_folder_that_is_not_fit_is_refused_and_the_hub_not_asked(case: str, out: Path) -> None:
     spoil, expected = UNFIT[case]
     spoil(out)
     hub = FakeHub()
-    with pytest.raises(AmpruneError) as caught:
-        pushed(out, "ann/small", hub, dry_run=dry_run)
-    assert expected in str(caught.value)
+    for dry_run in (False, True):
+        with pytest.raises(AmpruneError) as caught:
+            pushed(out, "ann/small", hub, dry_run=dry_run)
+        assert expected in str(caught.value)
     assert hub.calls == []
 
 
@@ -342,6 +342,18 @@ def test_after_a_broken_connection_the_same_again_succeeds(made: Path) -> None:
         pushed(made / "pruned", "ann/small", hub)
     hub.failing.clear()
     assert pushed(made / "pruned", "ann/small", hub).commit == hub.repos["ann/small"].head()
+
+
+def test_a_commit_made_meanwhile_is_not_written_over(made: Path) -> None:
+    class Busy(FakeHub):
+        def create_commit(self, repo_id: str, operations: Any, **options: Any) -> CommitInfo:
+            self.change(repo_id, {"theirs.txt": b"new"}, "theirs", "main", None)
+            return super().create_commit(repo_id, operations, **options)
+
+    hub = Busy()
+    with pytest.raises(PushError, match="somebody else has committed meanwhile"):
+        pushed(made / "pruned", "ann/small", hub)
+    assert hub.files("ann/small") == {"theirs.txt": b"new"}
 
 
 # Repositories that exist

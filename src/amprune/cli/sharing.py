@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 @app.command("push")
 def push_command(
     out: Annotated[Path, typer.Argument(help="Folder that amprune wrote; nothing in it is changed.", metavar="OUT")],
-    repo: Annotated[str, typer.Argument(help="OWNER/NAME on the hub, or NAME for your own; made where it is missing.")],
+    repo: Annotated[
+        str, typer.Argument(help="OWNER/NAME on the hub, or NAME for your own; made if missing.", metavar="REPO")
+    ],
     private: Annotated[bool, typer.Option("--private", help="Make REPO private; refused if it is public.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List what would go; needs neither login nor net.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would go; no login, no network.")] = False,
     revision: Annotated[
         str | None, typer.Option(help="Branch, made from main where it is missing (default: main).", metavar="BRANCH")
     ] = None,
