@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         ExportError,
         MissingDependencyError,
         PlanError,
+        PushError,
         ReconstructionError,
         RecoveryError,
         ReportError,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from amprune.report import write_report
     from amprune.scores import ImportanceScores
     from amprune.shape import ModelShape
+    from amprune.sharing import PushedModel, push
     from amprune.slicing import prune_model
     from amprune.stages import PrunedModel, apply_plan, draw_calibration, score, verify
     from amprune.verification import VerificationReport
@@ -55,6 +57,7 @@ _MODULES = {
         "ExportError",
         "MissingDependencyError",
         "PlanError",
+        "PushError",
         "ReconstructionError",
         "RecoveryError",
         "ReportError",
@@ -72,6 +75,7 @@ _MODULES = {
     "report": ("write_report",),
     "scores": ("ImportanceScores",),
     "shape": ("ModelShape",),
+    "sharing": ("PushedModel", "push"),
     "slicing": ("prune_model",),
     "stages": ("PrunedModel", "apply_plan", "draw_calibration", "score", "verify"),
     "verification": ("VerificationReport",),
@@ -95,6 +99,8 @@ __all__ = [
     "PlanError",
     "PrunedModel",
     "PruningPlan",
+    "PushError",
+    "PushedModel",
     "ReconstructionError",
     "RecoveredModel",
     "RecoveryError",
@@ -114,6 +120,7 @@ __all__ = [
     "make_plan",
     "prune",
     "prune_model",
+    "push",
     "recover",
     "run",
     "score",

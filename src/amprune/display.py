@@ -34,10 +34,13 @@ stdout, stderr = Console(highlight=False, soft_wrap=True), Console(stderr=True, 
 
 
 @contextmanager
-def reported(debug: bool, *, kept: Path | None = None, again: str = "") -> Iterator[None]:
+def reported(
+    debug: bool, *, kept: Path | None = None, again: str = "", otherwise: str = "nothing was left behind"
+) -> Iterator[None]:
     """Prints what goes wrong as one paragraph on stderr and exits with 1; tracebacks only with --debug.
 
     `kept` is where a command keeps what it has when it is interrupted; with the option `again` it goes on from there.
+    `otherwise` is what holds where there is none.
     """
     logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("amprune").setLevel(logging.INFO)
@@ -52,7 +55,7 @@ def reported(debug: bool, *, kept: Path | None = None, again: str = "") -> Itera
         finished = kept is not None and kept.exists()
         option = f" with {again}" if again else ""
         left = f"what was finished is in {kept}, the same command{option} goes on from there" if finished else None
-        stderr.print(f"amprune: interrupted; {left or 'nothing was left behind'}", markup=False, soft_wrap=True)
+        stderr.print(f"amprune: interrupted; {left or otherwise}", markup=False, soft_wrap=True)
         raise typer.Exit(130) from None
     except (typer.Exit, typer.Abort):
         raise

@@ -12,6 +12,7 @@ AmpruneError
 ├── RecoveryError            a model cannot be recovered
 ├── EvaluationError          a model cannot be measured, or the data for it cannot be read
 ├── ReportError              a report cannot be drawn
+├── PushError                a model cannot be pushed to the hub
 └── MissingDependencyError   an optional package or file is not installed
 
 Every message says what failed, where, what was found against what was expected, and what to do next.
@@ -67,6 +68,10 @@ class EvaluationError(AmpruneError):
 
 class ReportError(AmpruneError):
     """A report cannot be drawn from what is there."""
+
+
+class PushError(AmpruneError):
+    """A model is not fit to be shared, or the hub does not take it."""
 
 
 class MissingDependencyError(AmpruneError):
