@@ -102,6 +102,19 @@ def _absent(path: Path) -> GgufFile:
     raise CheckpointError(f"no file {path}")
 
 
+def set_width(path: Path, neurons: int) -> None:
+    """Puts the number of neurons into the header in place, where a converter wrote four times the hidden size.
+
+    That is what llama.cpp's converter assumes of families whose MLPs are always so wide, such as Phi-2.
+    """
+    reader = gguf.GGUFReader(path, "r+")
+    kind = reader.fields["general.architecture"].contents()
+    field, hidden = reader.fields.get(f"{kind}.feed_forward_length"), reader.fields[f"{kind}.embedding_length"]
+    if field is not None and field.contents() == 4 * hidden.contents() != neurons:
+        field.parts[field.data[0]][0] = neurons
+        reader.data.flush()
+
+
 @lru_cache(maxsize=16)
 def _read(path: Path, _changed: int) -> GgufFile:
     try:

@@ -12,8 +12,8 @@ from amprune.checkpoint import Checkpoint, Source, check_file, open_source, read
 from amprune.errors import CheckpointError, ExportError, MissingDependencyError, UnsupportedModelError
 from amprune.llama_cpp.check import TokenCheck, check_sizes, check_tokens
 from amprune.llama_cpp.convert import CONVERTED, GgufType, convert, quantise
-from amprune.llama_cpp.families import check_family
-from amprune.llama_cpp.gguf_file import GgufFile, read_gguf
+from amprune.llama_cpp.families import as_known, check_family
+from amprune.llama_cpp.gguf_file import GgufFile, read_gguf, set_width
 from amprune.llama_cpp.tools import find_converter, find_quantiser
 from amprune.progress import Progress, no_progress
 
@@ -101,7 +101,7 @@ def export_gguf(
     checkpoint = read_checkpoint(source.folder)
     own = _OWN.get(checkpoint.dtype, "f32")
     kind = own if type == "auto" else type
-    check_family(checkpoint.shape)
+    check_family(checkpoint)
     converter = find_converter(directory)
     quantiser = None if kind in CONVERTED else find_quantiser(directory)
     steps = 1 + (quantiser is not None) + check
@@ -110,7 +110,9 @@ def export_gguf(
         with progress(f"To {kind}", steps) as advance:
             first = partial if quantiser is None else partial.with_suffix(f".{own}")
             name, family = source.name.rpartition("/")[2], checkpoint.shape.model_type
-            convert(converter, source.folder, first, own if quantiser else kind, name=name, model_type=family)
+            with as_known(checkpoint) as folder:
+                convert(converter, folder, first, own if quantiser else kind, name=name, model_type=family)
+            set_width(first, checkpoint.shape.intermediate_size)
             advance(1)
             if quantiser is not None:
                 quantise(quantiser, first, partial, kind, threads=torch.get_num_threads())
