@@ -16,7 +16,7 @@ UNKNOWN: Mapping[str, str] = {}
 WHOLE_HEADS = frozenset(
     {"cohere", "cohere2", "exaone4", "glm", "jais2", "nemotron", "olmo", "phi", "phi3", "qwen2", "starcoder2"}
 )
-"""Model types whose heads must make up the hidden size: llama.cpp takes the query projection to be square."""
+"""Model types of which llama.cpp, or its converter, takes the head size to be the hidden size over the heads."""
 
 # Model types that need whole heads, and the config under which llama.cpp computes the same without that need.
 _TWINS: Mapping[str, Mapping[str, Any]] = {
@@ -40,8 +40,9 @@ def check_family(checkpoint: Checkpoint) -> None:
     if _lacks_heads(checkpoint) and _twin(checkpoint) is None:
         raise UnsupportedModelError(
             f"llama.cpp does not run a {shape.model_type} model with {shape.num_attention_heads} heads of "
-            f"{shape.head_dim} on a hidden size of {shape.hidden_size}: of this family it takes the query projection "
-            "to be square; prune neurons alone (--only neurons), or serve it with transformers or vLLM"
+            f"{shape.head_dim} on a hidden size of {shape.hidden_size}: of this family it takes the head "
+            "size to be the hidden size over the heads; prune neurons alone (--only neurons), or serve it with "
+            "transformers or vLLM"
         )
 
 
