@@ -10,11 +10,8 @@ from typing import Any
 from amprune.checkpoint import Checkpoint, write_json
 from amprune.errors import UnsupportedModelError
 
-UNKNOWN: Mapping[str, str] = {}
-"""Model types that llama.cpp does not know, or computes otherwise."""
-
 WHOLE_HEADS = frozenset(
-    {"cohere", "cohere2", "exaone4", "glm", "jais2", "nemotron", "olmo", "phi", "phi3", "qwen2", "starcoder2"}
+    {"cohere", "cohere2", "exaone4", "glm", "granite", "nemotron", "olmo", "phi", "phi3", "qwen2", "starcoder2"}
 )
 """Model types of which llama.cpp, or its converter, takes the head size to be the hidden size over the heads."""
 
@@ -33,10 +30,6 @@ def check_family(checkpoint: Checkpoint) -> None:
         UnsupportedModelError: names llama.cpp, the family and why.
     """
     shape = checkpoint.shape
-    if reason := UNKNOWN.get(shape.model_type):
-        raise UnsupportedModelError(
-            f"llama.cpp does not run the family {shape.model_type}: {reason}; serve it with transformers or vLLM"
-        )
     if _lacks_heads(checkpoint) and _twin(checkpoint) is None:
         raise UnsupportedModelError(
             f"llama.cpp does not run a {shape.model_type} model with {shape.num_attention_heads} heads of "
