@@ -17,10 +17,7 @@ DEVICES = (2, 4, 8)
 """Numbers of devices over which servers commonly split a model."""
 HEAD_SIZES: Mapping[str, tuple[tuple[int, ...], str]] = {
     # vllm/v1/attention/backends/cpu_attn.py
-    "vLLM on CPU": (
-        (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512),
-        "its attention kernel has no other, and the model is refused",
-    ),
+    "vLLM on CPU": ((32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512), "its attention kernel has no other"),
     # vllm/v1/attention/backends/flash_attn.py
     "vLLM on GPUs": (tuple(range(8, 257, 8)), "FlashAttention takes no other, and a slower kernel stands in"),
     # ggml/src/ggml-cuda/fattn.cu; where keys and values are of one size
@@ -58,16 +55,11 @@ def heads_split(query_heads: int, key_value_heads: int, devices: int) -> bool:
 
 def reason_not_split(shape: ModelShape, devices: int) -> str | None:
     """Says what of a layer cannot be shared out evenly over so many devices, or returns None."""
-    query_heads, key_value_heads, neurons = (
-        shape.num_attention_heads,
-        shape.num_key_value_heads,
-        shape.intermediate_size,
-    )
     reasons = []
-    if not heads_split(query_heads, key_value_heads, devices):
-        reasons.append(f"{query_heads} query and {key_value_heads} key-value heads")
-    if neurons % devices:
-        reasons.append(f"{neurons:,} neurons")
+    if not heads_split(shape.num_attention_heads, shape.num_key_value_heads, devices):
+        reasons.append(f"{shape.num_attention_heads} query and {shape.num_key_value_heads} key-value heads")
+    if shape.intermediate_size % devices:
+        reasons.append(f"{shape.intermediate_size:,} neurons")
     return f"{' and '.join(reasons)} cannot be shared out over {devices} devices" if reasons else None
 
 
@@ -95,8 +87,8 @@ def _quantised_rows(shape: ModelShape) -> Iterator[ShapeWarning]:
     ):
         if length % GGUF_BLOCK:
             reason = (
-                f"rows of {length:,} values are no multiple of {GGUF_BLOCK}: in q8_0 and K-quants they stay float16, "
-                "larger and slower, and llama-quantize refuses q8_0 and q4_0"
+                f"rows of {length:,} values are no multiple of {GGUF_BLOCK}: in q8_0, q4_0 and K-quants they stay "
+                "float16, larger and slower (some versions of llama-quantize refuse q8_0 and q4_0)"
             )
         elif length % GGUF_SUPER_BLOCK:
             reason = (

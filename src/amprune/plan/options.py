@@ -148,6 +148,7 @@ def check_devices(options: PlanOptions) -> None:
 
 
 def recorded(options: PlanOptions, names: Sequence[str]) -> dict[str, Any]:
-    """Returns what a plan records of its options; a target in the place of a ratio only where there is one."""
-    unused = () if options.target_parameters is not None else ("target_parameters",)
+    """Returns what a plan records of its options; a target in the place of a ratio, and devices, where asked for."""
+    rare = ("target_parameters", "tensor_parallel")
+    unused = {name for name in rare if getattr(options, name) == getattr(PlanOptions, name)}
     return {name: getattr(options, name) for name in names if name not in unused}
