@@ -114,7 +114,7 @@ def test_the_plan_says_which_multiple_it_has(name: str, ratio: float, neurons: i
         assert abs(plan.ratio_actual - ratio) <= 0.0025
 
 
-@pytest.mark.parametrize("name", ["Llama-3-8B", "Llama-2-7B", "Qwen2.5-0.5B", "llama-gqa", "llama-mha"])
+@pytest.mark.parametrize("name", ["Llama-3-8B", "Qwen2.5-0.5B", "llama-gqa", "llama-mha"])
 def test_a_number_of_parameters_is_not_exceeded_for_the_sake_of_a_multiple(name: str) -> None:
     shape, seen = shape_of(name), set[int]()
     for share in (0.97, 0.9, 0.8, 0.75):
@@ -125,9 +125,9 @@ def test_a_number_of_parameters_is_not_exceeded_for_the_sake_of_a_multiple(name:
                 return target - after(shape, replace(budget, neurons=neurons)).parameters
 
             most = {
-                multiple: max((n for n in range(multiple, shape.intermediate_size + 1, multiple) if short(n) >= 0), default=0)
+                multiple: max((n for n in range(0, shape.intermediate_size + 1, multiple) if short(n) >= 0), default=0)
                 for multiple in (256, usual(shape.intermediate_size))
-            }  # fmt: skip
+            }
             fits = most[256] > 0 and short(most[256]) <= 0.0025 * shape.parameters
             multiple = 256 if fits else usual(shape.intermediate_size)
             assert budget.neurons == most[multiple]
