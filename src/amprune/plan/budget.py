@@ -64,14 +64,23 @@ def matching_neurons(shape: ModelShape, choices: HeadChoices, removed: int, opti
 def _of_multiple(
     shape: ModelShape, choices: HeadChoices, removed: int, options: PlanOptions, multiple: int
 ) -> int | None:
-    cost, width = shape.neuron_parameters * shape.num_layers, shape.intermediate_size
+    wanted, width = _exact_neurons(shape, removed * choices.cost, options), shape.intermediate_size
     if options.target_parameters is not None:
-        excess = shape.parameters - options.target_parameters - removed * choices.cost
-        neurons = (width - -(-excess // cost)) // multiple * multiple
+        neurons = math.floor(wanted) // multiple * multiple
         return neurons if multiple <= neurons <= width // multiple * multiple else None
-    wanted = width - (_ratio(shape, options) * shape.parameters - removed * choices.cost) / cost
     neurons = _to_multiple(wanted, multiple, width)
     return neurons if abs(neurons - wanted) <= multiple / 2 + 1e-6 else None
+
+
+def _exact_neurons(shape: ModelShape, spent: int, options: PlanOptions) -> float:
+    """Returns how many neurons spend the rest where heads have taken `spent` parameters; whole for `target_parameters`.
+
+    The number may be one that no layer can keep.
+    """
+    cost, width = shape.neuron_parameters * shape.num_layers, shape.intermediate_size
+    if options.target_parameters is not None:
+        return width - -(-(shape.parameters - options.target_parameters - spent) // cost)
+    return width - (_ratio(shape, options) * shape.parameters - spent) / cost
 
 
 def _removed_share(shape: ModelShape, choices: HeadChoices, removed: int, neurons: int) -> float:
@@ -81,16 +90,12 @@ def _removed_share(shape: ModelShape, choices: HeadChoices, removed: int, neuron
 
 
 def unrounded(shape: ModelShape, budget: Budget, options: PlanOptions) -> Budget:
-    """Returns the budget with as many neurons as spend what is asked for, of no multiple, beside the same heads."""
-    asked = asked_ratio(shape, options)
-    if multiples(shape, options) == (1,) or asked is None:
+    """Returns the budget with the same heads and as many neurons as spend what is asked for, of no multiple."""
+    width = shape.intermediate_size
+    if multiples(shape, options) == (1,) or asked_ratio(shape, options) is None:
         return budget
-    width, cost = shape.intermediate_size, shape.neuron_parameters * shape.num_layers
     whole = shape.shrunk(query_heads=budget.query_heads, key_value_heads=budget.key_value_heads, neurons=width)
-    if options.target_parameters is not None:
-        neurons = width - -(-(whole.parameters - options.target_parameters) // cost)
-    else:
-        neurons = round(width - (whole.parameters - (1 - asked) * shape.parameters) / cost)
+    neurons = round(_exact_neurons(shape, shape.parameters - whole.parameters, options))
     return replace(budget, neurons=min(max(neurons, 1), width))
 
 
