@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from amprune.evaluation import Evaluation
     from amprune.experiments import ExperimentFiles
     from amprune.inspection import Inspection
+    from amprune.llama_cpp import ExportedGguf
     from amprune.plan import PruningPlan
     from amprune.recovery import RecoveredModel
     from amprune.report import ReportFiles
@@ -33,10 +34,13 @@ stdout, stderr = Console(highlight=False, soft_wrap=True), Console(stderr=True, 
 
 
 @contextmanager
-def reported(debug: bool, *, kept: Path | None = None, again: str = "") -> Iterator[None]:
+def reported(
+    debug: bool, *, kept: Path | None = None, again: str = "", otherwise: str = "nothing was left behind"
+) -> Iterator[None]:
     """Prints what goes wrong as one paragraph on stderr and exits with 1; tracebacks only with --debug.
 
     `kept` is where a command keeps what it has when it is interrupted; with the option `again` it goes on from there.
+    `otherwise` is what holds where there is none.
     """
     logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("amprune").setLevel(logging.INFO)
@@ -51,7 +55,7 @@ def reported(debug: bool, *, kept: Path | None = None, again: str = "") -> Itera
         finished = kept is not None and kept.exists()
         option = f" with {again}" if again else ""
         left = f"what was finished is in {kept}, the same command{option} goes on from there" if finished else None
-        stderr.print(f"amprune: interrupted; {left or 'nothing was left behind'}", markup=False, soft_wrap=True)
+        stderr.print(f"amprune: interrupted; {left or otherwise}", markup=False, soft_wrap=True)
         raise typer.Exit(130) from None
     except (typer.Exit, typer.Abort):
         raise
@@ -322,6 +326,35 @@ def show_recovery(result: "RecoveredModel") -> None:
         f"Merged: logits equal those of the model with its adapter; rounding to the checkpoint's dtype moves them by "
         f"{record['rounding']:.1e} of their standard deviation"
     )
+
+
+def show_export(exported: "ExportedGguf") -> None:
+    """Prints the types of an exported file's tensors, what was proven, and rows that its type does not suit."""
+    file = exported.file
+    table = Table(title=f"{file.type} in {escape(str(file.path))}", title_justify="left", title_style="bold")
+    for name in ("type", "tensors", "MB", "share"):
+        table.add_column(name, justify="left" if name == "type" else "right")
+    for kind, (count, size) in file.types.items():
+        table.add_row(kind.lower(), f"{count:,}", f"{size / 1e6:,.1f}", f"{size / file.weight_bytes:.1%}")
+    table.add_row("all", f"{len(file.tensors):,}", f"{file.weight_bytes / 1e6:,.1f}", "")
+    stdout.print(table)
+    if exported.odd_rows:
+        rows = ", ".join(f"{row:,} ({count} tensors)" for row, count in exported.odd_rows.items())
+        stdout.print(
+            f"Rows that the blocks of {file.type} do not divide took a larger type: {rows}. Neurons in multiples of "
+            "256 (32 for q8_0 and q4_0) avoid it for the down projections: --neuron-multiple 256",
+            markup=False,
+        )
+    if (check := exported.check) is None:
+        stdout.print("Converted; not run in llama.cpp", style="bold yellow")
+    else:
+        gap = f", the worst {check.largest_gap:.2g} standard deviations below the best" if check.largest_gap else ""
+        stdout.print("Runs in llama.cpp", style="bold green")
+        stdout.print(
+            f"  ok  {check.runtime}: {check.agreed} of {check.tokens} greedy tokens are those of transformers in "
+            f"float32{gap}",
+            markup=False,
+        )
 
 
 def show_report(files: "ReportFiles") -> None:
