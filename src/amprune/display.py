@@ -94,8 +94,14 @@ def plan_summary(plan: "PruningPlan") -> dict[str, Any]:
         "ratio_actual": plan.ratio_actual,
         "shape_before": plan.shape_before.to_dict(),
         "shape_after": plan.shape_after.to_dict(),
+        **{name: value for name, value in _options(plan).items() if name in ("neuron_multiple", "tensor_parallel")},
         **{name: plan.provenance[name] for name in ("preset", "allocation", "speedup") if name in plan.provenance},
     }
+
+
+def _options(plan: "PruningPlan") -> dict[str, Any]:
+    options = plan.provenance.get("options")
+    return options if isinstance(options, dict) else {}
 
 
 def result_summary(result: "PrunedModel") -> dict[str, Any]:
@@ -138,7 +144,20 @@ def show_plan(plan: "PruningPlan", title: str, sizes: tuple[int, int] | None = N
         table.add_row("weights", *(f"{size / 1e6:,.1f} MB" for size in sizes), f"{1 - sizes[1] / sizes[0]:.2%}")
     stdout.print(table)
     if abs(plan.ratio_actual - plan.ratio_target) > 5e-4:
-        stdout.print(f"Asked for {plan.ratio_target:.2%}; the nearest with these options is {plan.ratio_actual:.2%}.")
+        stdout.print(f"Asked for {plan.ratio_target:.2%}; {_nearest(plan)}")
+    if (devices := _options(plan).get("tensor_parallel", 1)) != 1:
+        stdout.print(f"Heads and neurons can be split over {devices} devices (tensor parallelism).")
+
+
+def _nearest(plan: "PruningPlan") -> str:
+    """Says what came of a ratio that was not met, and how it can be."""
+    options, found = _options(plan), f"{plan.ratio_actual:.2%}"
+    multiple, neurons = options.get("neuron_multiple", 1), plan.shape_after.intermediate_size
+    if multiple == 1 or options.get("neurons_ratio") is not None or neurons == plan.shape_before.intermediate_size:
+        return f"the nearest with these options is {found}."
+    closer = "the exact ratio" if options.get("tensor_parallel", 1) == 1 else "a nearer ratio"
+    end = f"is {found} (neurons are kept in multiples of {multiple}; for {closer}: --neuron-multiple 1)."
+    return f"the least that meets the target {end}" if "target_parameters" in options else f"the nearest {end}"
 
 
 def show_result(result: "PrunedModel") -> None:
@@ -170,6 +189,8 @@ def show_allocation(plan: "PruningPlan") -> None:
     stdout.print(
         "Divergence: Kullback-Leibler, nats a token, of the dense model's predictions; refitted: a short refit."
     )
+    if any(one.get("measured_neurons") for one in found["candidates"]):
+        stdout.print("Both are measured before neurons are rounded to a multiple, so that every split removes as much.")
 
 
 def show_verification(report: "VerificationReport") -> None:
@@ -210,6 +231,10 @@ def show_inspection(found: "Inspection") -> None:
         step = shape.layer_parameters / shape.parameters
         most = f"{found.removable_blocks} can go beside the protected, ratios up to {found.removable_blocks * step:.4f}"
         stdout.print(f"A whole block holds {step:.2%}; {most if found.removable_blocks else 'all are protected'}.")
+    if found.shape_warnings:
+        stdout.print("Shapes: what backends handle badly")
+    for warning in found.shape_warnings:
+        stdout.print(f"  {warning.backend}: {warning.what}: {warning.reason}", markup=False)
 
 
 def ranges(numbers: tuple[int, ...]) -> str:
