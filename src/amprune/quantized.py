@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,38 @@ from amprune.checkpoint.quantized import RECORD
 from amprune.errors import QuantizationError
 
 
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+
+
+def _are_errors(value: object) -> bool:
+    return isinstance(value, dict) and bool(value) and all(map(_is_number, value.values()))
+
+
+_RIGHT: dict[str, Callable[[object], bool]] = {
+    **dict.fromkeys(("quantized_from", "type", "numbers", "library", "computed_in"), _is_text),
+    **dict.fromkeys(("quantized", "parameters", "bytes_before", "bytes_after"), _is_count),
+    **dict.fromkeys(("logit_difference", "loaded_difference", "tolerance"), _is_number),
+    "group_size": lambda value: value is None or _is_count(value),
+    "errors": _are_errors,
+    "versions": lambda value: isinstance(value, dict),
+}
+"""What each field of a record has to be."""
+
+
 @dataclass(frozen=True)
 class Quantization:
     """The content of `quantization.json`."""
 
-    source: str
+    quantized_from: str
     """What was quantised."""
     type: str
     """int8 or int4."""
@@ -45,14 +72,7 @@ class Quantization:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the JSON form."""
-        fields = {name: value for name, value in vars(self).items() if name != "source"}
-        return {
-            "format": 1,
-            "quantized_from": self.source,
-            **fields,
-            "error_mean": self.mean_error,
-            "error_max": max(self.errors.values()),
-        }
+        return {"format": 1, **vars(self), "error_mean": self.mean_error, "error_max": max(self.errors.values())}
 
     @property
     def mean_error(self) -> float:
@@ -70,30 +90,13 @@ class Quantization:
             raise QuantizationError(
                 f"{where}: format is {content.get('format')!r}, expected 1; quantise the model again"
             )
-        fields = {name: content.get(name) for name in cls.__dataclass_fields__} | {
-            "source": content.get("quantized_from")
-        }
-        kinds = {
-            **dict.fromkeys(("source", "type", "numbers", "library", "computed_in"), str),
-            **dict.fromkeys(("quantized", "parameters", "bytes_before", "bytes_after"), int),
-            **dict.fromkeys(("logit_difference", "loaded_difference", "tolerance"), float),
-            "errors": dict, "versions": dict,
-        }  # fmt: skip
-        for name, kind in kinds.items():
-            value = fields[name]
-            right = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
-            if not right or (kind is float and not math.isfinite(value)):  # type: ignore[arg-type]
-                raise _damaged(where, name, value)
-        if not isinstance(group := fields["group_size"], int | None) or isinstance(group, bool):
-            raise _damaged(where, "group_size", group)
-        errors = content["errors"].values()
-        if not errors or not all(isinstance(error, int | float) and math.isfinite(error) for error in errors):
-            raise _damaged(where, "errors", content["errors"])
+        fields = {name: content.get(name) for name in cls.__dataclass_fields__}
+        for name, right in _RIGHT.items():
+            if not right(value := fields[name]):
+                raise QuantizationError(
+                    f"{where}: {name} is {value!r}; the record is damaged: quantise the model again"
+                )
         return cls(**fields)  # type: ignore[arg-type]
-
-
-def _damaged(where: str, name: str, value: object) -> QuantizationError:
-    return QuantizationError(f"{where}: {name} is {value!r}; the record is damaged: quantise the model again")
 
 
 def is_quantized(folder: Path) -> bool:
@@ -116,7 +119,7 @@ def quantization_sentences(found: Quantization) -> tuple[str, ...]:
     """Says how a model was quantised, what that did to it, what was shown, and what loads it."""
     scale = f"a scale for every {found.group_size} weights" if found.group_size else "a scale for each output"
     return (
-        f"Quantised from {found.source} to {found.type} ({found.numbers}, {scale}, as {found.library} has it), "
+        f"Quantised from {found.quantized_from} to {found.type} ({found.numbers}, {scale}, as {found.library} has it), "
         f"without calibration: {found.quantized:,} of {found.parameters:,} weights; embeddings, norms and the "
         f"language-model head stay as they were. {found.bytes_after / 1e6:,.1f} MB of weights, from "
         f"{found.bytes_before / 1e6:,.1f} MB.",

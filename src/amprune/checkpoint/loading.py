@@ -11,7 +11,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 
 from amprune.architecture import quiet_transformers
 from amprune.checkpoint.files import stored_tensors
-from amprune.checkpoint.quantized import read_quantization, require_library
+from amprune.checkpoint.quantized import folder_quantization, require_library
 from amprune.checkpoint.reader import read_checkpoint
 from amprune.checkpoint.streaming import streamed_model
 from amprune.errors import CheckpointError
@@ -41,7 +41,7 @@ def loaded_model(
         raise CheckpointError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     if device_map is not None and device is not None:
         raise CheckpointError("give a device or a device_map, not both")
-    quantization = read_quantization(folder)
+    quantization = folder_quantization(folder)
     if device_map == "disk":
         checkpoint = read_checkpoint(folder)
         yield streamed_model(checkpoint, checkpoint.computed_in(dtype))

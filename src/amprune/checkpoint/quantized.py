@@ -25,7 +25,7 @@ def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return found if isinstance(found, Mapping) else {"quant_method": str(found)}
 
 
-def read_quantization(folder: Path) -> Mapping[str, Any] | None:
+def folder_quantization(folder: Path) -> Mapping[str, Any] | None:
     """Returns how the weights of a folder are quantised; None where they are not, or where there is no config.json."""
     file = folder / "config.json"
     return quantization_of(read_json(file)) if file.is_file() else None

@@ -116,7 +116,7 @@ def _record(
     group_size: int | None,
 ) -> Quantization:  # fmt: skip
     return Quantization(
-        source=source,
+        quantized_from=source,
         type=scheme.type,
         numbers=scheme.numbers,
         group_size=group_size,

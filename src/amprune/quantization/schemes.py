@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from transformers.quantizers.base import HfQuantizer
@@ -10,7 +10,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from amprune.architecture import make_config, meta_model
 from amprune.checkpoint import Checkpoint
-from amprune.errors import QuantizationError, guess
+from amprune.errors import QuantizationError
 from amprune.quantization import int4, int8
 
 QuantizationType = Literal["int8", "int4"]
@@ -60,8 +60,7 @@ def find_scheme(type: str) -> Scheme:
         QuantizationError: there is none of this name.
     """
     if type not in SCHEMES:
-        known = get_args(QuantizationType)
-        raise QuantizationError(f"no type {type!r} to quantise to; {guess(type, known)}choose {' or '.join(known)}")
+        raise QuantizationError(f"no type {type!r} to quantise to; choose {' or '.join(SCHEMES)}")
     return SCHEMES[type]
 
 

@@ -136,10 +136,9 @@ def _of_checkpoint(folder: Path, output: Path, evaluation: Evaluation, baseline:
     name = focus or mine.name
     mine = replace(mine, name=name, entry=evaluation.models.get(name))
     if base is None:
-        source = next(
-            (r.source for r in (mine.recovery, mine.quantization) if r is not None and mine.plan is None), None
-        )
-        dense = read_card(folder).dense or source or "the dense model"
+        trained = mine.recovery.source if mine.recovery is not None else None
+        source = trained or (mine.quantization.quantized_from if mine.quantization is not None else None)
+        dense = read_card(folder).dense or (source if mine.plan is None else None) or "the dense model"
         base = dense if dense != name else f"{dense} (dense)"
         subjects.append(Subject(base, mine.parameters if mine.plan is None else mine.plan.shape_before.parameters))
     position = 1 if subjects and subjects[0].name == base else 0
