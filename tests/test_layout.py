@@ -14,9 +14,9 @@ PACKAGE = ROOT / "src" / "amprune"
 ORDER = [
     "errors", "memory", "progress", "families", "shape", "backends", "architecture", "checkpoint", "texts",
     "calibration", "scores", "criteria", "presets", "scoring", "depth", "plan", "slicing", "masking", "allocation",
-    "compensation", "reconstruction", "recovered", "verification", "llama_cpp", "evaluation", "targets", "planning",
-    "model_card", "recovery", "stages", "inspection", "report", "pipeline", "experiments", "sharing", "demo", "display",
-    "cli", "__main__",
+    "compensation", "reconstruction", "recovered", "quantized", "verification", "llama_cpp", "evaluation", "targets",
+    "planning", "model_card", "quantization", "recovery", "stages", "inspection", "report", "pipeline", "experiments",
+    "sharing", "demo", "display", "cli", "__main__",
 ]  # fmt: skip
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

@@ -3,7 +3,7 @@
 The stages, each a module that reads and writes files (`pipeline.py` runs them in order):
 
     MODEL -> score -> scores.safetensors -> make_plan -> plan.json -> apply_plan (and refit) -> OUT -> verify
-    OUT -> export_gguf -> OUT.gguf, which llama.cpp runs
+    OUT -> quantize -> OUT of fewer bits; OUT -> export_gguf -> OUT.gguf, which llama.cpp runs
     OUT -> recover -> OUT; any models -> evaluate -> evaluation.json -> write_report -> report.html
 
 The method is AMP: "Efficient LLMs with AMP: Attention Heads and MLP Pruning", arXiv 2504.21174.
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         MissingDependencyError,
         PlanError,
         PushError,
+        QuantizationError,
         ReconstructionError,
         RecoveryError,
         ReportError,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from amprune.llama_cpp import ExportedGguf, export_gguf
     from amprune.pipeline import prune, run
     from amprune.plan import PruningPlan, make_plan
+    from amprune.quantization import QuantizedModel, quantize
     from amprune.recovery import RecoveredModel, RecoverySettings, recover
     from amprune.report import write_report
     from amprune.scores import ImportanceScores
@@ -58,6 +60,7 @@ _MODULES = {
         "MissingDependencyError",
         "PlanError",
         "PushError",
+        "QuantizationError",
         "ReconstructionError",
         "RecoveryError",
         "ReportError",
@@ -71,6 +74,7 @@ _MODULES = {
     "llama_cpp": ("ExportedGguf", "export_gguf"),
     "pipeline": ("prune", "run"),
     "plan": ("PruningPlan", "make_plan"),
+    "quantization": ("QuantizedModel", "quantize"),
     "recovery": ("RecoveredModel", "RecoverySettings", "recover"),
     "report": ("write_report",),
     "scores": ("ImportanceScores",),
@@ -101,6 +105,8 @@ __all__ = [
     "PruningPlan",
     "PushError",
     "PushedModel",
+    "QuantizationError",
+    "QuantizedModel",
     "ReconstructionError",
     "RecoveredModel",
     "RecoveryError",
@@ -121,6 +127,7 @@ __all__ = [
     "prune",
     "prune_model",
     "push",
+    "quantize",
     "recover",
     "run",
     "score",

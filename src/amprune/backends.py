@@ -27,7 +27,13 @@ HEAD_SIZES: Mapping[str, tuple[tuple[int, ...], str]] = {
     ),
 }
 """Sizes of a head that attention kernels have, and what becomes of others."""
-NARROW_ATTENTION: Mapping[str, Mapping[str, str]] = {}
+_DERIVED = "of this family it takes the head size to be the hidden size over the heads, and does not load the model"
+NARROW_ATTENTION: Mapping[str, Mapping[str, str]] = {
+    # src/models/*.cpp, and conversion/granite.py
+    "llama.cpp": dict.fromkeys(
+        ("cohere", "cohere2", "exaone4", "glm", "granite", "nemotron", "olmo", "phi", "phi3", "starcoder2"), _DERIVED
+    ),
+}
 """Of each backend the model types whose heads must be as wide together as the hidden size, each with the reason.
 
 Stock transformers takes `num_attention_heads * head_dim != hidden_size` from config.json. Entries are measured, by

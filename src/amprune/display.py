@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from amprune.inspection import Inspection
     from amprune.llama_cpp import ExportedGguf
     from amprune.plan import PruningPlan
+    from amprune.quantization import QuantizedModel
     from amprune.recovery import RecoveredModel
     from amprune.report import ReportFiles
     from amprune.report.measures import Measure
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from amprune.stages import PrunedModel
     from amprune.verification import VerificationReport
 
+_CHATTERING = ("torchao", "torch.utils._pytree", "bitsandbytes")
+"""Libraries that speak of kernels which this machine lacks, or of their own future, as soon as they are imported."""
 stdout, stderr = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False)
 
 
@@ -44,6 +47,8 @@ def reported(
     """
     logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("amprune").setLevel(logging.INFO)
+    for library in _CHATTERING:
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         yield
     except AmpruneError as error:
@@ -355,6 +360,15 @@ def show_export(exported: "ExportedGguf") -> None:
             f"float32{gap}",
             markup=False,
         )
+
+
+def show_quantized(model: "QuantizedModel") -> None:
+    """Says how large a quantised model is, what quantising did to it and what was proven."""
+    from amprune.quantized import quantization_sentences
+
+    stdout.print(f"Quantised model in {model.folder}", style="bold", markup=False)
+    for sentence in quantization_sentences(model.record):
+        stdout.print(f"  {sentence}", markup=False)
 
 
 def show_report(files: "ReportFiles") -> None:

@@ -9,6 +9,7 @@ AmpruneError
 ├── ReconstructionError      kept weights cannot be refitted
 ├── VerificationError        a written checkpoint is not the model that it should be
 ├── ExportError              a model cannot be written in another format
+├── QuantizationError        a model cannot be quantised, or is not what it should be afterwards
 ├── RecoveryError            a model cannot be recovered
 ├── EvaluationError          a model cannot be measured, or the data for it cannot be read
 ├── ReportError              a report cannot be drawn
@@ -56,6 +57,10 @@ class VerificationError(AmpruneError):
 
 class ExportError(AmpruneError):
     """A model cannot be written in the format of another program, or is not the same there."""
+
+
+class QuantizationError(AmpruneError):
+    """A model cannot be quantised, or the quantised one is not what it should be."""
 
 
 class RecoveryError(AmpruneError):

