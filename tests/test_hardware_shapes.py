@@ -345,6 +345,7 @@ def test_the_plan_says_over_how_many_devices_and_of_which_multiple_neurons_are()
         (9, {"ratio": 0.2}, (9, 3)),
         (6, {"ratio": 0.2, "heads_mode": "within"}, (6, 3)),
         (6, {"ratio": 0.2}, (6, 2)),
+        (6, {"ratio": 0.055}, (6, 3)),  # a group would be too much
     ],
     ids=str,
 )

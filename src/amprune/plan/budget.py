@@ -4,9 +4,10 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import product
 
 from amprune.errors import PlanError
-from amprune.plan.heads import Budget, HeadChoices, head_choices, kept_heads, usable_heads
+from amprune.plan.heads import Budget, HeadChoices, choices_of_all_modes, head_choices, kept_heads, usable_heads
 from amprune.plan.multiples import SLACK, multiples, narrower, smallest_multiple
 from amprune.plan.options import (
     PlanOptions,
@@ -27,12 +28,13 @@ def find_budget(shape: ModelShape, options: PlanOptions) -> Budget:
             family's heads cannot be removed, or no number of heads can be split over the devices.
     """
     check_options(shape, options)
-    choices = usable_heads(shape, options)
-    *attempts, last = (options, *narrower(shape, options))
-    for attempt in attempts:
+    choices, attempts = usable_heads(shape, options), (options, *narrower(shape, options))
+    # Devices leave few numbers of heads, of which the other mode may have one that suits.
+    modes = choices_of_all_modes(shape, options) if options.tensor_parallel > 1 else (choices,)
+    for attempt, mode in product(attempts, modes):
         with suppress(PlanError):
-            return _find(shape, choices, attempt)
-    return _find(shape, choices, last)
+            return _find(shape, mode, attempt)
+    return _find(shape, choices, attempts[-1])
 
 
 def _find(shape: ModelShape, choices: HeadChoices, options: PlanOptions) -> Budget:
