@@ -74,7 +74,7 @@ def quantize_command(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write a model with fewer bits a weight, which stock transformers and vLLM load, and prove that it runs."""
+    """Write a model with fewer bits a weight, which stock transformers loads, and prove that it runs."""
     given: dict[str, Any] = options_of(locals())
     with reported(debug):
         from amprune.quantization import quantize
