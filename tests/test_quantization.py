@@ -323,6 +323,11 @@ def test_layers_that_the_libraries_do_not_quantise_are_refused(tiny: Tiny, tmp_p
         quantize(save(tmp_path / "model", tiny), tmp_path / "out")
 
 
+def test_weights_of_a_dtype_that_no_library_quantises_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(QuantizationError, match=r"weights are float64.*save the model in float32"):
+        quantize(save(tmp_path / "model", dtype=torch.float64), tmp_path / "out")
+
+
 STAGES: dict[str, Callable[[Path, Path], Any]] = {
     "quantize": lambda model, out: quantize(model, out),
     "prune": lambda model, out: prune(model, out, ratio=0.1),

@@ -34,7 +34,6 @@ class Findings:
     """By decoder block, the share of the quantised weights' Frobenius norm that quantising changed."""
     logit_difference: float
     """To the unquantised model: a root mean square in standard deviations of its logits, in float64."""
-    largest_logit_difference: float
     loaded_difference: float
     """Between stock transformers and the stored weights in float64, as above."""
     tolerance: float
@@ -44,12 +43,12 @@ class Findings:
 class _Unpacked(Checkpoint):
     """The tensors that lie in a written folder, packed ones as what they stand for."""
 
-    def __init__(self, base: Checkpoint, folder: Path, parts: Parts, scheme: Scheme, group_size: int | None) -> None:
+    def __init__(self, base: Checkpoint, folder: Path, parts: Parts, scheme: Scheme) -> None:
         vars(self).update(vars(base))
         stored, renamed = stored_tensors(folder), base.architecture.family.stored_names
         self.folder = folder
         self._parts = {name: {part: stored[part] for part in names} for name, names in parts.items()}
-        self._scheme, self._group_size = scheme, group_size
+        self._scheme = scheme
         packed = {part for names in parts.values() for part in names}
         self._stored = {renamed.get(name, name): tensor for name, tensor in stored.items() if name not in packed}
         self._shapes = {name: base.header(name).shape for name in parts}
@@ -61,7 +60,7 @@ class _Unpacked(Checkpoint):
         for part, tensor in self._parts[name].items():
             with opened(tensor.file) as file:
                 found[part] = file.get_tensor(tensor.name)
-        return self._scheme.unpack(name, found, self._shapes[name], self._group_size)
+        return self._scheme.unpack(name, found, self._shapes[name])
 
     def resolve(self, name: str) -> str:
         return name if name in self._parts else super().resolve(name)
@@ -73,7 +72,6 @@ def check_quantized(
     parts: Parts,
     scheme: Scheme,
     *,
-    group_size: int | None,
     device: str | None = None,
     progress: Progress = no_progress,
 ) -> Findings:
@@ -85,7 +83,7 @@ def check_quantized(
         QuantizationError: one of them does not hold.
         CheckpointError: stock transformers cannot load the folder.
     """
-    written = _Unpacked(base, folder, parts, scheme, group_size)
+    written = _Unpacked(base, folder, parts, scheme)
     with progress("Comparing", len(base) + 3) as advance:
         errors = _errors(base, written, parts, scheme, advance)
         expected = _finite(probe_logits(base), "the model to quantise")
@@ -103,8 +101,7 @@ def check_quantized(
             f"{difference:.1e} of their standard deviation, more than {tolerance} in {dtype}; is {scheme.library} "
             "sound on this machine?"
         )
-    largest = float((stored - expected).abs().max() / expected.std())
-    return Findings(errors, _distance(stored, expected), largest, difference, tolerance, dtype)
+    return Findings(errors, _distance(stored, expected), difference, tolerance, dtype)
 
 
 def _errors(base: Checkpoint, written: Checkpoint, parts: Parts, scheme: Scheme, advance: Any) -> dict[str, float]:

@@ -14,13 +14,11 @@ def pack(name: str, weight: torch.Tensor, group_size: int | None) -> dict[str, t
     return {name: packed, **{f"{name}.{part}": tensor for part, tensor in state.as_dict(packed=True).items()}}
 
 
-def unpack(
-    name: str, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...], group_size: int | None
-) -> torch.Tensor:
+def unpack(name: str, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
     """Returns the weight that stored tensors stand for, in float32."""
-    pairs = parts[name].flatten()
+    pairs, scales = parts[name].flatten(), parts[f"{name}.absmax"]
     values = parts[f"{name}.quant_map"][torch.stack([pairs >> 4, pairs & 15], dim=1).flatten().int()]
-    return (values.view(-1, group_size or 1) * parts[f"{name}.absmax"][:, None]).reshape(shape)
+    return (values.view(len(scales), -1) * scales[:, None]).reshape(shape)
 
 
 def metadata(tensors: Mapping[str, torch.Tensor], packed: Collection[str]) -> dict[str, str]:

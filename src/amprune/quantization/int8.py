@@ -14,9 +14,7 @@ def pack(name: str, weight: torch.Tensor, group_size: int | None = None) -> dict
     return tensors
 
 
-def unpack(
-    name: str, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...], group_size: int | None = None
-) -> torch.Tensor:
+def unpack(name: str, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
     """Returns the weight that stored tensors stand for, in float32."""
     prefix, _, leaf = name.rpartition(".")
     values, zero, scale = (parts[f"{prefix}._{leaf}_{part}"].float() for part in ("qdata", "zero_point", "scale"))

@@ -1,5 +1,6 @@
 """MODEL -> OUT: checked, packed, written, compared, in order. START HERE in this folder."""
 
+import math
 import os
 import shutil
 from dataclasses import dataclass
@@ -100,8 +101,8 @@ def quantize(
             base, partial, scheme, shapes,
             skipped=skipped, group_size=group, max_shard_size=max_shard_size, progress=progress,
         )  # fmt: skip
-        found = check_quantized(base, partial, parts, scheme, group_size=group, device=device, progress=progress)
-        quantized = sum(base.header(name).shape[0] * base.header(name).shape[1] for name in shapes)
+        found = check_quantized(base, partial, parts, scheme, device=device, progress=progress)
+        quantized = sum(map(math.prod, shapes.values()))
         record = _record(source.name, base, partial, scheme, found, quantized=quantized, group_size=group)
         for name in _CARRIED:
             if (source.folder / RECORDS / name).is_file():
@@ -125,11 +126,7 @@ def _record(
         parameters=base.shape.parameters,
         bytes_before=_bytes(base.folder),
         bytes_after=_bytes(folder),
-        errors=found.errors,
-        logit_difference=found.logit_difference,
-        loaded_difference=found.loaded_difference,
-        tolerance=found.tolerance,
-        computed_in=found.computed_in,
+        **vars(found),
         versions={
             "amprune": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
             scheme.library: version(scheme.library),

@@ -37,7 +37,7 @@ class Scheme:
     largest_error: float
     """Share of a weight's Frobenius norm that quantising can cost it; more says that something is wrong."""
     pack: Callable[[str, torch.Tensor, int | None], dict[str, torch.Tensor]]
-    unpack: Callable[[str, Mapping[str, torch.Tensor], tuple[int, ...], int | None], torch.Tensor]
+    unpack: Callable[[str, Mapping[str, torch.Tensor], tuple[int, ...]], torch.Tensor]
     metadata: Callable[[Mapping[str, torch.Tensor], Collection[str]], dict[str, str]]
     config: Callable[[list[str], torch.dtype], dict[str, Any]]
 
@@ -71,8 +71,12 @@ def split_layers(base: Checkpoint) -> tuple[dict[str, tuple[int, ...]], list[str
     is: all but the language-model head.
 
     Raises:
-        QuantizationError: there is none.
+        QuantizationError: there is none, or weights are float64.
     """
+    if base.dtype == torch.float64:
+        raise QuantizationError(
+            f"{base.folder}: the weights are float64, which the libraries do not quantise; save the model in float32"
+        )
     model = meta_model(make_config(base.config, where=str(base.folder)), where=str(base.folder))
     kept = getattr(model, "_keep_in_fp32_modules", None)
     skipped = sorted(HfQuantizer.get_modules_to_not_convert(model, None, kept))
