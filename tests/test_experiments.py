@@ -108,6 +108,11 @@ def test_best_is_the_preset_on_its_own_set(dense: Path, place: Path, tmp_path: P
     assert (found["best 20 %"].making_seconds or 0) > 0
     plan = json.loads((tmp_path / "out/dense/models/best-amp-both-0.2/amprune/plan.json").read_text())
     assert (plan["provenance"]["preset"], plan["provenance"]["criterion"]) == ("best", "activation-l2")
+    assert plan["provenance"]["options"]["neuron_multiple"] == 1
+    before = plan["shape_before"]
+    neuron = before["neuron_parameters"] * before["num_layers"] / before["parameters"]
+    for cell in ("best 20 %", "amp 20 %"):
+        assert found[cell].ratio == pytest.approx(0.2, abs=neuron / 2)
     text = files.report.markdown.read_text()
     assert f"best: preset of amprune, calibrated on its own mixed set, {drawn['tokens']:,} tokens." in text
     assert "on 3 samples of builtin, seed 0, the same for all methods but best;" in text
@@ -165,7 +170,8 @@ def test_tasks_are_asked_and_the_recovery_is_the_same_for_all(dense: Path, place
 
 
 def test_a_checkpoint_of_another_tool_is_a_row(dense: Path, place: Path, tmp_path: Path) -> None:
-    other = prune(dense, tmp_path / "theirs", ratio=0.2, calibration="builtin", samples=2, order="random").folder
+    drawn: dict[str, Any] = {"calibration": "builtin", "samples": 2}
+    other = prune(dense, tmp_path / "theirs", ratio=0.2, neuron_multiple=1, order="random", **drawn).folder
     shutil.rmtree(other / "amprune")
     files = experiment(
         "table1", dense, tmp_path / "out", **settings(place, methods=["amp"], checkpoints=[f"slicer={other}"])

@@ -12,10 +12,11 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "amprune"
 # A module imports only from those above it.
 ORDER = [
-    "errors", "memory", "progress", "families", "shape", "architecture", "checkpoint", "texts", "calibration",
-    "scores", "criteria", "presets", "scoring", "depth", "plan", "slicing", "masking", "allocation", "compensation",
-    "reconstruction", "recovered", "verification", "evaluation", "targets", "planning", "model_card", "recovery",
-    "stages", "inspection", "report", "pipeline", "experiments", "demo", "display", "cli", "__main__",
+    "errors", "memory", "progress", "families", "shape", "backends", "architecture", "checkpoint", "texts",
+    "calibration", "scores", "criteria", "presets", "scoring", "depth", "plan", "slicing", "masking", "allocation",
+    "compensation", "reconstruction", "recovered", "quantized", "verification", "llama_cpp", "evaluation", "targets",
+    "planning", "model_card", "quantization", "recovery", "stages", "inspection", "report", "pipeline", "experiments",
+    "sharing", "demo", "display", "cli", "__main__",
 ]  # fmt: skip
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

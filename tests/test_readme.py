@@ -110,7 +110,7 @@ def test_the_pruned_model_still_knows_its_language(folder: Path) -> None:
 @pytest.mark.real_model
 def test_the_report_sets_the_two_models_side_by_side(folder: Path) -> None:
     report = (folder / "results" / "report.md").read_text(encoding="utf-8")
-    assert "107,610,048" in report
+    assert "107,972,928" in report  # 1,024 neurons, a multiple that hardware likes; 1,017 would be 20 %
     assert "of the ideal" in report
     if DATA:
         assert "hellaswag" in report

@@ -3,6 +3,7 @@
 The stages, each a module that reads and writes files (`pipeline.py` runs them in order):
 
     MODEL -> score -> scores.safetensors -> make_plan -> plan.json -> apply_plan (and refit) -> OUT -> verify
+    OUT -> quantize -> OUT of fewer bits; OUT -> export_gguf -> OUT.gguf, which llama.cpp runs
     OUT -> recover -> OUT; any models -> evaluate -> evaluation.json -> write_report -> report.html
 
 The method is AMP: "Efficient LLMs with AMP: Attention Heads and MLP Pruning", arXiv 2504.21174.
@@ -20,8 +21,11 @@ if TYPE_CHECKING:
         CalibrationError,
         CheckpointError,
         EvaluationError,
+        ExportError,
         MissingDependencyError,
         PlanError,
+        PushError,
+        QuantizationError,
         ReconstructionError,
         RecoveryError,
         ReportError,
@@ -32,12 +36,15 @@ if TYPE_CHECKING:
     from amprune.evaluation import Evaluation, LatencySettings, evaluate
     from amprune.experiments import ExperimentFiles, experiment
     from amprune.inspection import inspect
+    from amprune.llama_cpp import ExportedGguf, export_gguf
     from amprune.pipeline import prune, run
     from amprune.plan import PruningPlan, make_plan
+    from amprune.quantization import QuantizedModel, quantize
     from amprune.recovery import RecoveredModel, RecoverySettings, recover
     from amprune.report import write_report
     from amprune.scores import ImportanceScores
     from amprune.shape import ModelShape
+    from amprune.sharing import PushedModel, push
     from amprune.slicing import prune_model
     from amprune.stages import PrunedModel, apply_plan, draw_calibration, score, verify
     from amprune.verification import VerificationReport
@@ -49,8 +56,11 @@ _MODULES = {
         "CalibrationError",
         "CheckpointError",
         "EvaluationError",
+        "ExportError",
         "MissingDependencyError",
         "PlanError",
+        "PushError",
+        "QuantizationError",
         "ReconstructionError",
         "RecoveryError",
         "ReportError",
@@ -61,12 +71,15 @@ _MODULES = {
     "evaluation": ("Evaluation", "LatencySettings", "evaluate"),
     "experiments": ("ExperimentFiles", "experiment"),
     "inspection": ("inspect",),
+    "llama_cpp": ("ExportedGguf", "export_gguf"),
     "pipeline": ("prune", "run"),
     "plan": ("PruningPlan", "make_plan"),
+    "quantization": ("QuantizedModel", "quantize"),
     "recovery": ("RecoveredModel", "RecoverySettings", "recover"),
     "report": ("write_report",),
     "scores": ("ImportanceScores",),
     "shape": ("ModelShape",),
+    "sharing": ("PushedModel", "push"),
     "slicing": ("prune_model",),
     "stages": ("PrunedModel", "apply_plan", "draw_calibration", "score", "verify"),
     "verification": ("VerificationReport",),
@@ -81,6 +94,8 @@ __all__ = [
     "Evaluation",
     "EvaluationError",
     "ExperimentFiles",
+    "ExportError",
+    "ExportedGguf",
     "ImportanceScores",
     "LatencySettings",
     "MissingDependencyError",
@@ -88,6 +103,10 @@ __all__ = [
     "PlanError",
     "PrunedModel",
     "PruningPlan",
+    "PushError",
+    "PushedModel",
+    "QuantizationError",
+    "QuantizedModel",
     "ReconstructionError",
     "RecoveredModel",
     "RecoveryError",
@@ -101,11 +120,14 @@ __all__ = [
     "draw_calibration",
     "evaluate",
     "experiment",
+    "export_gguf",
     "inspect",
     "load_calibration",
     "make_plan",
     "prune",
     "prune_model",
+    "push",
+    "quantize",
     "recover",
     "run",
     "score",

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from amprune.evaluation import Evaluation
     from amprune.experiments import ExperimentFiles
     from amprune.inspection import Inspection
+    from amprune.llama_cpp import ExportedGguf
     from amprune.plan import PruningPlan
+    from amprune.quantization import QuantizedModel
     from amprune.recovery import RecoveredModel
     from amprune.report import ReportFiles
     from amprune.report.measures import Measure
@@ -29,17 +31,24 @@ if TYPE_CHECKING:
     from amprune.stages import PrunedModel
     from amprune.verification import VerificationReport
 
+_CHATTERING = ("torchao", "torch.utils._pytree", "bitsandbytes")
+"""Libraries that speak of kernels which this machine lacks, or of their own future, as soon as they are imported."""
 stdout, stderr = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False)
 
 
 @contextmanager
-def reported(debug: bool, *, kept: Path | None = None, again: str = "") -> Iterator[None]:
+def reported(
+    debug: bool, *, kept: Path | None = None, again: str = "", otherwise: str = "nothing was left behind"
+) -> Iterator[None]:
     """Prints what goes wrong as one paragraph on stderr and exits with 1; tracebacks only with --debug.
 
     `kept` is where a command keeps what it has when it is interrupted; with the option `again` it goes on from there.
+    `otherwise` is what holds where there is none.
     """
     logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("amprune").setLevel(logging.INFO)
+    for library in _CHATTERING:
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         yield
     except AmpruneError as error:
@@ -51,7 +60,7 @@ def reported(debug: bool, *, kept: Path | None = None, again: str = "") -> Itera
         finished = kept is not None and kept.exists()
         option = f" with {again}" if again else ""
         left = f"what was finished is in {kept}, the same command{option} goes on from there" if finished else None
-        stderr.print(f"amprune: interrupted; {left or 'nothing was left behind'}", markup=False, soft_wrap=True)
+        stderr.print(f"amprune: interrupted; {left or otherwise}", markup=False, soft_wrap=True)
         raise typer.Exit(130) from None
     except (typer.Exit, typer.Abort):
         raise
@@ -90,8 +99,14 @@ def plan_summary(plan: "PruningPlan") -> dict[str, Any]:
         "ratio_actual": plan.ratio_actual,
         "shape_before": plan.shape_before.to_dict(),
         "shape_after": plan.shape_after.to_dict(),
+        **{name: value for name, value in _options(plan).items() if name in ("neuron_multiple", "tensor_parallel")},
         **{name: plan.provenance[name] for name in ("preset", "allocation", "speedup") if name in plan.provenance},
     }
+
+
+def _options(plan: "PruningPlan") -> dict[str, Any]:
+    options = plan.provenance.get("options")
+    return options if isinstance(options, dict) else {}
 
 
 def result_summary(result: "PrunedModel") -> dict[str, Any]:
@@ -134,7 +149,20 @@ def show_plan(plan: "PruningPlan", title: str, sizes: tuple[int, int] | None = N
         table.add_row("weights", *(f"{size / 1e6:,.1f} MB" for size in sizes), f"{1 - sizes[1] / sizes[0]:.2%}")
     stdout.print(table)
     if abs(plan.ratio_actual - plan.ratio_target) > 5e-4:
-        stdout.print(f"Asked for {plan.ratio_target:.2%}; the nearest with these options is {plan.ratio_actual:.2%}.")
+        stdout.print(f"Asked for {plan.ratio_target:.2%}; {_nearest(plan)}")
+    if (devices := _options(plan).get("tensor_parallel", 1)) != 1:
+        stdout.print(f"Heads and neurons can be split over {devices} devices (tensor parallelism).")
+
+
+def _nearest(plan: "PruningPlan") -> str:
+    """Says what came of a ratio that was not met, and how it can be."""
+    options, found = _options(plan), f"{plan.ratio_actual:.2%}"
+    multiple, neurons = options.get("neuron_multiple", 1), plan.shape_after.intermediate_size
+    if multiple == 1 or options.get("neurons_ratio") is not None or neurons == plan.shape_before.intermediate_size:
+        return f"the nearest with these options is {found}."
+    closer = "the exact ratio" if options.get("tensor_parallel", 1) == 1 else "a nearer ratio"
+    end = f"is {found} (neurons are kept in multiples of {multiple}; for {closer}: --neuron-multiple 1)."
+    return f"the least that meets the target {end}" if "target_parameters" in options else f"the nearest {end}"
 
 
 def show_result(result: "PrunedModel") -> None:
@@ -166,6 +194,8 @@ def show_allocation(plan: "PruningPlan") -> None:
     stdout.print(
         "Divergence: Kullback-Leibler, nats a token, of the dense model's predictions; refitted: a short refit."
     )
+    if any(one.get("measured_neurons") for one in found["candidates"]):
+        stdout.print("Both are measured before neurons are rounded to a multiple, so that every split removes as much.")
 
 
 def show_verification(report: "VerificationReport") -> None:
@@ -206,6 +236,10 @@ def show_inspection(found: "Inspection") -> None:
         step = shape.layer_parameters / shape.parameters
         most = f"{found.removable_blocks} can go beside the protected, ratios up to {found.removable_blocks * step:.4f}"
         stdout.print(f"A whole block holds {step:.2%}; {most if found.removable_blocks else 'all are protected'}.")
+    if found.shape_warnings:
+        stdout.print("Shapes: what backends handle badly")
+    for warning in found.shape_warnings:
+        stdout.print(f"  {warning.backend}: {warning.what}: {warning.reason}", markup=False)
 
 
 def ranges(numbers: tuple[int, ...]) -> str:
@@ -297,6 +331,44 @@ def show_recovery(result: "RecoveredModel") -> None:
         f"Merged: logits equal those of the model with its adapter; rounding to the checkpoint's dtype moves them by "
         f"{record['rounding']:.1e} of their standard deviation"
     )
+
+
+def show_export(exported: "ExportedGguf") -> None:
+    """Prints the types of an exported file's tensors, what was proven, and rows that its type does not suit."""
+    file = exported.file
+    table = Table(title=f"{file.type} in {escape(str(file.path))}", title_justify="left", title_style="bold")
+    for name in ("type", "tensors", "MB", "share"):
+        table.add_column(name, justify="left" if name == "type" else "right")
+    for kind, (count, size) in file.types.items():
+        table.add_row(kind.lower(), f"{count:,}", f"{size / 1e6:,.1f}", f"{size / file.weight_bytes:.1%}")
+    table.add_row("all", f"{len(file.tensors):,}", f"{file.weight_bytes / 1e6:,.1f}", "")
+    stdout.print(table)
+    if exported.odd_rows:
+        rows = ", ".join(f"{row:,} ({count} tensors)" for row, count in exported.odd_rows.items())
+        stdout.print(
+            f"Rows that the blocks of {file.type} do not divide took a larger type: {rows}. Neurons in multiples of "
+            "256 (32 for q8_0 and q4_0) avoid it for the down projections: --neuron-multiple 256",
+            markup=False,
+        )
+    if (check := exported.check) is None:
+        stdout.print("Converted; not run in llama.cpp", style="bold yellow")
+    else:
+        gap = f", the worst {check.largest_gap:.2g} standard deviations below the best" if check.largest_gap else ""
+        stdout.print("Runs in llama.cpp", style="bold green")
+        stdout.print(
+            f"  ok  {check.runtime}: {check.agreed} of {check.tokens} greedy tokens are those of transformers in "
+            f"float32{gap}",
+            markup=False,
+        )
+
+
+def show_quantized(model: "QuantizedModel") -> None:
+    """Says how large a quantised model is, what quantising did to it and what was proven."""
+    from amprune.quantized import quantization_sentences
+
+    stdout.print(f"Quantised model in {model.folder}", style="bold", markup=False)
+    for sentence in quantization_sentences(model.record):
+        stdout.print(f"  {sentence}", markup=False)
 
 
 def show_report(files: "ReportFiles") -> None:

@@ -8,9 +8,12 @@ AmpruneError
 ├── PlanError                a plan cannot be made, read, or belongs to another model
 ├── ReconstructionError      kept weights cannot be refitted
 ├── VerificationError        a written checkpoint is not the model that it should be
+├── ExportError              a model cannot be written in another format
+├── QuantizationError        a model cannot be quantised, or is not what it should be afterwards
 ├── RecoveryError            a model cannot be recovered
 ├── EvaluationError          a model cannot be measured, or the data for it cannot be read
 ├── ReportError              a report cannot be drawn
+├── PushError                a model cannot be pushed to the hub
 └── MissingDependencyError   an optional package or file is not installed
 
 Every message says what failed, where, what was found against what was expected, and what to do next.
@@ -52,6 +55,14 @@ class VerificationError(AmpruneError):
     """A written checkpoint is not the model that it should be."""
 
 
+class ExportError(AmpruneError):
+    """A model cannot be written in the format of another program, or is not the same there."""
+
+
+class QuantizationError(AmpruneError):
+    """A model cannot be quantised, or the quantised one is not what it should be."""
+
+
 class RecoveryError(AmpruneError):
     """A model cannot be recovered by training."""
 
@@ -62,6 +73,10 @@ class EvaluationError(AmpruneError):
 
 class ReportError(AmpruneError):
     """A report cannot be drawn from what is there."""
+
+
+class PushError(AmpruneError):
+    """A model is not fit to be shared, or the hub does not take it."""
 
 
 class MissingDependencyError(AmpruneError):

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from amprune.architecture import Architecture, describe
+from amprune.backends import ShapeWarning, shape_warnings
 from amprune.checkpoint import open_source, read_checkpoint, read_json
 from amprune.plan import PlanOptions, head_choices, largest_ratio, removable_blocks
 from amprune.shape import ModelShape
@@ -40,6 +41,8 @@ class Inspection:
     """Pruning ratio of one neuron in every layer."""
     removable_blocks: int
     """Decoder blocks that can go as a whole, without those that are protected by default."""
+    shape_warnings: tuple[ShapeWarning, ...]
+    """What backends handle badly of the sizes; empty where all is well."""
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the JSON form."""
@@ -70,6 +73,7 @@ def inspect(model: str | os.PathLike[str], *, revision: str | None = None) -> In
         tied_embeddings=bool(architecture.tied),
         modes=tuple(_modes(shape)),
         removable_blocks=removable_blocks(shape, PlanOptions()),
+        shape_warnings=shape_warnings(shape),
         smallest_step=shape.neuron_parameters * shape.num_layers / shape.parameters,
     )
 

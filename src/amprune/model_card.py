@@ -12,7 +12,8 @@ import yaml
 from amprune import __version__
 from amprune.checkpoint import RECORDS, Source, read_front_matter
 from amprune.plan import PruningPlan
-from amprune.recovered import Recovery, data_sentence, training_sentences
+from amprune.quantized import Quantization, quantization_sentences
+from amprune.recovered import Recovery, data_sentence, is_recovered, read_recovery, training_sentences
 from amprune.verification import VerificationReport
 
 CARD = "README.md"
@@ -62,19 +63,51 @@ def write_recovered_card(folder: Path, record: Mapping[str, Any], *, source: Sou
         RecoveryError: the record is damaged.
     """
     recovery = Recovery.from_dict(record, where="the record of the training")
-    head, plan_file = read_card(source.folder), folder / RECORDS / "plan.json"
-    plan = PruningPlan.load(plan_file) if plan_file.is_file() else None
-    front = _recovered_front(head, source, pruned=plan is not None)
-    base = front.get("base_model")
-    known = head.dense or (str(base[0]) if isinstance(base, list) and base else None) or "the dense model"
+    head, plan = read_card(source.folder), _plan(folder)
+    front = _grown_front(head, source, "recovered", pruned=plan is not None)
     text = card_text(
         plan,
-        dense=recovery.source if plan is None else known,
+        dense=recovery.source if plan is None else _dense(head, front),
         front=front,
         records=[path.name for path in (folder / RECORDS).iterdir()],
         recovery=recovery,
     )
     (folder / CARD).write_text(text, encoding="utf-8")
+
+
+def write_quantized_card(folder: Path, record: Quantization, *, source: Source) -> None:
+    """Writes the `README.md` of a model that was quantised: the card of what it was made from, and the quantising.
+
+    Args:
+        folder: where the records are already; a plan and a training among them are told as well.
+        record: the content of `quantization.json`.
+        source: what was quantised; the front matter of its card is carried over.
+
+    Raises:
+        RecoveryError: the record of the training is damaged.
+    """
+    head, plan = read_card(source.folder), _plan(folder)
+    recovery = read_recovery(folder) if is_recovered(folder) else None
+    front = _grown_front(head, source, "quantized", record.type, record.library, pruned=plan is not None)
+    text = card_text(
+        plan,
+        dense=source.name if plan is None and recovery is None else _dense(head, front),
+        front=front,
+        records=[path.name for path in (folder / RECORDS).iterdir()],
+        recovery=recovery,
+        quantization=record,
+    )
+    (folder / CARD).write_text(text, encoding="utf-8")
+
+
+def _plan(folder: Path) -> PruningPlan | None:
+    file = folder / RECORDS / "plan.json"
+    return PruningPlan.load(file) if file.is_file() else None
+
+
+def _dense(head: CardHead, front: Mapping[str, object]) -> str:
+    base = front.get("base_model")
+    return head.dense or (str(base[0]) if isinstance(base, list) and base else None) or "the dense model"
 
 
 def read_card(folder: Path) -> CardHead:
@@ -99,19 +132,21 @@ def card_text(
     records: Sequence[str],
     logit_difference: float | None = None,
     recovery: Recovery | None = None,
+    quantization: Quantization | None = None,
     results: str = "",
     measured: bool = False,
     limits: Sequence[str] = (),
 ) -> str:
-    """Returns the whole card of a pruned or trained model.
+    """Returns the whole card of a pruned, trained or quantised model.
 
     Args:
-        plan: by which the model was pruned; None of a dense model that was trained.
+        plan: by which the model was pruned; None of a dense model that was trained or quantised.
         dense: what the dense model is called.
         front: YAML front matter.
         records: names of the files in the folder `amprune/`.
         logit_difference: what the verification found; None where there was none.
         recovery: how the model was trained; None where it was not.
+        quantization: how the model was quantised; None where it was not.
         results: Markdown.
         measured: whether the results tell of the model's quality.
         limits: plain sentences beside those that hold for every such model.
@@ -119,7 +154,8 @@ def card_text(
     name = json.dumps(dense, ensure_ascii=False).replace(">", "\\u003e")
     made = () if plan is None else how_it_was_made(plan, logit_difference)
     trained = () if recovery is None else training_sentences(recovery)
-    sentences = "\n".join(f"- {escaped(sentence)}" for sentence in (*made, *trained))
+    packed = () if quantization is None else quantization_sentences(quantization)
+    sentences = "\n".join(f"- {escaped(sentence)}" for sentence in (*made, *trained, *packed))
     middle = f"{results.strip()}\n\n" if results.strip() else ""
     more = "".join(f"- {escaped(limit)}\n" for limit in limits)
     header = yaml.safe_dump(dict(front), sort_keys=False, allow_unicode=True)
@@ -128,7 +164,7 @@ def card_text(
 
 {_MARKER}{name} -->
 
-{_opening(plan, dense, recovered=recovery is not None)}
+{_opening(plan, dense, recovered=recovery is not None, quantization=quantization)}
 {sentences}
 - `{RECORDS}/` holds how it was made: {", ".join(sorted(records))}.
 
@@ -141,24 +177,30 @@ tokenizer = AutoTokenizer.from_pretrained("PATH_OR_ID")
 
 {middle}## Limits
 
-{escaped(_caution(plan, recovery, measured=measured))}
+{escaped(_caution(plan, recovery, measured=measured, quantized=quantization is not None))}
 Everything that the dense model's card says of its risks and licence holds here too.
 {chr(10) + more if more else ""}"""
 
 
-def _opening(plan: PruningPlan | None, dense: str, *, recovered: bool) -> str:
+def _opening(plan: PruningPlan | None, dense: str, *, recovered: bool, quantization: Quantization | None) -> str:
     """Returns the title, what was done, and the sizes before and after."""
     by = f"with amprune {__version__}"
+    title = f", quantised to {quantization.type}" if quantization is not None else ""
+    ordinary = " It is an ordinary checkpoint."
+    if quantization is not None:
+        ordinary = f" Its weights were quantised to {quantization.type}; stock transformers loads it."
     if plan is None:
-        return f"""# {escaped(dense)}, trained
+        how = f"training {by}" if recovered else f"quantising it {by}"
+        trained = ", trained" if recovered else ""
+        return f"""# {escaped(dense)}{trained}{title}
 
-Made from {escaped(dense)} by training {by}; nothing was removed. It is an ordinary checkpoint.
+Made from {escaped(dense)} by {how}; nothing was removed.{ordinary}
 """
     rows = "\n".join(f"| {' | '.join(row)} |" for row in size_rows(plan))
-    return f"""# {escaped(dense)}, {100 * plan.ratio_actual:.1f} % pruned{" and recovered" if recovered else ""}
+    return f"""# {escaped(dense)}, {100 * plan.ratio_actual:.1f} % pruned{" and recovered" if recovered else ""}{title}
 
 Made from {escaped(dense)} by structured pruning {by}: {removal(plan)}, {_by(plan)}.\
-{" It was then trained to recover." if recovered else ""} It is an ordinary checkpoint.
+{" It was then trained to recover." if recovered else ""}{ordinary}
 
 | | dense | pruned |
 |---|--:|--:|
@@ -166,15 +208,16 @@ Made from {escaped(dense)} by structured pruning {by}: {removal(plan)}, {_by(pla
 """
 
 
-def _caution(plan: PruningPlan | None, recovery: Recovery | None, *, measured: bool) -> str:
+def _caution(plan: PruningPlan | None, recovery: Recovery | None, *, measured: bool, quantized: bool) -> str:
     if recovery is None:
-        return (
-            "Pruned without any training after it: quality is below that of the dense model and should be measured "
-            "before use."
-        )
+        done = "Quantised" if plan is None else "Pruned without any training after it"
+        also = ", and then quantised" if quantized and plan is not None else ""
+        return f"{done}{also}: quality is below that of the dense model and should be measured before use."
     what = "Trained" if plan is None else "Trained after pruning"
     if measured:
         told = "the results above tell of its quality on what was measured, and of nothing else."
+    elif quantized:
+        told = "quantised after that, its quality is not known and should be measured before use."
     else:
         told = "the validation loss is all that is known of its quality, which should be measured before use."
     return f"{what}: {told} {data_sentence(recovery)}"
@@ -270,16 +313,19 @@ def _front_matter(source: Source) -> dict[str, object]:
     return front
 
 
-def _recovered_front(head: CardHead, source: Source, *, pruned: bool) -> dict[str, object]:
-    """Carries front matter over: of a card by amprune everything but the results, of another what surely holds."""
+def _grown_front(head: CardHead, source: Source, *tags: str, pruned: bool) -> dict[str, object]:
+    """Carries front matter over: of a card by amprune everything but the results, of another what surely holds.
+
+    `tags` are added: what was done to the model of the card.
+    """
     front = _front_matter(source)
     ours = head.dense is not None
     if ours:
         front |= {key: value for key, value in head.front.items() if key != "model-index"}
     if pruned and "base_model" in head.front:
         front["base_model"] = head.front["base_model"]
-    tags = front.get("tags")
-    kept = [str(tag) for tag in tags] if isinstance(tags, list) else []
+    known = front.get("tags")
+    kept = [str(tag) for tag in known] if isinstance(known, list) else []
     first = ["pruned", "amprune"] if pruned else ["amprune"]
-    front["tags"] = list(dict.fromkeys([*(kept if ours else first), "recovered"]))
+    front["tags"] = list(dict.fromkeys([*(kept if ours else first), *tags]))
     return front

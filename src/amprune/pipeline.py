@@ -19,7 +19,17 @@ from amprune.checkpoint import RECORDS, check_output, open_source, parse_size, r
 from amprune.compensation import check_biases
 from amprune.criteria import Criterion, find_criterion
 from amprune.errors import CheckpointError, PlanError
-from amprune.plan import HeadsMode, Only, Order, PlanOptions, find_budget, find_depth, make_plan, parse_target
+from amprune.plan import (
+    HeadsMode,
+    NeuronMultiple,
+    Only,
+    Order,
+    PlanOptions,
+    find_budget,
+    find_depth,
+    make_plan,
+    parse_target,
+)
 from amprune.planning import Computing, plan_on_model, with_target
 from amprune.presets import DEFAULT as DEFAULT_PRESET
 from amprune.presets import Preset, find_preset
@@ -48,8 +58,9 @@ def prune(
     heads_mode: HeadsMode | None = None,
     heads_ratio: float | None = None,
     neurons_ratio: float | None = None,
-    neuron_multiple: int = 1,
+    neuron_multiple: NeuronMultiple | None = None,
     head_multiple: int = 1,
+    tensor_parallel: int = 1,
     protect_first: int = 4,
     protect_last: int = 2,
     bias_compensation: bool = False,
@@ -76,8 +87,9 @@ def prune(
     In the place of `ratio`, `target` is `params=100M` or `weight-bytes=4GiB`, the most that may stay, or
     `speedup=1.25x`, measured on this device. `preset` is `best`, what does least damage, or `paper`, the method as
     published; it settles what is not given of criterion, calibration, samples, tokens, max_length, `allocate` (choose
-    how much of heads and of neurons goes by the damage on held-out calibration tokens; shares set by hand come first)
-    and `reconstruct` (refit the kept output weights on the calibration tokens).
+    how much of heads and of neurons goes by the damage on held-out calibration tokens; shares set by hand come first),
+    `reconstruct` (refit the kept output weights on the calibration tokens) and `neuron_multiple` (`best` keeps a
+    multiple that hardware likes, and meets a ratio as nearly as that allows; 1 meets it to within a neuron).
 
     Raises:
         AmpruneError: one of its children; nothing is left behind then.
@@ -92,10 +104,12 @@ def prune(
     check_output(Path(out).expanduser(), overwrite=overwrite, protected=source.protected)
     parse_size(max_shard_size)
     dense = read_checkpoint(source.folder)
+    if neuron_multiple is None:
+        neuron_multiple = 1 if rule.depth else settled.neuron_multiple
     asked = PlanOptions(
         ratio=ratio, order=order, only=only, heads_mode=heads_mode, heads_ratio=heads_ratio,
         neurons_ratio=neurons_ratio, neuron_multiple=neuron_multiple, head_multiple=head_multiple,
-        protect_first=protect_first, protect_last=protect_last, seed=seed,
+        tensor_parallel=tensor_parallel, protect_first=protect_first, protect_last=protect_last, seed=seed,
     )  # fmt: skip
     options = with_target(asked, aim, dense, depth=rule.depth)
     speedup = aim.value if aim is not None and aim.kind == "speedup" else None

@@ -96,8 +96,9 @@ def plan_on_model(
             fits = where.device_map is None
             refit = _refit(dense, refit_on, Path(spill), where) if fits and refit_on is not None else None
             found = allocate(
-                model, dense.architecture, scores, held_out, options, budgets=splits, refit=refit, progress=progress
-            )
+                model, dense.architecture, scores, held_out, options, budgets=search.budgets if search else None,
+                refit=refit, progress=progress,
+            )  # fmt: skip
         plan = plan_of(scores, found, options)
     if search is not None:
         plan = replace(plan, provenance={**plan.provenance, "speedup": search.to_dict()})

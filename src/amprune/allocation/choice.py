@@ -24,6 +24,7 @@ from amprune.plan import (
     kept_heads,
     make_plan,
     matching_neurons,
+    unrounded,
 )
 from amprune.progress import Progress, no_progress
 from amprune.scores import ImportanceScores
@@ -50,6 +51,9 @@ class Candidate:
     """With the removed units masked and nothing else changed."""
     refitted: Damage | None = None
     """With refitted weights, where they were asked for and this is one of the best."""
+    measured_neurons: int | None = None
+    """Neurons that the damage was measured with, where the budget's are rounded to a multiple: with as many, every
+    candidate removes the share that was asked for, and none looks better for removing less."""
 
     @property
     def kl(self) -> float:
@@ -128,7 +132,8 @@ def allocate(
         scores: of heads and neurons; each candidate keeps the best by them.
         held_out: samples that were not used for scoring.
         options: what is asked of the plan.
-        budgets: the candidates, such as those that reach a speedup; the default is `candidates`.
+        budgets: the candidates, such as those that reach a speedup, measured as they are; the default is `candidates`,
+            measured before their neurons are rounded to a multiple.
         refit: measures the best few with these weights, too, and chooses among them.
         batch_tokens: most tokens in a batch, padding included.
         progress: told how far it is.
@@ -138,14 +143,16 @@ def allocate(
         PlanError: no split spends the budget.
     """
     splits = tuple(budgets) if budgets is not None else candidates(scores.shape, options)
-    plans = {budget: make_plan(scores, budget=budget, **vars(options)) for budget in splits}
+    equal = {budget: budget if budgets is not None else unrounded(scores.shape, budget, options) for budget in splits}
+    exact = replace(options, neuron_multiple=1, tensor_parallel=1)
+    plans = {budget: make_plan(scores, budget=equal[budget], **vars(exact)) for budget in splits}
     measure = partial(measure_changes, model, samples=held_out, batch_tokens=batch_tokens, progress=progress)
     found: dict[Budget, Damage] = {}
     dense = Damage(0.0, 0.0)
     while wanted := _next(splits, found):
         dense, measured = measure([partial(masked, model, plans[budget], architecture) for budget in wanted])
         found |= zip(wanted, measured, strict=True)
-    table = {b: Candidate(b, plans[b].ratio_actual, found[b]) for b in splits if b in found}
+    table = {b: _candidate(scores.shape, b, equal[b], found[b]) for b in splits if b in found}
     finalists = list(table.values())
     if refit is not None:
         finalists = []
@@ -159,6 +166,12 @@ def allocate(
             finalists.append(table[best.budget])
         finalists = finalists or ranked
     return Allocation(tuple(table.values()), choose(finalists), dense.loss, held_out.to_dict())
+
+
+def _candidate(shape: ModelShape, budget: Budget, measured: Budget, damage: Damage) -> Candidate:
+    after = shape.shrunk(query_heads=budget.query_heads, key_value_heads=budget.key_value_heads, neurons=budget.neurons)
+    neurons = None if measured == budget else measured.neurons
+    return Candidate(budget, 1 - after.parameters / shape.parameters, damage, measured_neurons=neurons)
 
 
 def choose(found: Sequence[Candidate]) -> Candidate:

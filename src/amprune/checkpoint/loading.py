@@ -1,7 +1,7 @@
 """A folder as a transformers model and tokenizer, always by the stock `from_pretrained`."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 
 from amprune.architecture import quiet_transformers
 from amprune.checkpoint.files import stored_tensors
+from amprune.checkpoint.quantized import folder_quantization, require_library
 from amprune.checkpoint.reader import read_checkpoint
 from amprune.checkpoint.streaming import streamed_model
 from amprune.errors import CheckpointError
@@ -40,26 +41,43 @@ def loaded_model(
         raise CheckpointError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     if device_map is not None and device is not None:
         raise CheckpointError("give a device or a device_map, not both")
+    quantization = folder_quantization(folder)
     if device_map == "disk":
         checkpoint = read_checkpoint(folder)
         yield streamed_model(checkpoint, checkpoint.computed_in(dtype))
         return
+    if quantization is not None:
+        require_library(str(quantization.get("quant_method")), f"{folder}, which is quantised,")
+    # Quantised weights are unpacked for their device as they are loaded; not all can move afterwards.
+    place = {"": device or default_device()} if quantization is not None and device_map is None else device_map
     with tempfile.TemporaryDirectory(prefix="amprune-offload-") as offload:
         try:
             with quiet_transformers(bars_on_terminal=True):
-                model: Any = AutoModelForCausalLM.from_pretrained(
+                load: Any = AutoModelForCausalLM.from_pretrained
+                model, report = load(
                     folder,
                     dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-                    device_map=device_map,
+                    device_map=place,
                     offload_folder=offload,
                     local_files_only=True,
                     trust_remote_code=False,  # else transformers asks on the terminal
+                    output_loading_info=True,
                 )
         except (OSError, ValueError, RuntimeError, ImportError) as error:
             raise CheckpointError(f"transformers cannot load {folder}: {error}") from error
-        if device_map is None:
+        _check_filled(folder, report)
+        if place is None:
             _move(model, device or default_device())
         yield model.eval()
+
+
+def _check_filled(folder: Path, report: Mapping[str, Collection[str]]) -> None:
+    """Refuses a model of which transformers drew weights at random, since the folder lacks them."""
+    if names := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
+        raise CheckpointError(
+            f"the weights in {folder} are not those of its config.json: {len(names)} tensors are missing or of another "
+            f"shape, such as {names[0]}; download the checkpoint again"
+        )
 
 
 def loading_problems(folder: Path) -> dict[str, list[str]]:

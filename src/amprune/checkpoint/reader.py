@@ -21,6 +21,7 @@ from amprune.checkpoint.files import (
     stored_tensors,
     what_else,
 )
+from amprune.checkpoint.quantized import refuse_quantized
 from amprune.errors import CheckpointError, UnsupportedModelError
 from amprune.shape import ModelShape
 
@@ -128,6 +129,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         UnsupportedModelError: the architecture is not supported, or the weights are quantised.
     """
     config = read_json(folder / "config.json", hint=what_else(folder))
+    refuse_quantized(folder, config)
     architecture = describe(config, where=str(folder))
     stored = stored_tensors(folder)
     return Checkpoint(folder, config, architecture, _matched(stored, architecture, folder))
@@ -180,6 +182,12 @@ def _check_left_out(tensor: StoredTensor, architecture: Architecture) -> None:
                 f"{tensor.file}: holds tensor {tensor.name}, but config.json counts {layers} layers; config and "
                 "weights disagree"
             )
+
+
+def identical(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Compares two tensors bit by bit, since as numbers what is none equals nothing, not even itself."""
+    bits = [tensor.reshape(-1).view(torch.uint8) for tensor in (one, other)]
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(*bits)
 
 
 def _names(dtypes: Iterable[torch.dtype]) -> str:

@@ -131,7 +131,8 @@ def _download(name: str, revision: str | None, *, config_only: bool) -> Path:
     return folder
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Returns where what can be made again is kept: `$AMPRUNE_CACHE`, else `amprune` in the user's cache."""
     base = os.environ.get("AMPRUNE_CACHE")
     return Path(base or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "amprune").expanduser()
 
@@ -152,7 +153,7 @@ def _dequantised(gguf: Path, dtype: str) -> Path:
         raise CheckpointError(f"a GGUF file cannot be dequantised to {dtype!r}; choose from {', '.join(GGUF_DTYPES)}")
     state = gguf.stat()
     key = f"{gguf.resolve()}|{state.st_size}|{state.st_mtime_ns}|{GGUF_DTYPES[dtype]}"
-    folder = _cache_folder() / "gguf" / f"{gguf.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    folder = cache_folder() / "gguf" / f"{gguf.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if not (folder / "config.json").is_file():
         logger.info("dequantising %s to %s (kept in %s)", gguf.name, GGUF_DTYPES[dtype], folder)
         _dequantise(gguf, folder, GGUF_DTYPES[dtype])

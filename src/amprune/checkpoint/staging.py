@@ -1,4 +1,4 @@
-"""The folder that an output is written in, and the one rename by which it appears."""
+"""The folder that an output, a folder or a file, is written in, and the one rename by which it appears."""
 
 import logging
 import os
@@ -50,6 +50,47 @@ def staged_folder(out: Path, *, overwrite: bool = False, protected: tuple[Path, 
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+
+
+@contextmanager
+def staged_file(out: Path, *, overwrite: bool = False, protected: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Yields where to write a file, in a folder `OUT.partial` with room for more; at the end the file becomes OUT.
+
+    The folder is gone afterwards; that of a killed process is removed by the next run.
+
+    Raises:
+        CheckpointError: OUT exists and `overwrite` is off, it is a folder, it lies in one of the `protected` paths, or
+            another run is writing it.
+    """
+    check_file(out, overwrite=overwrite, protected=protected)
+    out = out.resolve()
+    partial = out.with_name(f"{out.name}.partial")
+    with _only_writer(out, partial):
+        with _write_errors(partial):
+            _remove_stale(partial)
+        try:
+            with _write_errors(partial):
+                (partial / RECORDS).mkdir(parents=True)
+                yield partial / out.name
+                _sync(partial)
+                check_file(out, overwrite=overwrite, protected=protected)  # it may have appeared in the meantime
+                (partial / out.name).replace(out)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_file(out: Path, *, overwrite: bool, protected: tuple[Path, ...]) -> None:
+    """Refuses an OUT that would touch a source, that exists, or that is no file to overwrite."""
+    target = out.resolve()
+    for source in (path.resolve() for path in protected):
+        if target == source or source in target.parents:
+            raise CheckpointError(f"OUT {out} lies in the source {source}; choose a place outside of it")
+    if not os.path.lexists(out):
+        return
+    if not out.is_file():
+        raise CheckpointError(f"OUT {out} exists and is no file; choose another name")
+    if not overwrite:
+        raise CheckpointError(f"OUT {out} exists; choose another name, or give --overwrite to replace it")
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -46,12 +47,13 @@ def write_shards(
     get: Callable[[str], torch.Tensor],
     *,
     max_shard_size: str | int = "5GB",
+    metadata: Mapping[str, str] = MappingProxyType({}),
     advance: Callable[[int], None] = lambda _: None,
 ) -> list[str]:
     """Writes tensors as safetensors shards plus index, holding one shard in memory at a time; returns the file names.
 
     `headers` gives the final shapes, from which the shards are planned before the first byte is read; `get` reads and
-    slices one tensor; `advance` is told the bytes written.
+    slices one tensor; every file gets the `metadata`; `advance` is told the bytes written.
 
     Raises:
         CheckpointError: a size that cannot be parsed, or too little space on the disk.
@@ -69,7 +71,7 @@ def write_shards(
             f"{folder} needs {total / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free on that disk"
         )
     for file, names in split.filename_to_tensors.items():
-        save_file({name: get(name) for name in names}, folder / file, metadata={"format": "pt"})
+        save_file({name: get(name) for name in names}, folder / file, metadata={"format": "pt", **metadata})
         (folder / file).chmod(0o666 & ~_umask())
         release_memory()
         advance(sum(sizes[name] for name in names))

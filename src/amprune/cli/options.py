@@ -96,7 +96,18 @@ HeadsModeOption = Annotated[
 HeadsRatio = Annotated[float | None, typer.Option(help="Share of heads to remove, by hand.")]
 NeuronsRatio = Annotated[float | None, typer.Option(help="Share of neurons to remove, by hand.")]
 NeuronMultiple = Annotated[int, typer.Option(help="Keep a multiple of this many neurons (64, 128, 256).")]
-HeadMultiple = Annotated[int, typer.Option(help="Keep a multiple of this many heads (tensor parallelism).")]
+PresetNeuronMultiple = Annotated[
+    int | None,
+    typer.Option(
+        "--neuron-multiple",
+        help="Keep a multiple of this many neurons; 1 meets the ratio exactly (default: the preset's; best: 64, or 256 "
+        "where that costs at most 0.25 % of the parameters).",
+    ),
+]
+HeadMultiple = Annotated[int, typer.Option(help="Keep a multiple of this many heads.")]
+TensorParallel = Annotated[
+    int, typer.Option(help="Keep heads and neurons that a server can split over this many devices (vLLM's rule).")
+]
 MaxShardSize = Annotated[str, typer.Option(help="Largest weight file, such as 200MB; peak memory follows it.")]
 DataDir = Annotated[Path | None, typer.Option(help="Folder with wikitext2/ and tasks/, instead of the hub.")]
 Texts = Annotated[list[Path] | None, typer.Option(help="Text file for perplexity, instead of WikiText-2; repeatable.")]

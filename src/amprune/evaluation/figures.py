@@ -13,19 +13,28 @@ from amprune.evaluation.perplexity import measure_perplexity
 from amprune.evaluation.records import Evaluation, Record
 from amprune.evaluation.size import UNITS, measure_size
 from amprune.evaluation.zero_shot import TASKS, Task, headline_metric, measure_zero_shot
+from amprune.llama_cpp import GgufFile, LlamaCppModel
 from amprune.progress import Progress
 
 Figures = list[dict[str, Any]]
 """Fields of records, but for the model and what is common to a run."""
 
 
-def size_figures(model: PreTrainedModel, tokenizer: Any, progress: Progress) -> Figures:
-    """Parameters, bytes and multiply-accumulates."""
-    dtype = dtype_of(model)
+def size_figures(
+    model: PreTrainedModel, tokenizer: Any, progress: Progress, *, gguf: GgufFile | None = None
+) -> Figures:
+    """Parameters, bytes and multiply-accumulates; the bytes of a GGUF file are its own."""
+    dtype, sizes = dtype_of(model), measure_size(model).to_dict()
+    if gguf is not None:
+        sizes |= {
+            "weight_bytes": gguf.weight_bytes,
+            "weight_bytes_per_token": gguf.weight_bytes_per_token,
+            "kv_cache_bytes_per_token": gguf.cache_bytes_per_token,
+        }
     return [
         {"measurement": "size", "task": "model", "metric": name, "value": value, "unit": UNITS[name],
          "settings": {"dtype": dtype}}
-        for name, value in measure_size(model).to_dict().items()
+        for name, value in sizes.items()
     ]  # fmt: skip
 
 
@@ -194,6 +203,8 @@ def energy_figures(energy: Energy, settings: LatencySettings, *, session: str, d
     ]
 
 
-def dtype_of(model: PreTrainedModel) -> str:
+def dtype_of(model: PreTrainedModel | LlamaCppModel) -> str:
     """Returns the dtype of a model's computation."""
+    if isinstance(model, LlamaCppModel):
+        return "as stored"
     return str(model.dtype).removeprefix("torch.")

@@ -18,8 +18,10 @@ from amprune.architecture import quiet_transformers
 from amprune.checkpoint import RECORDS, open_source, read_front_matter, read_json
 from amprune.checkpoint.files import stored_tensors, weight_files, what_else
 from amprune.checkpoint.loading import loading_problems
+from amprune.checkpoint.quantized import quantization_of, quantization_words, require_library
 from amprune.errors import CheckpointError, EvaluationError
 from amprune.evaluation.records import ModelEntry
+from amprune.llama_cpp import GgufFile, read_gguf
 from amprune.plan import PruningPlan
 from amprune.progress import Progress, no_progress
 
@@ -36,6 +38,8 @@ class Subject:
     entry: ModelEntry
     positions: int | None
     """The longest sequence that the model was made for, where its config says."""
+    gguf: GgufFile | None = None
+    """The file that was given, of which `folder` holds the dequantised weights."""
 
 
 def open_subjects(
@@ -74,27 +78,37 @@ def _named(model: str) -> tuple[str, str]:
 
 
 def _open(name: str, model: str, revision: str | None, dtype: str, progress: Progress) -> Subject:
+    file = Path(model).expanduser()
+    gguf = read_gguf(file) if file.suffix.lower() == ".gguf" and file.is_file() else None
     source = open_source(model, revision=revision, dtype=dtype)
     config = read_json(source.folder / "config.json", hint=what_else(source.folder))
-    stored = stored_tensors(source.folder)
-    dtypes = Counter(str(tensor.header.dtype).removeprefix("torch.") for tensor in stored.values())
+    quantization = quantization_of(config)
+    if quantization is not None:
+        require_library(str(quantization.get("quant_method")), f"{source.folder}, which is quantised,")
     parameters, positions = _parameters(source.folder)
-    _check_weights(source.folder)
+    if quantization is None:  # the names of quantised weights are their library's; loading them tells what is missing
+        _check_weights(source.folder)
     plan_file = source.folder / RECORDS / "plan.json"
     front = read_front_matter(source.folder / "README.md")
     entry = ModelEntry(
         name=name,
         source=model,
-        sha256=content_hash(source.folder, progress),
+        sha256=_hashes([file], progress)[0] if gguf else content_hash(source.folder, progress),
         model_type=str(config.get("model_type", "unknown")),
-        dtype=dtypes.most_common(1)[0][0] if dtypes else "unknown",
+        dtype=gguf.type if gguf else quantization_words(quantization) if quantization else _dtype(source.folder),
         parameters=parameters,
-        weight_bytes=sum(file.stat().st_size for file, _ in weight_files(source.folder)),
+        weight_bytes=sum(part.stat().st_size for part in ([file] if gguf else _weights(source.folder))),
         base_model=source.base_model or _first(front.get("base_model")),
         license=source.license or _first(front.get("license")),
         pruned=_pruned(PruningPlan.load(plan_file)) if plan_file.is_file() else None,
     )
-    return Subject(name, source.folder, entry, positions)
+    return Subject(name, source.folder, entry, positions, gguf)
+
+
+def _dtype(folder: Path) -> str:
+    """Returns the dtype of most tensors on disk."""
+    dtypes = Counter(str(tensor.header.dtype).removeprefix("torch.") for tensor in stored_tensors(folder).values())
+    return dtypes.most_common(1)[0][0] if dtypes else "unknown"
 
 
 def _parameters(folder: Path) -> tuple[int, int | None]:
@@ -136,8 +150,17 @@ def _pruned(plan: PruningPlan) -> dict[str, Any]:
 
 def content_hash(folder: Path, progress: Progress = no_progress) -> str:
     """Returns the SHA-256 of config.json and the weight files, read several at a time."""
-    files = [file for file, _ in weight_files(folder)]
-    with progress(f"Hashing {folder.name}"[:24], len(files)) as advance, ThreadPoolExecutor(4) as pool:
+    config, files = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest(), _weights(folder)
+    parts = [config, *(file.name for file in files), *_hashes(files, progress)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _weights(folder: Path) -> list[Path]:
+    return [file for file, _ in weight_files(folder)]
+
+
+def _hashes(files: Sequence[Path], progress: Progress) -> list[str]:
+    with progress(f"Hashing {files[0].parent.name}"[:24], len(files)) as advance, ThreadPoolExecutor(4) as pool:
 
         def digest(file: Path) -> str:
             with file.open("rb") as content:
@@ -145,10 +168,7 @@ def content_hash(folder: Path, progress: Progress = no_progress) -> str:
             advance(1)
             return found.hexdigest()
 
-        parts = list(pool.map(digest, files))
-    names = [file.name for file in files]
-    config = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
-    return hashlib.sha256("\n".join([config, *names, *parts]).encode()).hexdigest()
+        return list(pool.map(digest, files))
 
 
 def _digest(content: Any) -> Any:

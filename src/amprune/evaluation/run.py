@@ -3,12 +3,13 @@
 import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from transformers import PreTrainedModel
 
 from amprune.architecture import quiet_transformers
@@ -28,11 +29,19 @@ from amprune.evaluation.figures import (
 )
 from amprune.evaluation.guards import halve_until_it_fits, nan_refused, out_of_memory
 from amprune.evaluation.identity import Subject, open_subjects
-from amprune.evaluation.latency import Latency, LatencySettings, check_positions, generation_run, measure_latency
+from amprune.evaluation.latency import (
+    Latency,
+    LatencySettings,
+    Timed,
+    check_positions,
+    generation_run,
+    measure_latency,
+)
 from amprune.evaluation.perplexity import SEQUENCE_LENGTH, check_windows
 from amprune.evaluation.records import Evaluation
 from amprune.evaluation.session import Session, device_name, open_session
 from amprune.evaluation.zero_shot import TASKS, open_tasks
+from amprune.llama_cpp import LlamaCppModel, llama_cpp_model
 from amprune.progress import Progress, no_progress
 
 Measurement = Literal["perplexity", "zero_shot", "latency", "energy"]
@@ -54,7 +63,7 @@ class _JointJob:
     """One measurement of all models in turn."""
 
     label: str
-    figures: Callable[[Mapping[str, PreTrainedModel]], dict[str, Figures]]
+    figures: Callable[[Mapping[str, Timed]], dict[str, Figures]]
 
 
 def evaluate(
@@ -115,7 +124,7 @@ def evaluate(
     """
     folder = None if data_dir is None else Path(data_dir).expanduser()
     _check(measure, texts, tasks, limit, batch_size, latency)
-    jobs, data = [_Job("size", size_figures, needs_tokenizer=False)], []
+    jobs, data = list[_Job](), []
     opened = open_tasks(tasks, data_dir=folder) if "zero_shot" in measure else ()  # before a text is fetched
     if "perplexity" in measure:
         found = [load_text(Path(text)) for text in texts] or [load_wikitext(split, data_dir=folder)]
@@ -133,6 +142,7 @@ def evaluate(
             check_windows(subject.positions, sequence_length, windows)
         for case in latency if {"latency", "energy"} & set(measure) else ():
             check_positions(subject.name, subject.positions, case)
+            _check_case(subject, case)
     request = {
         "measure": list(measure), "data": data, "sequence_length": sequence_length, "windows": windows,
         "tasks": list(tasks), "limit": limit, "num_fewshot": num_fewshot,
@@ -143,11 +153,11 @@ def evaluate(
     session = open_session(Path(output).expanduser(), subjects, request, device=where)
     load = partial(loaded_model, dtype=dtype, device=device, device_map=device_map)
     for subject in subjects:
-        alone = jobs
+        alone = [_Job("size", partial(size_figures, gguf=subject.gguf), needs_tokenizer=False), *jobs]
         if "zero_shot" in measure:
             mean = partial(average_figures, evaluation=session.evaluation, name=subject.name, device=where)
             mean = partial(mean, limit=limit, num_fewshot=num_fewshot)
-            alone = [*jobs, _Job("average", mean, needs_tokenizer=False)]
+            alone = [*alone, _Job("average", mean, needs_tokenizer=False)]
         _measure_alone(session, subject, alone, load, trust_remote_code=trust_remote_code, progress=progress)
     together = []
     if "latency" in measure:
@@ -156,7 +166,7 @@ def evaluate(
     if "energy" in measure:
         metered = partial(_metered, seconds=energy_seconds, country=country, progress=progress)
         together += [_JointJob(f"energy: {case.label}", partial(metered, case=case)) for case in latency[:1]]
-    _measure_together(session, subjects, together, load)
+    _measure_together(session, subjects, together, partial(_loaded, load=load, cases=latency, device=device))
     return session.finish()
 
 
@@ -184,6 +194,29 @@ def _check(
         case.check()
 
 
+def _check_case(subject: Subject, case: LatencySettings) -> None:
+    if subject.gguf is not None and (case.batch_size, case.mode) != (1, "eager"):
+        raise EvaluationError(
+            f"{subject.name} is a GGUF file, which llama.cpp runs one sequence at a time and as it is; ask for "
+            "--latency-batch 1 --mode eager, or leave it out"
+        )
+
+
+def _loaded(
+    subject: Subject, *, load: Any, cases: Sequence[LatencySettings], device: str | None
+) -> AbstractContextManager[Timed]:
+    """Loads a model to be timed: a GGUF file in llama.cpp, others in transformers."""
+    if subject.gguf is None:
+        found: AbstractContextManager[Timed] = load(subject.folder)
+        return found
+    return llama_cpp_model(
+        subject.gguf,
+        positions=max(case.prompt_tokens + case.new_tokens for case in cases),
+        threads=torch.get_num_threads(),
+        gpu=(device or default_device()) != "cpu",
+    )
+
+
 def _measure_alone(
     session: Session, subject: Subject, jobs: Sequence[_Job], load: Any, *, trust_remote_code: bool, progress: Progress
 ) -> None:
@@ -193,12 +226,14 @@ def _measure_alone(
         return
     needed = any(job.needs_tokenizer for job in open_jobs)
     tokenizer = load_tokenizer(subject.folder, trust_remote_code=trust_remote_code) if needed else None
-    with _fitting(load, [subject]) as loaded, nan_refused(loaded[subject.name], subject.name):
+    note = None if subject.gguf is None else f"{subject.gguf.type} weights, dequantised and run by transformers"
+    with _fitting(lambda one: load(one.folder), [subject]) as models, nan_refused(models[subject.name], subject.name):
         for job in open_jobs:
             watched = _named(progress, subject.name)
             with quiet_transformers():
-                figures = job.figures(loaded[subject.name], tokenizer, watched)
-            session.keep(f"{subject.name}: {job.label}", {subject.name: figures})
+                figures = job.figures(models[subject.name], tokenizer, watched)
+            told = [{**figure, "note": _and(note, figure.get("note"))} for figure in figures]
+            session.keep(f"{subject.name}: {job.label}", {subject.name: told})
 
 
 def _measure_together(session: Session, subjects: Sequence[Subject], jobs: Sequence[_JointJob], load: Any) -> None:
@@ -210,43 +245,65 @@ def _measure_together(session: Session, subjects: Sequence[Subject], jobs: Seque
                 session.keep(job.label, job.figures(loaded))
 
 
-def _timed(models: Mapping[str, PreTrainedModel], *, case: LatencySettings, progress: Progress) -> dict[str, Figures]:
+def _and(*notes: str | None) -> str | None:
+    return "; ".join(note for note in notes if note) or None
+
+
+def _timed(models: Mapping[str, Timed], *, case: LatencySettings, progress: Progress) -> dict[str, Figures]:
     """Times one case, with a smaller batch where memory runs out."""
 
     def timed(batch_size: int) -> dict[str, Latency]:
         return measure_latency(models, replace(case, batch_size=batch_size), progress=progress)
 
     found, fitted = halve_until_it_fits(timed, case.batch_size, what=f"latency, {case.label}")
-    note = None if fitted == case.batch_size else f"instead of a batch of {case.batch_size}: memory ran out"
+    smaller = None if fitted == case.batch_size else f"instead of a batch of {case.batch_size}: memory ran out"
     together, settings = uuid.uuid4().hex, replace(case, batch_size=fitted)
     return {
-        name: latency_figures(found[name], settings, session=together, dtype=dtype_of(model), note=note)
+        name: latency_figures(
+            found[name],
+            _as_run(settings, model),
+            session=together,
+            dtype=dtype_of(model),
+            note=_and(_by(model), smaller),
+        )
         for name, model in models.items()
     }
 
 
+def _as_run(case: LatencySettings, model: Timed) -> LatencySettings:
+    """Returns the case as it was run: what llama.cpp does is neither of the modes of transformers."""
+    return replace(case, mode="llama.cpp") if isinstance(model, LlamaCppModel) else case
+
+
+def _by(model: Timed) -> str | None:
+    return f"by llama.cpp, xllamacpp {model.version}" if isinstance(model, LlamaCppModel) else None
+
+
 def _metered(
-    models: Mapping[str, PreTrainedModel], *, case: LatencySettings, seconds: float, country: str, progress: Progress
+    models: Mapping[str, Timed], *, case: LatencySettings, seconds: float, country: str, progress: Progress
 ) -> dict[str, Figures]:
     """Measures the energy of generating in one case."""
-    device = input_device(next(iter(models.values())))
+    devices = [input_device(model) for model in models.values() if not isinstance(model, LlamaCppModel)]
+    device = devices[0] if devices else torch.device("cpu")
     runs = {name: generation_run(model, case) for name, model in models.items()}
     found = interleaved_energy(runs, device=str(device), country=country, block_seconds=seconds, progress=progress)
     together = uuid.uuid4().hex
     return {
-        name: energy_figures(found[name], case, session=together, dtype=dtype_of(model), country=country)
+        name: energy_figures(
+            found[name], _as_run(case, model), session=together, dtype=dtype_of(model), country=country
+        )
         for name, model in models.items()
     }
 
 
 @contextmanager
-def _fitting(load: Any, subjects: Sequence[Subject]) -> Iterator[Mapping[str, PreTrainedModel]]:
+def _fitting(load: Any, subjects: Sequence[Subject]) -> Iterator[Mapping[str, Any]]:
     """Loads models side by side."""
     with ExitStack() as stack:
-        models: dict[str, PreTrainedModel] = {}
+        models: dict[str, Any] = {}
         for subject in subjects:
             try:
-                models[subject.name] = stack.enter_context(load(subject.folder))
+                models[subject.name] = stack.enter_context(load(subject))
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise

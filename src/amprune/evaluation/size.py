@@ -3,14 +3,17 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import linear
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from amprune.checkpoint.loading import input_device, vocabulary_size
+from amprune.evaluation.stored import is_quantized, weight_bytes, weight_count
 
 MACS_TOKENS = 64
 
@@ -46,10 +49,10 @@ UNITS = {
 def measure_size(model: PreTrainedModel) -> Size:
     """Counts parameters and bytes, and runs two short forward passes for the cache and the multiply-accumulates."""
     weights = list(model.parameters())
-    total = sum(weight.nbytes for weight in weights)
+    total = sum(map(weight_bytes, weights))
     unread = sum(table.nbytes - table.nbytes // len(table) for table in _tables(model))
     return Size(
-        parameters=sum(weight.numel() for weight in weights),
+        parameters=sum(map(weight_count, weights)),
         weight_bytes=total,
         weight_bytes_per_token=total - unread,
         kv_cache_bytes_per_token=_cache_growth(model),
@@ -84,9 +87,27 @@ def _cache_growth(model: PreTrainedModel) -> int:
 
 def _macs(model: PreTrainedModel) -> float:
     # Fused attention kernels of the CPU are not counted; the plain one is.
-    with _single_experts(model), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    plain = sdpa_kernel(SDPBackend.MATH)
+    with _single_experts(model), _counted(model), FlopCounterMode(display=False) as counter, plain:
         model(_prompt(model, MACS_TOKENS), use_cache=False)
     return float(counter.get_total_flops()) / 2
+
+
+@contextmanager
+def _counted(model: PreTrainedModel) -> Iterator[None]:
+    """Puts a product of the same shape in the place of every quantised layer, whose own kernels are not counted."""
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and is_quantized(m.weight)]
+    for layer in layers:
+        layer.forward = partial(_product, layer)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _product(layer: torch.nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
+    return linear(inputs, inputs.new_zeros(()).expand(layer.out_features, layer.in_features))
 
 
 @contextmanager

@@ -178,7 +178,10 @@ def make_model(bench: Bench, cell: Cell) -> None:
 
 
 def _prune_whole(bench: Bench, cell: Cell, preset: str) -> None:
-    """Prunes by a preset, which draws from its own calibration set, no more than the experiment allows."""
+    """Prunes by a preset, which draws from its own calibration set, no more than the experiment allows.
+
+    The ratio is met exactly, as by the criteria beside it: methods are compared under one budget.
+    """
     settings, own = bench.settings, find_preset(preset)
     samples, tokens = None, None
     if settings.preset_samples is not None:
@@ -188,6 +191,7 @@ def _prune_whole(bench: Bench, cell: Cell, preset: str) -> None:
         bench.pruned(cell),
         ratio=cell.ratio,
         preset=preset,
+        neuron_multiple=1,
         samples=samples,
         tokens=tokens,
         seed=settings.seed,

@@ -2,9 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from itertools import product
 
 from amprune.errors import PlanError
-from amprune.plan.heads import Budget, HeadChoices, head_choices, kept_heads
+from amprune.plan.heads import Budget, HeadChoices, choices_of_all_modes, head_choices, kept_heads, usable_heads
+from amprune.plan.multiples import SLACK, multiples, narrower, smallest_multiple
 from amprune.plan.options import (
     PlanOptions,
     check_options,
@@ -16,20 +20,24 @@ from amprune.shape import ModelShape
 def find_budget(shape: ModelShape, options: PlanOptions) -> Budget:
     """Spends the ratio on heads, rounded to whole units, and on neurons, which make up the exact rest.
 
-    Of a number of parameters nothing is exceeded: neurons are rounded down to the largest that fits.
+    Of a number of parameters nothing is exceeded: neurons are rounded down to the largest that fits. The multiples that
+    hardware likes give way to narrower ones where nothing would be removed, or the ratio is out of reach.
 
     Raises:
-        PlanError: an option is wrong, the ratio or the number of parameters is out of reach or removes nothing, or the
-            family's heads cannot be removed.
+        PlanError: an option is wrong, the ratio or the number of parameters is out of reach or removes nothing, the
+            family's heads cannot be removed, or no number of heads can be split over the devices.
     """
     check_options(shape, options)
-    choices = head_choices(shape, options)
-    if not choices.removable:
-        raise PlanError(
-            f"no number of heads is a multiple of {options.head_multiple}: the {shape.model_type} model has "
-            f"{shape.num_attention_heads} query and {shape.num_key_value_heads} key-value heads, and transformers "
-            f"accepts {', '.join(map(str, shape.query_head_counts)) or 'only these'} query heads"
-        )
+    choices, attempts = usable_heads(shape, options), (options, *narrower(shape, options))
+    # Devices leave few numbers of heads, of which the other mode may have one that suits.
+    modes = choices_of_all_modes(shape, options) if options.tensor_parallel > 1 else (choices,)
+    for attempt, mode in product(attempts, modes):
+        with suppress(PlanError):
+            return _find(shape, mode, attempt)
+    return _find(shape, choices, attempts[-1])
+
+
+def _find(shape: ModelShape, choices: HeadChoices, options: PlanOptions) -> Budget:
     if options.target_parameters is not None and options.target_parameters >= shape.parameters:
         raise _removes_nothing(shape, choices, options)
     removed, neurons = _spend(shape, choices, options)
@@ -43,16 +51,54 @@ def matching_neurons(shape: ModelShape, choices: HeadChoices, removed: int, opti
     """Returns how many neurons meet the ratio where `removed` head units go, or None where no number does.
 
     They come to within half a multiple of the ratio; of `target_parameters` they are the most that do not exceed it,
-    by less than one multiple.
+    by less than one multiple. Of several multiples it is the widest that costs no more than `SLACK`.
     """
-    cost, width, multiple = shape.neuron_parameters * shape.num_layers, shape.intermediate_size, options.neuron_multiple
+    *wider, usual = multiples(shape, options)
+    for multiple in wider:
+        neurons = _of_multiple(shape, choices, removed, options, multiple)
+        if neurons is not None:
+            missed = _removed_share(shape, choices, removed, neurons) - _ratio(shape, options)
+            if abs(missed) <= SLACK:
+                return neurons
+    return _of_multiple(shape, choices, removed, options, usual)
+
+
+def _of_multiple(
+    shape: ModelShape, choices: HeadChoices, removed: int, options: PlanOptions, multiple: int
+) -> int | None:
+    wanted, width = _exact_neurons(shape, removed * choices.cost, options), shape.intermediate_size
     if options.target_parameters is not None:
-        excess = shape.parameters - options.target_parameters - removed * choices.cost
-        neurons = (width - -(-excess // cost)) // multiple * multiple
+        neurons = math.floor(wanted) // multiple * multiple
         return neurons if multiple <= neurons <= width // multiple * multiple else None
-    wanted = width - (_ratio(shape, options) * shape.parameters - removed * choices.cost) / cost
     neurons = _to_multiple(wanted, multiple, width)
     return neurons if abs(neurons - wanted) <= multiple / 2 + 1e-6 else None
+
+
+def _exact_neurons(shape: ModelShape, spent: int, options: PlanOptions) -> float:
+    """Returns how many neurons spend the rest where heads have taken `spent` parameters; whole for `target_parameters`.
+
+    The number may be one that no layer can keep.
+    """
+    cost, width = shape.neuron_parameters * shape.num_layers, shape.intermediate_size
+    if options.target_parameters is not None:
+        return width - -(-(shape.parameters - options.target_parameters - spent) // cost)
+    return width - (_ratio(shape, options) * shape.parameters - spent) / cost
+
+
+def _removed_share(shape: ModelShape, choices: HeadChoices, removed: int, neurons: int) -> float:
+    """Returns the share of the parameters that go with so many head units, and with all but so many neurons."""
+    gone = (shape.intermediate_size - neurons) * shape.neuron_parameters * shape.num_layers
+    return (removed * choices.cost + gone) / shape.parameters
+
+
+def unrounded(shape: ModelShape, budget: Budget, options: PlanOptions) -> Budget:
+    """Returns the budget with the same heads and as many neurons as spend what is asked for, of no multiple."""
+    width = shape.intermediate_size
+    if multiples(shape, options) == (1,) or asked_ratio(shape, options) is None:
+        return budget
+    whole = shape.shrunk(query_heads=budget.query_heads, key_value_heads=budget.key_value_heads, neurons=width)
+    neurons = round(_exact_neurons(shape, shape.parameters - whole.parameters, options))
+    return replace(budget, neurons=min(max(neurons, 1), width))
 
 
 def largest_ratio(shape: ModelShape, options: PlanOptions) -> float:
@@ -62,27 +108,25 @@ def largest_ratio(shape: ModelShape, options: PlanOptions) -> float:
 
 def _reachable(shape: ModelShape, choices: HeadChoices, options: PlanOptions) -> list[tuple[float, float]]:
     """Lists the lowest and highest ratio for each number of heads that can be removed; there may be gaps between."""
-    removable, width, multiple = choices.removable, shape.intermediate_size, options.neuron_multiple
+    removable, width, multiple = choices.removable, shape.intermediate_size, smallest_multiple(options)
     if removable and options.heads_ratio is not None:
         removable = (_nearest(removable, options.heads_ratio * choices.units),)
     if options.only == "heads" or options.neurons_ratio is not None:
         most = fewest = _neurons_by_hand(shape, options)
     else:
         most, fewest = width // multiple * multiple, multiple
-
-    def ratio(removed: int, neurons: int) -> float:
-        spent = removed * choices.cost + (width - neurons) * shape.neuron_parameters * shape.num_layers
-        return spent / shape.parameters
-
-    return [(ratio(removed, most), ratio(removed, fewest)) for removed in removable]
+    return [
+        (_removed_share(shape, choices, removed, most), _removed_share(shape, choices, removed, fewest))
+        for removed in removable
+    ]
 
 
 def _neurons_by_hand(shape: ModelShape, options: PlanOptions) -> int:
     """Returns the neurons kept where `neurons_ratio` or `only` settles them."""
-    if not options.neurons_ratio:
-        return shape.intermediate_size
-    wanted = shape.intermediate_size * (1 - options.neurons_ratio)
-    return _to_multiple(wanted, options.neuron_multiple, shape.intermediate_size)
+    width = shape.intermediate_size
+    if not options.neurons_ratio and width % options.tensor_parallel == 0:
+        return width
+    return _to_multiple(width * (1 - (options.neurons_ratio or 0)), multiples(shape, options)[-1], width)
 
 
 def _spend(shape: ModelShape, choices: HeadChoices, options: PlanOptions) -> tuple[int, int]:
@@ -99,7 +143,8 @@ def _spend(shape: ModelShape, choices: HeadChoices, options: PlanOptions) -> tup
             return removed, matching
     if options.target_parameters is not None:
         # Between two numbers of heads: what all neurons leave with the larger one is the most that does not exceed it.
-        most = width // options.neuron_multiple * options.neuron_multiple
+        multiple = multiples(shape, options)[-1]
+        most = width // multiple * multiple
         return _enough_heads(shape, choices, options, (width - most) * neuron_cost, preferred), most
     raise _unreachable(shape, choices, options)
 
@@ -124,7 +169,9 @@ def _equal_shares(
     shape with one neuron more lies nearer to 0.2102. A ratio with more than four decimals is taken as exact.
     """
     ratio = options.ratio
-    if not preferred or ratio is None or round(ratio, 4) != ratio or options.neuron_multiple != 1 or options.only:
+    if not preferred or ratio is None or round(ratio, 4) != ratio or options.only:
+        return None
+    if multiples(shape, options) != (1,):
         return None
     share = _prunable_share(shape, ratio)
     neurons = _to_multiple(shape.intermediate_size * (1 - share), 1, shape.intermediate_size)
@@ -203,7 +250,7 @@ def _unreachable(shape: ModelShape, choices: HeadChoices, options: PlanOptions) 
         what = f"heads come in whole units, and the nearest reachable are {nearest}"
     return PlanError(
         f"{asked} cannot be reached with these options: {what}{because}; every layer keeps at least one "
-        f"head and {options.neuron_multiple} of its neurons, and embeddings and norms are never pruned"
+        f"head and {smallest_multiple(options)} of its neurons, and embeddings and norms are never pruned"
     )
 
 
@@ -211,7 +258,7 @@ def _removes_nothing(shape: ModelShape, choices: HeadChoices, options: PlanOptio
     asked = "heads_ratio and neurons_ratio together" if options.ratio is None else f"a ratio of {options.ratio}"
     steps = [low for low, _ in _reachable(shape, choices, options) if low > 0]
     if options.only != "heads" and options.neurons_ratio is None:
-        steps.append(options.neuron_multiple * shape.neuron_parameters * shape.num_layers / shape.parameters)
+        steps.append(smallest_multiple(options) * shape.neuron_parameters * shape.num_layers / shape.parameters)
     if (target := options.target_parameters) is not None:
         nearest = shape.parameters - round(min(steps, default=0.0) * shape.parameters)
         return PlanError(

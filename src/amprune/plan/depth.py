@@ -4,14 +4,15 @@ import math
 import random
 from dataclasses import fields
 
+from amprune.backends import reason_not_split
 from amprune.errors import PlanError
 from amprune.plan.artefact import LayerPlan, PruningPlan, check_plan
 from amprune.plan.budget import asked_ratio, rounded_down, rounded_up
-from amprune.plan.options import PlanOptions, check_order, check_ratio, check_target, recorded
+from amprune.plan.options import PlanOptions, check_devices, check_order, check_ratio, check_target, recorded
 from amprune.scores import ImportanceScores, Scores
 from amprune.shape import ModelShape
 
-OPTIONS = ("ratio", "target_parameters", "order", "seed", "protect_first", "protect_last")
+OPTIONS = ("ratio", "target_parameters", "order", "seed", "protect_first", "protect_last", "tensor_parallel")
 """Options that mean something where whole blocks are removed."""
 
 
@@ -76,6 +77,11 @@ def _check_options(shape: ModelShape, options: PlanOptions) -> None:
     check_order(options)
     check_ratio(options)
     check_target(options)
+    check_devices(options)
+    if (reason := reason_not_split(shape, options.tensor_parallel)) is not None:
+        raise PlanError(
+            f"tensor_parallel is {options.tensor_parallel}, but blocks that stay keep their units: {reason}"
+        )
     for field in fields(PlanOptions):
         value = getattr(options, field.name)
         if field.name not in OPTIONS and value != field.default:

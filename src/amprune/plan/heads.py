@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from amprune.backends import heads_split
 from amprune.errors import PlanError
 from amprune.plan.options import HeadsMode, PlanOptions, check_ratio, check_target, check_units, heads_stay
 from amprune.shape import ModelShape
@@ -42,10 +43,22 @@ class HeadChoices:
 
 
 def head_choices(shape: ModelShape, options: PlanOptions) -> HeadChoices:
-    """Lists what can be removed of heads; without a mode: groups, or within where there is one key-value head."""
+    """Lists what can be removed of heads.
+
+    Without a mode: groups, or within where there is one key-value head or no number of groups can be split over the
+    devices.
+    """
     mode = options.heads_mode or ("within" if shape.num_key_value_heads == 1 else "groups")
     if shape.group_size == 1:
         mode = "groups"
+    choices = _choices(shape, options, mode)
+    if options.heads_mode is None and options.tensor_parallel > 1 and not choices.removable and mode == "groups":
+        within = _choices(shape, options, "within")
+        return within if within.removable else choices
+    return choices
+
+
+def _choices(shape: ModelShape, options: PlanOptions, mode: HeadsMode) -> HeadChoices:
     if mode == "groups":
         units = shape.num_key_value_heads
         cost = shape.group_size * shape.query_head_parameters + shape.key_value_head_parameters
@@ -57,10 +70,51 @@ def head_choices(shape: ModelShape, options: PlanOptions) -> HeadChoices:
         counted = key_value_heads if mode == "groups" else query_heads
         return (removed == 0 or query_heads in shape.query_head_counts) and counted % options.head_multiple == 0
 
+    # Heads that stay as they are need not obey a multiple.
+    removable = (0,) if heads_stay(shape, options) else tuple(filter(fits, range(units)))
+    split = tuple(r for r in removable if heads_split(*kept_heads(shape, mode, r), options.tensor_parallel))
+    return HeadChoices(mode, units, cost * shape.num_layers, split)
+
+
+def usable_heads(shape: ModelShape, options: PlanOptions) -> HeadChoices:
+    """Returns what can be removed of heads, as `head_choices` does.
+
+    Raises:
+        PlanError: no number of heads suits the options, not even all; says which would.
+    """
+    choices = head_choices(shape, options)
+    if choices.removable:
+        return choices
+    if head_choices(shape, replace(options, tensor_parallel=1)).removable:
+        raise _no_split(shape, options)
+    raise PlanError(
+        f"no number of heads is a multiple of {options.head_multiple}: the {shape.model_type} model has "
+        f"{shape.num_attention_heads} query and {shape.num_key_value_heads} key-value heads, and transformers "
+        f"accepts {', '.join(map(str, shape.query_head_counts)) or 'only these'} query heads"
+    )
+
+
+def _no_split(shape: ModelShape, options: PlanOptions) -> PlanError:
+    """Says over how many devices the heads that may stay can be split, each with these heads."""
+    sizes = []
+    for devices in range(2, shape.num_attention_heads + 1):
+        if options.only == "heads" and shape.intermediate_size % devices:
+            continue
+        found = choices_of_all_modes(shape, replace(options, tensor_parallel=devices))
+        kept = sorted(
+            {kept_heads(shape, choices.mode, r) for choices in found for r in choices.removable}, reverse=True
+        )
+        if kept:
+            sizes.append(f"{devices} ({', '.join(f'{queries}/{groups}' for queries, groups in kept)})")
+    because = f" with heads_mode={options.heads_mode}" if options.heads_mode else ""
     if heads_stay(shape, options):
-        # Heads that stay as they are need not obey a multiple.
-        return HeadChoices(mode, units, cost * shape.num_layers, (0,))
-    return HeadChoices(mode, units, cost * shape.num_layers, tuple(filter(fits, range(units))))
+        because = f" (heads stay: {shape.heads_refused or 'neurons alone are to go'})"
+    return PlanError(
+        f"no number of heads of the {shape.model_type} model, which has {shape.num_attention_heads} query and "
+        f"{shape.num_key_value_heads} key-value heads, can be split over tensor_parallel={options.tensor_parallel} "
+        f"devices{because}: query heads must be a multiple of it, key-value heads, too, or one of its divisors; with "
+        f"these options can be split, with the query/key-value heads that each leaves: {'; '.join(sizes) or '1 alone'}"
+    )
 
 
 def choices_of_all_modes(shape: ModelShape, options: PlanOptions) -> tuple[HeadChoices, ...]:
@@ -109,6 +163,11 @@ def check_budget(shape: ModelShape, budget: Budget, options: PlanOptions) -> Non
         )
     if not 1 <= budget.neurons <= shape.intermediate_size:
         raise PlanError(f"the budget keeps {budget.neurons} neurons, expected 1 to {shape.intermediate_size}")
+    if budget.neurons % options.tensor_parallel:
+        raise PlanError(
+            f"the budget keeps {budget.neurons} neurons, expected a multiple of tensor_parallel="
+            f"{options.tensor_parallel}"
+        )
 
 
 def evenly(items: Sequence[_Item], most: int) -> Sequence[_Item]:

@@ -1,5 +1,6 @@
 """From scores and a ratio to a plan (Algorithm 1, lines 3 to 8)."""
 
+import math
 import random
 from dataclasses import asdict, fields
 
@@ -8,7 +9,8 @@ from amprune.plan.artefact import LayerPlan, PruningPlan, check_plan
 from amprune.plan.budget import asked_ratio, find_budget
 from amprune.plan.depth import plan_depth
 from amprune.plan.heads import Budget, check_budget
-from amprune.plan.options import HeadsMode, Only, Order, PlanOptions, recorded
+from amprune.plan.multiples import applied_multiple
+from amprune.plan.options import HeadsMode, NeuronMultiple, Only, Order, PlanOptions, recorded
 from amprune.scores import ImportanceScores, LayerScores, Scores
 
 _OF_WIDTH = tuple(field.name for field in fields(PlanOptions) if not field.name.startswith("protect_"))
@@ -24,8 +26,9 @@ def make_plan(
     heads_mode: HeadsMode | None = None,
     heads_ratio: float | None = None,
     neurons_ratio: float | None = None,
-    neuron_multiple: int = 1,
+    neuron_multiple: NeuronMultiple = 1,
     head_multiple: int = 1,
+    tensor_parallel: int = 1,
     seed: int = 0,
     protect_first: int = 4,
     protect_last: int = 2,
@@ -51,8 +54,13 @@ def make_plan(
         heads_ratio: share of the heads to remove, set by hand; neurons make up the rest of `ratio`.
         neurons_ratio: share of the neurons to remove, set by hand; heads come as near to `ratio` as they can. With
             both shares set, they alone decide, and `ratio` must be left out.
-        neuron_multiple: keep a multiple of this many neurons (64, 128, 256 suit hardware).
-        head_multiple: keep a multiple of this many key-value heads (query heads when `within`), for tensor parallelism.
+        neuron_multiple: keep a multiple of this many neurons; `hardware` settles it by the size of the layer: 256 where
+            that costs at most 0.25 % of the parameters, else 64, and less in layers that are too narrow. The provenance
+            says which.
+        head_multiple: keep a multiple of this many key-value heads (query heads when `within`).
+        tensor_parallel: keep heads and neurons that so many devices can share out by vLLM's rule: query heads and
+            neurons are multiples of it, key-value heads, too, or one of its divisors. The heads that a plan by depth
+            keeps have to suit.
         seed: of the random order.
         protect_first: blocks at the start that stay, where whole blocks are removed; the default is that of Shortened
             LLaMA (arXiv 2402.02834).
@@ -62,7 +70,7 @@ def make_plan(
 
     Raises:
         PlanError: the ratio is out of reach (says the nearest) or removes nothing, options contradict each other, or
-            the family's heads cannot be removed.
+            the family's heads cannot be removed, or no number of heads can be split over the devices.
     """
     options = PlanOptions(
         ratio=ratio,
@@ -74,6 +82,7 @@ def make_plan(
         neurons_ratio=neurons_ratio,
         neuron_multiple=neuron_multiple,
         head_multiple=head_multiple,
+        tensor_parallel=tensor_parallel,
         seed=seed,
         protect_first=protect_first,
         protect_last=protect_last,
@@ -89,9 +98,11 @@ def make_plan(
     else:
         check_budget(shape, budget, options)
     after = shape.shrunk(query_heads=budget.query_heads, key_value_heads=budget.key_value_heads, neurons=budget.neurons)
-    actual = 1 - after.parameters / shape.parameters
+    actual, asked = 1 - after.parameters / shape.parameters, asked_ratio(shape, options)
+    missed = math.inf if asked is None else abs(actual - asked)
+    multiple = applied_multiple(shape, budget, options, missed=missed)
     plan = PruningPlan(
-        ratio_target=actual if (asked := asked_ratio(shape, options)) is None else asked,
+        ratio_target=actual if asked is None else asked,
         ratio_actual=actual,
         shape_before=shape,
         shape_after=after,
@@ -101,7 +112,9 @@ def make_plan(
             "criterion": scores.criterion,
             "calibration": scores.calibration,
             "scoring": scores.settings,
-            "options": recorded(options, _OF_WIDTH) | {"heads_mode": budget.heads_mode} | given,
+            "options": recorded(options, _OF_WIDTH)
+            | {"heads_mode": budget.heads_mode, "neuron_multiple": multiple}
+            | given,
         },
     )
     check_plan(plan)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import lcm
 from typing import Any, Literal, get_args
 
 from amprune.errors import PlanError
@@ -10,6 +11,7 @@ from amprune.shape import ModelShape
 Order = Literal["amp", "reversed", "random"]
 Only = Literal["heads", "neurons"]
 HeadsMode = Literal["groups", "within"]
+NeuronMultiple = int | Literal["hardware"]
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,9 @@ class PlanOptions:
     heads_mode: HeadsMode | None = None
     heads_ratio: float | None = None
     neurons_ratio: float | None = None
-    neuron_multiple: int = 1
+    neuron_multiple: NeuronMultiple = 1
     head_multiple: int = 1
+    tensor_parallel: int = 1
     seed: int = 0
     protect_first: int = 4
     protect_last: int = 2
@@ -118,15 +121,34 @@ def heads_stay(shape: ModelShape, options: PlanOptions) -> bool:
 
 
 def _check_multiples(shape: ModelShape, options: PlanOptions) -> None:
+    check_devices(options)
+    neurons, devices = 1 if options.neuron_multiple == "hardware" else options.neuron_multiple, options.tensor_parallel
     for name, multiple, total in (
-        ("neuron_multiple", options.neuron_multiple, shape.intermediate_size),
+        ("neuron_multiple", neurons, shape.intermediate_size),
         ("head_multiple", options.head_multiple, shape.num_attention_heads),
     ):
         if not isinstance(multiple, int) or not 1 <= multiple <= total:
             raise PlanError(f"{name} is {multiple}, expected 1 to {total}, the number that a layer has")
+    if lcm(neurons, devices) > shape.intermediate_size:
+        raise PlanError(
+            f"neuron_multiple {neurons} and tensor_parallel {devices} ask for a multiple of {lcm(neurons, devices)} "
+            f"neurons, but a layer has {shape.intermediate_size}"
+        )
+    if options.only == "heads" and shape.intermediate_size % devices:
+        raise PlanError(
+            f"only heads are to go, but the {shape.intermediate_size} neurons that stay cannot be shared out over "
+            f"tensor_parallel={devices} devices; let neurons go, too"
+        )
+
+
+def check_devices(options: PlanOptions) -> None:
+    """Refuses a number of devices that is none."""
+    if type(options.tensor_parallel) is not int or options.tensor_parallel < 1:
+        raise PlanError(f"tensor_parallel is {options.tensor_parallel!r}, expected a number of devices, at least 1")
 
 
 def recorded(options: PlanOptions, names: Sequence[str]) -> dict[str, Any]:
-    """Returns what a plan records of its options; a target in the place of a ratio only where there is one."""
-    unused = () if options.target_parameters is not None else ("target_parameters",)
+    """Returns what a plan records of its options; a target in the place of a ratio, and devices, where asked for."""
+    rare = ("target_parameters", "tensor_parallel")
+    unused = {name for name in rare if getattr(options, name) == getattr(PlanOptions, name)}
     return {name: getattr(options, name) for name in names if name not in unused}

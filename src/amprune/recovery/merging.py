@@ -10,6 +10,7 @@ import torch
 
 from amprune.checkpoint import Checkpoint, copy_sidecars, read_checkpoint, write_shards
 from amprune.checkpoint.loading import loading_problems
+from amprune.checkpoint.reader import identical
 from amprune.errors import RecoveryError
 from amprune.progress import Progress, no_progress
 from amprune.recovery.adapters import Update, read_adapter
@@ -98,19 +99,13 @@ def _check(
     advance(1)
     written = read_checkpoint(folder)
     for name in base:
-        if not _same(written[name], get(name)):
+        if not identical(written[name], get(name)):
             raise RecoveryError(f"{folder}: tensor {name} is not what was merged; is the disk sound?")
     found = probe_logits(written)
     if not torch.isfinite(found).all():
         raise RecoveryError(f"the logits are not finite once the weights are rounded to {base.dtype}")
     advance(1)
     return float((found - expected).square().mean().sqrt() / expected.std())
-
-
-def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Compares bit by bit: what is no number equals nothing, not even itself."""
-    bits = [tensor.reshape(-1).view(torch.uint8) for tensor in (one, other)]
-    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(*bits)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ _CONFIGS = {"arc_easy": "ARC-Easy", "arc_challenge": "ARC-Challenge", "winogrand
 def renewed_card(folder: Path, inputs: Inputs, *, records: Sequence[str], results: str) -> str | None:
     """Returns the text of `README.md` with the results, in Markdown; None where someone else wrote the file."""
     head, subject = read_card(folder), inputs.subject(inputs.focus)
-    if head.foreign or subject is None or (subject.plan is None and subject.recovery is None):
+    if head.foreign or subject is None or (subject.plan, subject.recovery, subject.quantization) == (None, None, None):
         return None
     said = {UNTRAINED} if subject.recovery is None else {f"{subject.name}: {data_sentence(subject.recovery)}"}
     return card_text(
@@ -36,6 +36,7 @@ def renewed_card(folder: Path, inputs: Inputs, *, records: Sequence[str], result
         records=records,
         logit_difference=logit_difference(inputs),
         recovery=subject.recovery,
+        quantization=subject.quantization,
         results=results,
         measured=_is_measured(inputs, subject.name),
         limits=[limit for limit in limits(inputs) if limit not in said],
@@ -52,6 +53,8 @@ def _front(head: CardHead, inputs: Inputs, subject: Subject) -> dict[str, object
     base = inputs.subject(inputs.baseline)
     known = [found.entry for found in (subject, base) if found is not None and found.entry is not None]
     kind = [*(["pruned"] if subject.plan is not None else []), "amprune", *(["recovered"] if subject.trained else [])]
+    if subject.quantization is not None:
+        kind += ["quantized", subject.quantization.type, subject.quantization.library]
     front = {**FRONT, "tags": kind, **head.front}
     for entry in known:
         if entry.license is not None:

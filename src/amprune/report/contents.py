@@ -71,7 +71,7 @@ def make_contents(inputs: Inputs, *, workload: Workload) -> Contents:
 def _title(inputs: Inputs) -> str:
     focus = inputs.subject(inputs.focus)
     if focus is not None:
-        return f"{focus.name}: {inputs.baseline}{_what_was_done(removed(inputs, focus), trained=focus.trained)}"
+        return f"{focus.name}: {inputs.baseline}{_what_was_done(focus, removed(inputs, focus))}"
     if len(inputs.subjects) == 1:
         return f"{inputs.subjects[0].name}, measured"
     if len(inputs.compared) == 1:
@@ -79,10 +79,12 @@ def _title(inputs: Inputs) -> str:
     return f"{len(inputs.compared)} models against {inputs.baseline}"
 
 
-def _what_was_done(share: float, *, trained: bool) -> str:
-    if not trained:
-        return f" with {percent(share)} of its parameters removed"
-    return f" with {percent(share)} of its parameters removed, then trained" if share else ", trained"
+def _what_was_done(subject: Subject, share: float) -> str:
+    later = ["trained"] if subject.trained else []
+    later += [f"quantised to {subject.quantization.type}"] if subject.quantization is not None else []
+    if share or not later:
+        return ", then ".join([f" with {percent(share)} of its parameters removed", *later])
+    return f", {' and '.join(later)}"
 
 
 def _lead(inputs: Inputs) -> str:
@@ -97,9 +99,10 @@ def _lead(inputs: Inputs) -> str:
 
 
 def _known_from(subject: Subject | None) -> str:
-    if subject is None or not subject.trained:
+    if subject is None or not (subject.trained or subject.quantization):
         return "the plan, the scores and the verification"
-    return "the records of the training" if subject.plan is None else "the records of the pruning and of the training"
+    stages = {"pruning": subject.plan, "training": subject.trained, "quantisation": subject.quantization}
+    return f"the records of the {' and of the '.join(stage for stage, record in stages.items() if record)}"
 
 
 def _tiles(inputs: Inputs, subject: Subject) -> TileGroup:

@@ -14,6 +14,7 @@ from amprune.evaluation.records import Evaluation, ModelEntry
 from amprune.inspection import inspect
 from amprune.model_card import read_card
 from amprune.plan import PruningPlan
+from amprune.quantized import Quantization, is_quantized, read_quantization
 from amprune.reconstruction import ReconstructionRecord, read_record
 from amprune.recovered import Recovery, TrainingLog, is_recovered, read_recovery, read_training_log
 from amprune.scores import ImportanceScores
@@ -40,6 +41,8 @@ class Subject:
     recovery: Recovery | None = None
     """How it was trained; None also where the record of it is damaged."""
     log: TrainingLog = field(default_factory=TrainingLog)
+    quantization: Quantization | None = None
+    """How its weights were quantised, where they were."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def read_inputs(
             f"{folder} is no folder; give a checkpoint that amprune pruned, or a folder with {EVALUATION}"
         )
     pruned = (folder / RECORDS / "plan.json").is_file()
-    ours = pruned or is_recovered(folder)
+    ours = pruned or is_recovered(folder) or is_quantized(folder)
     output = folder / RECORDS if ours else folder
     file = Path(evaluation) if evaluation is not None else output / EVALUATION
     if not ours and evaluation is None and not file.is_file():
@@ -133,8 +136,9 @@ def _of_checkpoint(folder: Path, output: Path, evaluation: Evaluation, baseline:
     name = focus or mine.name
     mine = replace(mine, name=name, entry=evaluation.models.get(name))
     if base is None:
-        source = mine.recovery.source if mine.plan is None and mine.recovery is not None else None
-        dense = read_card(folder).dense or source or "the dense model"
+        trained = mine.recovery.source if mine.recovery is not None else None
+        source = trained or (mine.quantization.quantized_from if mine.quantization is not None else None)
+        dense = read_card(folder).dense or (source if mine.plan is None else None) or "the dense model"
         base = dense if dense != name else f"{dense} (dense)"
         subjects.append(Subject(base, mine.parameters if mine.plan is None else mine.plan.shape_before.parameters))
     position = 1 if subjects and subjects[0].name == base else 0
@@ -150,8 +154,11 @@ def _own_records(folder: Path) -> Subject:
         if is_recovered(folder):
             read_recovery(folder)
         read_record(folder)
+        quantization = read_quantization(folder) if is_quantized(folder) else None
         if (folder / RECORDS / "plan.json").is_file():
             parameters = PruningPlan.load(folder / RECORDS / "plan.json").shape_after.parameters
+        elif quantization is not None:
+            parameters = quantization.parameters
         else:
             parameters = inspect(folder).shape.parameters
     except AmpruneError as error:
@@ -188,6 +195,8 @@ def _with_records(folder: Path, subject: Subject) -> Subject:
     if is_recovered(folder):
         recovery = _attempt(lambda: read_recovery(folder))
         subject = replace(subject, trained=True, recovery=recovery, log=read_training_log(folder))
+    if is_quantized(folder):
+        subject = replace(subject, quantization=_attempt(lambda: read_quantization(folder)))
     if plan is not None:
         scores = _attempt(lambda: ImportanceScores.load(folder / RECORDS / "scores.safetensors"))
         fits = scores is not None and scores.shape == plan.shape_before

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from amprune.evaluation.records import Record
 from amprune.model_card import criterion, how_it_was_made, removal, size_rows
+from amprune.quantized import quantization_sentences
 from amprune.recovered import data_sentence
 from amprune.report.blocks import Block, Bullets, Command, Section, Table, Text
 from amprune.report.inputs import EVALUATION, Inputs
@@ -19,8 +20,11 @@ UNTRAINED = "The pruned models were not trained after pruning."
 def made_section(inputs: Inputs) -> Section | None:
     """Says how the report's checkpoint was made and that it was verified."""
     subject = inputs.subject(inputs.focus)
-    if subject is None or subject.plan is None:
+    if subject is None or (subject.plan is None and subject.quantization is None):
         return None
+    packed = () if subject.quantization is None else quantization_sentences(subject.quantization)
+    if subject.plan is None:
+        return Section(MADE, (Bullets(packed),))
     plan = subject.plan
     first = removal(plan)
     proof = logit_difference(inputs)
@@ -34,7 +38,9 @@ def made_section(inputs: Inputs) -> Section | None:
         Table("Shape", ("", "dense", "pruned"), size_rows(plan)),
     ]
     checks = (inputs.verification or {}).get("checks")
-    if isinstance(checks, list) and checks:
+    if packed:
+        blocks.append(Bullets(packed))
+    elif isinstance(checks, list) and checks:
         rows = tuple(
             (str(c.get("name")), "passed" if c.get("passed") else "FAILED", str(c.get("detail"))) for c in checks
         )

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from amprune.errors import PlanError
-from amprune.plan import Budget, PlanOptions, choices_of_all_modes, evenly, find_budget, kept_heads
+from amprune.plan import Budget, PlanOptions, choices_of_all_modes, evenly, find_budget, kept_heads, multiples
 from amprune.shape import ModelShape
 
 logger = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ def _timed(shape: ModelShape, budget: Budget, speedup: Callable[[ModelShape], fl
 
 def _widths(shape: ModelShape, options: PlanOptions) -> list[int]:
     """Returns the numbers of neurons that are tried, ascending."""
-    width, multiple = shape.intermediate_size, options.neuron_multiple
+    width, multiple = shape.intermediate_size, multiples(shape, options)[-1]
     if options.only == "heads":
         return [width]
     step = multiple * max(min(_WIDTH, width // _WIDTHS) // multiple, 1)

@@ -2,7 +2,7 @@
 
 from amprune.checkpoint import Checkpoint
 from amprune.errors import PlanError
-from amprune.plan import PlanOptions, Target, largest_ratio
+from amprune.plan import PlanOptions, Target, check_units, largest_ratio, smallest_multiple, usable_heads
 
 
 def target_parameters(target: Target, checkpoint: Checkpoint, options: PlanOptions, *, depth: bool = False) -> int:
@@ -26,7 +26,11 @@ def target_parameters(target: Target, checkpoint: Checkpoint, options: PlanOptio
     if target.kind == "params":
         return int(target.value)
     shape, element = checkpoint.shape, _element_bytes(checkpoint, depth=depth)
-    step = shape.layer_parameters if depth else options.neuron_multiple * shape.neuron_parameters * shape.num_layers
+    if not depth:
+        check_units(shape, options)
+        usable_heads(shape, options)
+    neurons = smallest_multiple(options) * shape.neuron_parameters * shape.num_layers
+    step = shape.layer_parameters if depth else neurons
     excess = checkpoint.bytes - int(target.value)
     if excess <= 0:
         raise PlanError(

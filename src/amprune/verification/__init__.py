@@ -5,6 +5,6 @@ logits.py   the masked dense model, and by how much the output's logits differ f
 """
 
 from amprune.verification.checks import TOLERANCE, Check, VerificationReport, read_plan, verify_checkpoint
-from amprune.verification.logits import probe_logits
+from amprune.verification.logits import probe_ids, probe_logits
 
-__all__ = ["TOLERANCE", "Check", "VerificationReport", "probe_logits", "read_plan", "verify_checkpoint"]
+__all__ = ["TOLERANCE", "Check", "VerificationReport", "probe_ids", "probe_logits", "read_plan", "verify_checkpoint"]

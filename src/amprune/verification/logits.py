@@ -56,14 +56,18 @@ def probe_logits(
     `changed(model)` is entered around the forward pass and may put hooks on the model.
     """
     model = streamed_model(checkpoint, torch.float64)
-    vocabulary = vocabulary_size(model)
-    length = min(_LENGTH, checkpoint.positions or _LENGTH)
-    ids = torch.randint(vocabulary, (_SEQUENCES, length), generator=torch.Generator().manual_seed(0))
+    ids = probe_ids(model, checkpoint.positions)
     with torch.inference_mode(), quiet_transformers(), changed(model) if changed else nullcontext():
         logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
     del model
     release_memory()  # Modules and their hooks refer to each other; the next model must not stand beside this one.
     return logits
+
+
+def probe_ids(model: PreTrainedModel, positions: int | None) -> torch.Tensor:
+    """Draws the (2, length) token ids that `probe_logits` computes with, the same for every model of a vocabulary."""
+    shape = (_SEQUENCES, min(_LENGTH, positions or _LENGTH))
+    return torch.randint(vocabulary_size(model), shape, generator=torch.Generator().manual_seed(0))
 
 
 @contextmanager

@@ -1,0 +1,77 @@
+"""GGUF files among the models that are measured: their own bytes, speed in llama.cpp, quality of their weights."""
+
+from pathlib import Path
+
+import pytest
+from tiny_gguf import WORDS, save_dense, save_pruned
+
+from amprune import EvaluationError, LatencySettings, evaluate, export_gguf
+from amprune.evaluation import Evaluation, Record
+from amprune.evaluation.latency import generation_run
+from amprune.evaluation.run import _metered
+from amprune.llama_cpp import llama_cpp_model, read_gguf
+from amprune.progress import no_progress
+
+CASE = LatencySettings(prompt_tokens=4, new_tokens=6, warmup=1, runs=3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("gguf")
+    pruned = save_pruned(save_dense(place / "dense", "llama"), place / "pruned", heads=0.34)
+    for kind in ("f32", "q8_0"):
+        export_gguf(pruned, place / f"{kind}.gguf", type=kind, check=False)
+    (place / "text.txt").write_text(f"{WORDS} " * 20)
+    return place
+
+
+def one(evaluation: Evaluation, model: str, measurement: str, metric: str) -> Record:
+    (found,) = (record for record in evaluation.of(model, measurement) if record.metric == metric)
+    return found
+
+
+def test_a_gguf_file_is_measured_beside_the_checkpoint_that_it_was_made_from(folder: Path) -> None:
+    models = [folder / "pruned", folder / "f32.gguf", folder / "q8_0.gguf"]
+    found = evaluate(
+        models, folder / "evaluation.json", measure=["perplexity", "latency"], texts=[folder / "text.txt"],
+        sequence_length=64, windows=4, latency=[CASE], dtype="float32", device="cpu",
+    )  # fmt: skip
+    whole, same, small = (one(found, name, "perplexity", "perplexity") for name in ("pruned", "f32.gguf", "q8_0.gguf"))
+    assert same.value == pytest.approx(whole.value, rel=1e-4)
+    assert small.value == pytest.approx(whole.value, rel=0.05)
+    assert small.value != whole.value
+    assert small.note == "q8_0 weights, dequantised and run by transformers"
+    assert whole.note is None
+    header = read_gguf(folder / "q8_0.gguf")
+    assert one(found, "q8_0.gguf", "size", "weight_bytes").value == header.weight_bytes
+    assert one(found, "q8_0.gguf", "size", "weight_bytes_per_token").value == header.weight_bytes_per_token
+    assert header.weight_bytes_per_token < header.weight_bytes  # of the embedding table a row is read
+    assert one(found, "q8_0.gguf", "size", "kv_cache_bytes_per_token").value == 2 * 2 * (2 * 16) * 2
+    assert found.models["q8_0.gguf"].dtype == "q8_0"
+    assert found.models["q8_0.gguf"].sha256 != found.models["f32.gguf"].sha256
+    runs = {name: one(found, name, "latency", "decode") for name in ("pruned", "f32.gguf", "q8_0.gguf")}
+    assert {name: run.settings["mode"] for name, run in runs.items()} == {
+        "pruned": "eager", "f32.gguf": "llama.cpp", "q8_0.gguf": "llama.cpp",
+    }  # fmt: skip
+    assert len({run.items_hash for run in runs.values()}) == 1  # interleaved
+    assert all(len(run.items) == 3 and min(run.items) > 0 for run in runs.values())
+    assert str(runs["q8_0.gguf"].note).startswith("by llama.cpp, xllamacpp ")
+    assert runs["f32.gguf"].settings == runs["q8_0.gguf"].settings  # so that a report sets them side by side
+
+
+def test_a_run_whose_energy_is_measured_generates_as_many_tokens(folder: Path) -> None:
+    with llama_cpp_model(read_gguf(folder / "q8_0.gguf"), positions=16, threads=1) as model:
+        assert generation_run(model, CASE)() == 6
+        figures = _metered({"q8": model}, case=CASE, seconds=1.0, country="USA", progress=no_progress)
+    assert figures["q8"][0]["settings"]["mode"] == "llama.cpp"
+
+
+@pytest.mark.parametrize("case", [LatencySettings(batch_size=2), LatencySettings(mode="compile")])
+def test_cases_that_llama_cpp_does_not_run_are_refused_before_anything_is_measured(
+    case: LatencySettings, folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(EvaluationError, match=r"q8_0.gguf is a GGUF file.*--latency-batch 1 --mode eager"):
+        evaluate([folder / "q8_0.gguf"], tmp_path / "e.json", measure=["latency"], latency=[case])
+    with pytest.raises(EvaluationError, match=r"mode of a latency run is 'llama.cpp', expected eager or compile"):
+        evaluate([folder / "pruned"], tmp_path / "e.json", latency=[LatencySettings(mode="llama.cpp")])
+    assert not (tmp_path / "e.json").exists()
