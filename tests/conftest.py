@@ -33,6 +33,13 @@ def pytest_runtest_setup() -> None:
     gc.freeze()
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spares a report's figures in tests of its words and files, where others draw the same ones."""
+    for name in ("to_svg", "to_png"):
+        monkeypatch.setattr(f"amprune.report.write.{name}", lambda _: b"not drawn")
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     import shutil
 
