@@ -19,14 +19,25 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
-# What the imports made need not be searched for garbage again and again.
-gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts the files that run the real model first: they take longest, and would run alone at the end."""
     long = {item.path for item in items if item.get_closest_marker("real_model")}
     items.sort(key=lambda item: item.path not in long)
+
+
+def pytest_runtest_setup() -> None:
+    """Leaves to garbage collection what a test makes alone: amprune collects often, and imports are many objects."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spares a report's figures in tests of its words and files, where others draw the same ones."""
+    for name in ("to_svg", "to_png"):
+        monkeypatch.setattr(f"amprune.report.write.{name}", lambda _: b"not drawn")
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

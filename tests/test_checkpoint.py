@@ -1,6 +1,5 @@
 """Checkpoints on disk: every form that is read, what is written, and that bad input or a failure leaves no trace."""
 
-import gc
 import hashlib
 import importlib.util
 import json
@@ -64,17 +63,6 @@ def same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
 
 def plan_for(model: Path) -> PruningPlan:
     return make_plan(score(model, calibration=CALIBRATION), ratio=0.1)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def without_waiting() -> Iterator[None]:
-    """Starts no threads and keeps the imported libraries out of garbage collection; both cost more than tiny models."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.freeze()
-    yield
-    gc.unfreeze()
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -335,6 +335,7 @@ def test_a_family_whose_blocks_know_their_index_is_refused() -> None:
 
 
 def test_blocks_of_different_sizes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(architecture_module, "_described", architecture_module._described.__wrapped__)
     monkeypatch.setattr(architecture_module, "_block_sizes", lambda *_: [10, 11])
     shape = describe(config_of(find("llama-gqa"))).shape
     with pytest.raises(PlanError, match="its blocks hold different numbers of parameters"):

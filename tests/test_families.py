@@ -11,7 +11,7 @@ from tiny_models import ALL, NEURONS_ONLY, PRUNABLE_HEADS, VOCABULARY, Tiny, con
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from amprune import CalibrationSet, PlanError, UnsupportedModelError, apply_plan, make_plan, prune_model, score
-from amprune.architecture import describe
+from amprune.architecture import config_with_heads, describe
 from amprune.families import FAMILIES, REFUSED, find_family, supported_model_types
 from amprune.plan import PruningPlan
 
@@ -120,6 +120,26 @@ def test_llama_with_a_head_count_that_its_config_refuses_is_written_as_mistral(t
     assert 48 % plan.shape_after.num_attention_heads != 0
     result = apply_plan(tmp_path / "dense", plan, tmp_path / "out")
     assert AutoModelForCausalLM.from_pretrained(result.folder).config.model_type == "mistral"
+
+
+def test_what_an_equivalent_config_says_does_not_depend_on_the_installed_release() -> None:
+    raw = config_of(find("llama-mha"))
+    fewer = describe(raw).shape.shrunk(query_heads=5, key_value_heads=5, neurons=80)
+    written = config_with_heads(raw, find_family("llama"), fewer)
+    assert written["model_type"] == "mistral"
+    assert "transformers_version" not in written
+    assert config_with_heads({**raw, "transformers_version": "5.0"}, find_family("llama"), fewer) == {
+        **written,
+        "transformers_version": "5.0",
+    }
+
+
+def test_the_same_config_is_measured_once_wherever_it_stands() -> None:
+    raw = config_of(find("llama-mha"))
+    assert describe(raw, where="here") is describe(dict(reversed(raw.items())), where="there")
+    for where in ("here", "there"):
+        with pytest.raises(UnsupportedModelError, match=f"^{where}: transformers refuses"):
+            describe({**raw, "vocab_size": "many"}, where=where)
 
 
 def test_head_counts_that_no_architecture_accepts_are_not_planned(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +42,6 @@ from amprune.model_card import CARD
 from amprune.quantization import check
 from amprune.quantized import Quantization, read_quantization
 from amprune.sharing.checks import check_folder
-
-pytestmark = pytest.mark.skipif(
-    not (find_spec("torchao") and find_spec("bitsandbytes")), reason="needs the extra: pip install amprune[quantize]"
-)
 
 TYPES = ("int8", "int4")
 # Rows of 64 and outputs in multiples of 32, as the libraries want them.

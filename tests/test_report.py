@@ -303,6 +303,7 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
     assert b"Date" not in first.figures[0].read_bytes()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_figures_that_are_no_longer_drawn_go(tmp_path: Path) -> None:
     write_example(tmp_path)
     files = write_report(tmp_path)
@@ -332,6 +333,7 @@ def test_a_checkpoint_gets_its_report_and_its_card(checkpoint: Path) -> None:
     assert (checkpoint / "README.md").read_text() == card, "renewing twice is renewing once"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_front_matter_is_what_the_hub_reads(checkpoint: Path) -> None:
     file = checkpoint / "README.md"
     file.write_text(file.read_text().replace("- pruned\n", "- pruned\n- mine\n", 1))
@@ -351,6 +353,7 @@ def test_the_front_matter_is_what_the_hub_reads(checkpoint: Path) -> None:
     assert len(set(names)) == len(names)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_foreign_card_is_kept(checkpoint: Path) -> None:
     (checkpoint / "README.md").write_text("# My own words\n")
     files = write_report(checkpoint)
@@ -443,6 +446,7 @@ def test_the_baseline_can_be_another(tmp_path: Path) -> None:
     assert "Difference from pruned-30 in percentage points" in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_costs_follow_the_workload(tmp_path: Path) -> None:
     write_example(tmp_path, [("pruned", 0.2, 58.97, 0.07, 1.18)])
     workload = Workload(tokens_per_day=5e6, price_per_hour=2.0, currency="EUR", grid_intensity=0.1, days=7)
@@ -455,6 +459,7 @@ def test_costs_follow_the_workload(tmp_path: Path) -> None:
 NASTY = "<script>alert(1)</script>|`$x_$*[a](b)\"'&amp;"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_names_are_escaped(tmp_path: Path) -> None:
     files = write_report(write_example(tmp_path, [(NASTY, 0.3, 58.97, 0.07, 1.18)]))
     html, text = files.html.read_text(), files.markdown.read_text()
@@ -529,6 +534,7 @@ def test_a_report_of_someone_else_is_kept(tmp_path: Path) -> None:
     assert files_in(tmp_path) == before
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("successes", [0, 3, 7])
 def test_a_full_disk_leaves_nothing_half_written(
     successes: int, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
@@ -548,6 +554,7 @@ def test_a_full_disk_leaves_nothing_half_written(
     assert not (checkpoint / "amprune" / "figures").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_file_in_the_way_is_an_error(tmp_path: Path) -> None:
     write_example(tmp_path, [("pruned", 0.2, 58.97, 0.07, 1.18)])
     (tmp_path / "figures").write_text("not a folder")
@@ -712,6 +719,7 @@ def test_a_recovered_model_without_validation_says_nothing_of_it(recovered: Path
     assert "training loss 3.500 at step 2, 3.250 at step 4" in section
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_results_of_the_pruned_model_are_not_those_of_the_recovered(recovered: Path, checkpoint: Path) -> None:
     write_report(checkpoint)
     write_recovered_card(recovered, record_of(), source=open_source(checkpoint))
@@ -771,6 +779,7 @@ def test_the_report_of_a_recovered_model(recovered: Path) -> None:
     assert "its logits are no longer those of the masked dense model" in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_renewing_the_card_keeps_what_it_says_of_the_training(recovered: Path) -> None:
     before = (recovered / "README.md").read_text()
     write_report(recovered)
@@ -786,6 +795,7 @@ def test_renewing_the_card_keeps_what_it_says_of_the_training(recovered: Path) -
     assert (recovered / "README.md").read_text() == card
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_measured_recovered_model_is_told_from_the_pruned_one(
     recovered: Path, tiny: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -892,6 +902,7 @@ def bad_records() -> dict[str, str]:
     }
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("damage", bad_records())
 def test_a_damaged_record_of_a_training_is_said(damage: str, recovered: Path, tmp_path: Path) -> None:
     """It stops the report of its own model; beside others it is named, and nothing is claimed of the training."""

@@ -1,6 +1,5 @@
 """What tests of experiments run on: tiny models with a tokenizer, a short text, settings that take no time."""
 
-import gc
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,8 +16,6 @@ from typer.testing import CliRunner
 from amprune.cli import app
 from amprune.evaluation import LatencySettings
 from amprune.experiments import ExperimentFiles, cells
-
-gc.freeze()  # else each model that is let go of has the imported libraries searched for garbage
 
 TRAINING: dict[str, Any] = {
     "data": "builtin", "training_samples": 12, "gradient_accumulation": 4, "epochs": 1.0,

@@ -1,6 +1,5 @@
 """Tiny models with a tokenizer, tiny sets and settings to train with, and losses computed by other means."""
 
-import gc
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +14,6 @@ from transformers import AutoModelForCausalLM
 
 from amprune.recovery import RecoveredModel, RecoverySettings, recover
 from amprune.recovery.samples import Sample
-
-gc.freeze()  # else each merge searches the imported libraries for garbage
 
 TOKENIZER = make_tokenizer()
 SETTINGS = RecoverySettings(

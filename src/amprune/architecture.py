@@ -7,7 +7,8 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -153,12 +154,28 @@ class Architecture:
             yield from self.layer_tensors(layer).values()
 
 
+@dataclass(frozen=True)
+class _Entries:
+    """A raw config.json, equal to any other of the same entries."""
+
+    text: str
+    where: str = field(compare=False)
+    """Where it was read, for messages alone."""
+
+
 def describe(raw: Mapping[str, Any], *, where: str = "config.json") -> Architecture:
-    """Measures a raw config.json on a meta model; reads no weights.
+    """Measures a raw config.json on a meta model, once for the same entries; reads no weights.
 
     Raises:
         UnsupportedModelError: the architecture is not supported, or layers differ in width.
     """
+    return _described(_Entries(json.dumps(raw, sort_keys=True), where))
+
+
+# Every stage of pruning reads the same few config.json anew, and a meta model of a large one takes seconds.
+@lru_cache(maxsize=32)
+def _described(entries: _Entries) -> Architecture:
+    raw, where = json.loads(entries.text), entries.where
     family = check_supported(raw, where=where)
     config = make_config(raw, where=where)
     _check_sizes(config, where)
@@ -284,6 +301,7 @@ def config_with_heads(raw: Mapping[str, Any], family: ModelFamily, shape: ModelS
         return own
     # Through JSON, which turns the integer keys of id2label into text as config.json has them.
     resolved = json.loads(json.dumps(make_config(raw, where="config.json").to_dict()))
+    resolved.pop("transformers_version", None)  # else what is written depends on the installed release
     for other in family.equivalents:
         if any(resolved.get(key) for key in other.absent):
             continue

@@ -91,7 +91,7 @@ class ModelFamily:
     """Config switches that, when true, forbid removing whole blocks, with the reason."""
     equivalents: tuple[Equivalent, ...] = ()
     stored_names: Mapping[str, str] = field(default_factory=dict)
-    """Names in checkpoints that differ from those of `model.state_dict()`, stored to loaded."""
+    """Names in checkpoints that may differ from those of `model.state_dict()`, stored to loaded."""
     key_value_heads: Callable[[Any], int] = _key_value_heads
     """Reads the number of key-value heads off a transformers config."""
 

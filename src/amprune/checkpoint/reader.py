@@ -140,7 +140,7 @@ def _matched(stored: Mapping[str, StoredTensor], architecture: Architecture, fol
     prefixes, renamed = ("", f"{architecture.base_prefix}."), architecture.family.stored_names
     matched = {}
     for name, tensor in stored.items():
-        loaded = renamed.get(name, name)
+        loaded = name if name in architecture.tensors else renamed.get(name, name)
         full = next((prefix + loaded for prefix in prefixes if prefix + loaded in architecture.tensors), None)
         if full is None:
             _check_left_out(tensor, architecture)

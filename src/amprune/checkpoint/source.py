@@ -11,6 +11,7 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from amprune.architecture import quiet_transformers
 from amprune.errors import CheckpointError, MissingDependencyError, reason
@@ -161,7 +162,7 @@ def _dequantised(gguf: Path, dtype: str) -> Path:
 
 def _dequantise(gguf: Path, folder: Path, dtype: str) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     where: dict[str, str] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
@@ -170,13 +171,30 @@ def _dequantise(gguf: Path, folder: Path, dtype: str) -> None:
         shown = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
         with quiet_transformers(bars_on_terminal=True), shown:
             model = AutoModelForCausalLM.from_pretrained(
-                **where, quantization_config=GgufConfig(dequantize=True), dtype=getattr(torch, dtype)
+                **where, **_options_to_dequantise(), dtype=getattr(torch, dtype)
             )
             model.save_pretrained(partial)
-            AutoTokenizer.from_pretrained(**where).save_pretrained(partial)
+            tokenizer = AutoTokenizer.from_pretrained(**where)
+            _name_special_tokens(tokenizer, model.config)
+            tokenizer.save_pretrained(partial)
         if not folder.exists():
             partial.rename(folder)
     except Exception as error:  # the GGUF reader raises many types
         raise CheckpointError(f"cannot dequantise {gguf}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _options_to_dequantise() -> dict[str, Any]:
+    """Returns what tells transformers to unpack a GGUF file: before it had a GgufConfig it always did."""
+    import transformers
+
+    config = getattr(transformers, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(dequantize=True)}
+
+
+def _name_special_tokens(tokenizer: Any, config: Any) -> None:
+    """Gives the tokenizer the special tokens of config.json: transformers before 5.20 reads others off a GGUF file."""
+    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        if isinstance(token_id := getattr(config, f"{name}_id", None), int):
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(token_id))
