@@ -45,12 +45,12 @@ class _Unpacked(Checkpoint):
 
     def __init__(self, base: Checkpoint, folder: Path, parts: Parts, scheme: Scheme) -> None:
         vars(self).update(vars(base))
-        stored, renamed = stored_tensors(folder), base.architecture.family.stored_names
+        stored, names_of = stored_tensors(folder), {base.stored_name(name): name for name in base}
         self.folder = folder
         self._parts = {name: {part: stored[part] for part in names} for name, names in parts.items()}
         self._scheme = scheme
         packed = {part for names in parts.values() for part in names}
-        self._stored = {renamed.get(name, name): tensor for name, tensor in stored.items() if name not in packed}
+        self._stored = {names_of.get(name, name): tensor for name, tensor in stored.items() if name not in packed}
         self._shapes = {name: base.header(name).shape for name in parts}
 
     def __getitem__(self, name: str) -> torch.Tensor:
