@@ -41,10 +41,13 @@ def vllm_python() -> str:
 
 
 def vllm_environment(**entries: str) -> dict[str, str]:
-    """Returns the environment of a process: offline, one thread, nothing reported to anyone."""
-    quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    """Returns the environment of a process: offline, one thread, nothing told to anyone or left in the user's cache."""
+    ours = {
+        "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CACHE_ROOT": str(Path(vllm_python()).parent.parent / "vllm-cache"),
+    }  # fmt: skip
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return {**inherited, **quiet, **entries}
+    return {**inherited, **ours, **entries}
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import re
 import shlex
 
 import pytest
-from serving_page import ASK, INSTALL, PRUNE, PRUNE_TO_SPLIT, ROOT, ROWS, SERVE, row_of
+from serving_page import ASK, INSTALL, PAGE, PRUNE, PRUNE_TO_SPLIT, ROOT, ROWS, SERVE, row_of
 from serving_vllm import REFUSED_BY_VLLM
 from tiny_models import PRUNABLE_HEADS
 
@@ -24,6 +24,14 @@ def test_the_table_says_what_the_tests_hold(model_type: str) -> None:
     if heads:
         assert (row.heads_and_neurons != "yes") == ((model_type, "heads and neurons") in REFUSED_BY_VLLM)
     assert row.neurons == ("no" if (model_type, "neurons") in REFUSED_BY_VLLM else "yes")
+
+
+def test_the_summary_counts_the_table() -> None:
+    heads = [row.heads_and_neurons for row in ROWS for _ in row.model_types if row.heads_and_neurons != "-"]
+    neurons = [row.neurons for row in ROWS for _ in row.model_types]
+    counts = f"{heads.count('yes')} of {len(heads)} model types", f"{neurons.count('yes')} of {len(neurons)}"
+    (summary,) = [line for line in PAGE.splitlines() if line.startswith("| vLLM | heads")]
+    assert all(count in summary for count in counts)
 
 
 def test_the_environment_is_the_one_that_make_makes() -> None:

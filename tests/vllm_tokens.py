@@ -4,7 +4,7 @@
 
 JOB is JSON: `count` of tokens to make, and `models`, each a `folder`, its `prompts` as token ids and `options` of
 `vllm.LLM`. RESULTS gets one line for every model as soon as it is done: its tokens, their log-probabilities and the
-architecture that computed them, or the error.
+class that computed them, or the error.
 """
 
 import json
@@ -33,13 +33,19 @@ def greedy(folder: str, prompts: list[list[int]], count: int, options: dict[str,
     found = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], asked, use_tqdm=False)
     answers = [request.outputs[0] for request in found]
     return {
-        "architecture": llm.model_config.architecture,
+        "implementation": implementation(llm.model_config),
         "tokens": [list(answer.token_ids) for answer in answers],
         "logprobs": [
             [choices[token].logprob for token, choices in zip(answer.token_ids, answer.logprobs or [], strict=True)]
             for answer in answers
         ],
     }
+
+
+def implementation(config: Any) -> str:
+    """Names the class that computes the model: its architecture's own, or one that runs the code of transformers."""
+    found, _ = config.registry.resolve_model_cls(config.architecture, model_config=config)
+    return str(found.__name__)
 
 
 def clear() -> None:
