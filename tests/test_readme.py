@@ -64,7 +64,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_readme_opens_with_the_two_commands() -> None:
     assert SHELL[0].startswith("make demo")
     assert SHELL[1].startswith("make test")
-    assert len(AMPRUNE) == 9
+    assert len(AMPRUNE) == 11
     assert len(PYTHON) == 2
 
 

@@ -9,10 +9,15 @@ The stages, each a module that reads and writes files (`pipeline.py` runs them i
 The method is AMP: "Efficient LLMs with AMP: Attention Heads and MLP Pruning", arXiv 2504.21174.
 """
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# Where they are installed, transformers imports them with itself, and they speak of kernels that this machine lacks.
+for _library in ("torchao", "torch.utils._pytree", "bitsandbytes"):
+    logging.getLogger(_library).setLevel(logging.ERROR)
 
 if TYPE_CHECKING:
     from amprune.calibration import CalibrationSet, load_calibration

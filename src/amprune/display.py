@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from amprune.stages import PrunedModel
     from amprune.verification import VerificationReport
 
-_CHATTERING = ("torchao", "torch.utils._pytree", "bitsandbytes")
-"""Libraries that speak of kernels which this machine lacks, or of their own future, as soon as they are imported."""
 stdout, stderr = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False)
 
 
@@ -47,8 +45,6 @@ def reported(
     """
     logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("amprune").setLevel(logging.INFO)
-    for library in _CHATTERING:
-        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         yield
     except AmpruneError as error:
