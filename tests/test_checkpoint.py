@@ -984,12 +984,26 @@ def test_what_only_looks_left_by_a_run_is_neither_moved_nor_removed(name: str, t
 # What is called MODEL.
 
 
+def test_a_gguf_file_is_refused_by_a_transformers_that_reads_its_tokenizer_wrongly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.GgufConfig", None, raising=False)
+    monkeypatch.setenv("AMPRUNE_CACHE", str(tmp_path / "cache"))
+    for name, error, message in (
+        ("model.gguf", MissingDependencyError, r"may read its tokenizer wrongly; upgrade to 5\.20 or later"),
+        ("SmolLM2-135M-Instruct.Q8.gguf", CheckpointError, "cannot dequantise"),  # whose tokenizer is read rightly
+    ):
+        (tmp_path / name).write_bytes(b"GGUF" + bytes(64))
+        with pytest.raises(error, match=message):
+            open_source(tmp_path / name)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("model.gguf", b"not one", r"model\.gguf is not a GGUF file; MODEL is a Hugging Face folder, a hub id or"),
         ("model.gguf", b"", r"model\.gguf is not a GGUF file"),
-        ("model.gguf", b"GGUF" + bytes(64), r"cannot dequantise .*model\.gguf"),
+        ("SmolLM2-135M-Instruct.Q8.gguf", b"GGUF" + bytes(64), r"cannot dequantise .*Q8\.gguf"),
         ("model.gguf", None, r"no file .*model\.gguf"),
         ("model.safetensors", b"tensors", r"model\.safetensors is not a GGUF file"),
         ("no/such/folder", None, r"no model '.*folder': it is no folder, no \.gguf file, no hub id .*smollm2-135m"),

@@ -229,7 +229,7 @@ def edited(dense: Path, folder: Path, **entries: Any) -> Path:
 NO_MODEL: dict[str, tuple[dict[str, Any], str]] = {
     "a layer too few": ({"num_hidden_layers": 3}, "9 tensors are missing, such as model.layers.2"),
     "other sizes": ({"intermediate_size": 81}, "6 tensors are mismatched, such as .*mlp.down_proj"),
-    "other names": ({"model_type": "gpt_neox"}, "tensors are missing, such as gpt_neox"),
+    "other names": ({"model_type": "gpt_neox"}, "tensors are missing, such as (gpt_neox|embed_out)"),
     "encoder and decoder": ({"model_type": "t5"}, "no causal language model"),
     "unknown": ({"model_type": "nonsense"}, "no causal language model"),
     "wrong type": ({"hidden_size": "x"}, "no causal language model.*expected int, got str"),

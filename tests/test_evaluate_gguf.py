@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import transformers
 from tiny_gguf import WORDS, save_dense, save_pruned
 
 from amprune import EvaluationError, LatencySettings, evaluate, export_gguf
@@ -12,6 +13,9 @@ from amprune.evaluation.run import _metered
 from amprune.llama_cpp import llama_cpp_model, read_gguf
 from amprune.progress import no_progress
 
+reads_gguf = pytest.mark.skipif(
+    not hasattr(transformers, "GgufConfig"), reason="needs transformers 5.20, which reads the tokenizers of GGUF files"
+)
 CASE = LatencySettings(prompt_tokens=4, new_tokens=6, warmup=1, runs=3)
 
 
@@ -30,6 +34,7 @@ def one(evaluation: Evaluation, model: str, measurement: str, metric: str) -> Re
     return found
 
 
+@reads_gguf
 def test_a_gguf_file_is_measured_beside_the_checkpoint_that_it_was_made_from(folder: Path) -> None:
     models = [folder / "pruned", folder / "f32.gguf", folder / "q8_0.gguf"]
     found = evaluate(
@@ -66,6 +71,7 @@ def test_a_run_whose_energy_is_measured_generates_as_many_tokens(folder: Path) -
     assert figures["q8"][0]["settings"]["mode"] == "llama.cpp"
 
 
+@reads_gguf
 @pytest.mark.parametrize("case", [LatencySettings(batch_size=2), LatencySettings(mode="compile")])
 def test_cases_that_llama_cpp_does_not_run_are_refused_before_anything_is_measured(
     case: LatencySettings, folder: Path, tmp_path: Path

@@ -78,7 +78,8 @@ def test_multiply_accumulates_of_a_llama(identifier: str, groups: int) -> None:
     heads, size = 12, 16
     projections = HIDDEN * size * (2 * heads + 2 * groups) + 3 * HIDDEN * NEURONS
     expected = LAYERS * projections + attention_macs(heads, size) + head_macs()
-    assert measure_size(tiny_model(identifier)).macs_per_token == expected
+    # Some releases of transformers compute the angles of a position by a product, others do not.
+    assert measure_size(tiny_model(identifier)).macs_per_token - expected in (0, size // 2)
 
 
 def test_multiply_accumulates_of_a_gpt2() -> None:
@@ -93,11 +94,11 @@ def test_multiply_accumulates_count_the_experts_that_a_token_meets(tmp_path: Pat
         num_attention_heads=6, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
     )  # fmt: skip
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder)
-    before = model.get_experts_implementation()
+    before = model.config._experts_implementation
     projections = HIDDEN * 8 * (2 * 6 + 2 * 2) + 4 * HIDDEN + 2 * 3 * HIDDEN * NEURONS
     expected = LAYERS * projections + attention_macs(6, 8) + head_macs()
-    assert measure_size(model).macs_per_token == expected
-    assert model.get_experts_implementation() == before
+    assert measure_size(model).macs_per_token - expected in (0, 4)
+    assert model.config._experts_implementation == before
 
 
 def test_a_smaller_model_is_smaller_in_every_size() -> None:

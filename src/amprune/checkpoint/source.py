@@ -164,15 +164,14 @@ def _dequantise(gguf: Path, folder: Path, dtype: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    options = _options_to_dequantise(gguf)
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     where: dict[str, str] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     try:
         # The reader draws a bar of its own that nothing turns off: for people, not for log files.
         shown = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
         with quiet_transformers(bars_on_terminal=True), shown:
-            model = AutoModelForCausalLM.from_pretrained(
-                **where, **_options_to_dequantise(), dtype=getattr(torch, dtype)
-            )
+            model = AutoModelForCausalLM.from_pretrained(**where, **options, dtype=getattr(torch, dtype))
             model.save_pretrained(partial)
             tokenizer = AutoTokenizer.from_pretrained(**where)
             _name_special_tokens(tokenizer, model.config)
@@ -185,12 +184,22 @@ def _dequantise(gguf: Path, folder: Path, dtype: str) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _options_to_dequantise() -> dict[str, Any]:
-    """Returns what tells transformers to unpack a GGUF file: before it had a GgufConfig it always did."""
+def _options_to_dequantise(gguf: Path) -> dict[str, Any]:
+    """Returns what tells transformers to unpack a file, which it did untold before it had a GgufConfig.
+
+    Raises:
+        MissingDependencyError: it has none yet, and may read the tokenizer of this file otherwise than llama.cpp does.
+    """
     import transformers
 
-    config = getattr(transformers, "GgufConfig", None)
-    return {} if config is None else {"quantization_config": config(dequantize=True)}
+    if (config := getattr(transformers, "GgufConfig", None)) is not None:
+        return {"quantization_config": config(dequantize=True)}
+    if not any(gguf.match(alias.pattern) for alias in ALIASES.values()):  # of which the tokens are known to be right
+        raise MissingDependencyError(
+            f"{gguf}: transformers {transformers.__version__} may read its tokenizer wrongly; upgrade to 5.20 or later "
+            "(`pip install --upgrade transformers`), or give the Hugging Face folder that the file was made from"
+        )
+    return {}
 
 
 def _name_special_tokens(tokenizer: Any, config: Any) -> None:
