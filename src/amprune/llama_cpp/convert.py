@@ -45,8 +45,8 @@ def convert(converter: Program, folder: Path, out: Path, kind: str, *, name: str
     raise ExportError(f"llama.cpp's converter {converter.path} failed on {folder}: {_last_words(said)}")
 
 
-def quantise(quantiser: Program, source: Path, out: Path, kind: str, *, threads: int) -> list[str]:
-    """Quantises a GGUF file; returns the tensors that had to take another type, in the quantiser's words.
+def quantise(quantiser: Program, source: Path, out: Path, kind: str, *, threads: int) -> None:
+    """Quantises a GGUF file.
 
     Raises:
         ExportError: the quantiser failed.
@@ -56,7 +56,6 @@ def quantise(quantiser: Program, source: Path, out: Path, kind: str, *, threads:
         raise ExportError(
             f"llama.cpp's quantiser {quantiser.path} failed on {kind}: {_last_words(done.stdout + done.stderr)}"
         )
-    return re.findall(r"(\S+)\s+- ncols\s+\d+ not divisible", done.stdout + done.stderr)
 
 
 def _run(program: Program, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
@@ -72,7 +71,7 @@ def _run(program: Program, arguments: Sequence[str]) -> subprocess.CompletedProc
 
 
 def _last_words(text: str) -> str:
-    """Returns the last lines that are neither bars nor empty; `--debug` shows all."""
+    """Returns the last lines that are neither bars nor empty."""
     lines = [line.rpartition("\r")[2].strip() for line in text.splitlines()]
     told = [line for line in lines if line and not line.startswith("Writing:")]
     return " / ".join(told[-_LINES:]) or "it said nothing"

@@ -95,24 +95,25 @@ def read_gguf(path: Path) -> GgufFile:
     Raises:
         CheckpointError: it is none, or truncated.
     """
-    return _read(path, path.stat().st_mtime_ns) if path.is_file() else _absent(path)
+    if not path.is_file():
+        raise CheckpointError(f"no file {path}")
+    return _read(path, path.stat().st_mtime_ns)
 
 
-def _absent(path: Path) -> GgufFile:
-    raise CheckpointError(f"no file {path}")
-
-
-def set_width(path: Path, neurons: int) -> None:
+def set_width(file: GgufFile, neurons: int) -> GgufFile:
     """Puts the number of neurons into the header in place, where a converter wrote four times the hidden size.
 
-    That is what llama.cpp's converter assumes of families whose MLPs are always so wide, such as Phi-2.
+    That is what llama.cpp's converter assumes of families whose MLPs are always so wide, such as Phi-2. Returns the
+    file as it is then.
     """
-    reader = gguf.GGUFReader(path, "r+")
-    kind = reader.fields["general.architecture"].contents()
-    field, hidden = reader.fields.get(f"{kind}.feed_forward_length"), reader.fields[f"{kind}.embedding_length"]
-    if field is not None and field.contents() == 4 * hidden.contents() != neurons:
-        field.parts[field.data[0]][0] = neurons
-        reader.data.flush()
+    if not file.fields.get("feed_forward_length") == 4 * file.fields["embedding_length"] != neurons:
+        return file
+    reader = gguf.GGUFReader(file.path, "r+")
+    field = reader.fields[f"{file.architecture}.feed_forward_length"]
+    field.parts[field.data[0]][0] = neurons
+    reader.data.flush()
+    _read.cache_clear()  # the time of change may be the same
+    return read_gguf(file.path)
 
 
 @lru_cache(maxsize=16)

@@ -2,12 +2,13 @@
 
 import logging
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
+from amprune.backends import GGUF_BLOCK, GGUF_SUPER_BLOCK
 from amprune.checkpoint import Checkpoint, Source, check_file, open_source, read_checkpoint, read_json, staged_file
 from amprune.errors import CheckpointError, ExportError, MissingDependencyError, UnsupportedModelError
 from amprune.llama_cpp.check import TokenCheck, check_sizes, check_tokens
@@ -21,7 +22,7 @@ logger = logging.getLogger(__name__)
 _OWN: dict[torch.dtype, GgufType] = {torch.float16: "f16", torch.bfloat16: "bf16"}
 # Bytes a weight, with room for tensors that take a larger type.
 _BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 1.1, "q4_0": 0.8, "q4_k_m": 0.9}
-BLOCKS = {"q8_0": 32, "q4_0": 32, "q4_k_m": 256}
+_BLOCKS = {"q8_0": GGUF_BLOCK, "q4_0": GGUF_BLOCK, "q4_k_m": GGUF_SUPER_BLOCK}
 """A row is quantised in blocks of so many weights; a row that they do not divide takes another type."""
 
 
@@ -38,7 +39,7 @@ class ExportedGguf:
     @property
     def odd_rows(self) -> dict[int, int]:
         """Numbers of tensors by the length of their rows, where the type's blocks do not divide it."""
-        block = BLOCKS.get(self.file.type, 1)
+        block = _BLOCKS.get(self.file.type, 1)
         rows = [tensor.row for tensor in self.file.tensors if tensor.matrix and tensor.row % block]
         return {row: rows.count(row) for row in sorted(set(rows))}
 
@@ -112,19 +113,18 @@ def export_gguf(
             name, family = source.name.rpartition("/")[2], checkpoint.shape.model_type
             with as_known(checkpoint) as folder:
                 convert(converter, folder, first, own if quantiser else kind, name=name, model_type=family)
-            set_width(first, checkpoint.shape.intermediate_size)
+            written = set_width(read_gguf(first), checkpoint.shape.intermediate_size)
             advance(1)
             if quantiser is not None:
                 quantise(quantiser, first, partial, kind, threads=torch.get_num_threads())
                 first.unlink()
                 advance(1)
-            written = read_gguf(partial)
+                written = read_gguf(partial)
             check_sizes(written, checkpoint)
             proof = _proof(written, checkpoint) if check else None
             advance(check)
-    return ExportedGguf(
-        read_gguf(place.resolve()), str(converter.path), None if quantiser is None else str(quantiser.path), proof
-    )
+    file = replace(written, path=place.resolve())
+    return ExportedGguf(file, str(converter.path), None if quantiser is None else str(quantiser.path), proof)
 
 
 def _check_source(source: Source, *, trust_remote_code: bool) -> None:
