@@ -1,7 +1,7 @@
 """The loss of recovery, held to computations of its own: response tokens, batches, packing, a teacher."""
 
 from collections.abc import Callable
-from itertools import combinations
+from itertools import accumulate, combinations
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ from tiny_recovery import TOKENIZER, load, losses, mean_loss, plain_loss, save_c
 from torch.nn.functional import log_softmax, softmax
 
 from amprune import RecoveryError
-from amprune.memory import release_memory
 from amprune.recovery.distillation import CHUNK, divergence, teacher_hidden
 from amprune.recovery.samples import TrainingData, load_training_data
 
@@ -215,21 +214,13 @@ def test_a_teacher_of_another_vocabulary_is_refused_before_anything_is_written(
 
 
 def peak(work: Callable[[], object]) -> int:
-    """Returns by how many bytes the resident memory grew at most."""
-    work()  # threads, code, caches
-    release_memory()
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resident("VmRSS")
-    work()
-    return resident("VmHWM") - before
+    """Returns by how many bytes the tensors that ``work`` allocates and releases grow at most."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    events = profile.profiler.kineto_results.events()
+    return max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
 
 
-def resident(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
-
-
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's record of the peak")
 def test_a_large_vocabulary_takes_far_less_memory_than_the_plain_formula() -> None:
     tokens, vocabulary = 512, 50_000
     tiny = Tiny("llama", "wide", {**MHA, "vocab_size": vocabulary, "num_hidden_layers": 1})
