@@ -89,8 +89,17 @@ def without(model: PreTrainedModel, gone: list[int]) -> PreTrainedModel:
     model = copy.deepcopy(model)
     blocks = next(m for m in model.base_model.modules() if isinstance(m, torch.nn.ModuleList))
     for block in gone:
-        blocks[block] = Skipped(as_tuple=model.config.model_type in ("gptj", "falcon"))
+        blocks[block] = Skipped(as_tuple=gives_a_tuple(model, blocks[block]))
     return model
+
+
+def gives_a_tuple(model: PreTrainedModel, block: torch.nn.Module) -> bool:
+    """Tells what the block returns, which changes from one transformers to the next."""
+    found: list[bool] = []
+    handle = block.register_forward_hook(lambda _module, _inputs, output: found.append(isinstance(output, tuple)))
+    logits(model)
+    handle.remove()
+    return found[0]
 
 
 def written(tiny: Tiny, folder: Path) -> tuple[PreTrainedModel, Path]:
