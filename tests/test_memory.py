@@ -11,9 +11,9 @@ SCRIPT = Path(__file__).parent / "apply_memory.py"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc/self/status")
-@pytest.mark.parametrize("source_shard_size", ["200MB", "10GB"])
-def test_a_large_checkpoint_is_applied_in_little_memory(source_shard_size: str, tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPT), str(tmp_path), source_shard_size]
+def test_a_large_checkpoint_is_applied_in_little_memory(tmp_path: Path) -> None:
+    """One file of 1.7 GB, of which ten shards are the easier case."""
+    command = [sys.executable, str(SCRIPT), str(tmp_path), "10GB"]
     subprocess.run(command, check=True)
     report = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert report["checkpoint_bytes"] > 1.5e9

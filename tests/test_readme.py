@@ -32,7 +32,8 @@ EXPERIMENT_OFFLINE = [
 ]  # fmt: skip
 # A smaller refit than the default's.
 PRUNE_QUICK = ["--tokens", "4096"]
-OFFLINE = {"prune": PRUNE_QUICK, "evaluate": EVALUATE_OFFLINE, "experiment": EXPERIMENT_OFFLINE}
+SCORE_QUICK = ["--samples", "8"]
+OFFLINE = {"prune": PRUNE_QUICK, "score": SCORE_QUICK, "evaluate": EVALUATE_OFFLINE, "experiment": EXPERIMENT_OFFLINE}
 PYTHON = [block for language, block in BLOCKS if language == "python"]
 
 
