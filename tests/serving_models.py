@@ -51,7 +51,8 @@ def save_dense(tiny: Tiny, folder: Path) -> Path:
         for parameter in model.parameters():
             if parameter.dim() == 2:
                 parameter.mul_(5)
-        model.get_input_embeddings().weight.div_(5)
+        embeddings = model.get_input_embeddings()
+        embeddings.weight.div_(5 * getattr(embeddings, "scalar_embed_scale", 1))
     model.save_pretrained(folder)
     return folder
 
