@@ -85,22 +85,18 @@ def loading_problems(folder: Path) -> dict[str, list[str]]:
 
     It is given the stored names and shapes without their data, so that a check of any size costs no memory.
     """
-    tensors = {
-        name: torch.empty(tensor.header.shape, dtype=tensor.header.dtype, device="meta")
-        for name, tensor in stored_tensors(folder).items()
-    }
+    stored = stored_tensors(folder)
     try:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-            with torch.device("meta"):
-                tied = model_class(config).all_tied_weights_keys
-            # Tied tensors that are both stored may be compared by their values, which these do not have.
-            tensors = {name: tensor for name, tensor in tensors.items() if tied.get(name) not in tensors}
             _, report = model_class.from_pretrained(
                 None,
                 config=config,
-                state_dict=tensors,
+                state_dict={
+                    name: torch.empty(stored[name].header.shape, dtype=stored[name].header.dtype, device="meta")
+                    for name in stored.keys() - _stored_twice(stored, model_class, config)
+                },
                 device_map={"": "meta"},
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
@@ -108,6 +104,19 @@ def loading_problems(folder: Path) -> dict[str, list[str]]:
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise CheckpointError(f"transformers cannot load {folder}: {error}") from error
     return {kind: sorted(map(str, names)) for kind, names in report.items() if names}
+
+
+def _stored_twice(names: Collection[str], model_class: Any, config: Any) -> set[str]:
+    """Returns what is tied to another tensor that is stored, too: loaders may compare the values of the two.
+
+    Stored names may lack the prefix of the base model.
+    """
+    with torch.device("meta"):
+        tied = model_class(config).all_tied_weights_keys
+    prefix = f"{model_class.base_model_prefix}."
+    bare = {name.removeprefix(prefix): name for name in names}
+    pairs = ((target.removeprefix(prefix), source.removeprefix(prefix)) for target, source in tied.items())
+    return {bare[target] for target, source in pairs if target in bare and source in bare}
 
 
 def _move(model: Any, device: str) -> None:
