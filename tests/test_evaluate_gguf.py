@@ -1,12 +1,19 @@
 """GGUF files among the models that are measured: their own bytes, speed in llama.cpp, quality of their weights."""
 
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 import transformers
 from tiny_gguf import WORDS, save_dense, save_pruned
+from transformers import AutoModelForCausalLM
 
 from amprune import EvaluationError, LatencySettings, evaluate, export_gguf
+from amprune.checkpoint import gguf_model, open_source, read_json
+from amprune.errors import CheckpointError
 from amprune.evaluation import Evaluation, Record
 from amprune.evaluation.latency import generation_run
 from amprune.evaluation.run import _metered
@@ -62,6 +69,46 @@ def test_a_gguf_file_is_measured_beside_the_checkpoint_that_it_was_made_from(fol
     assert all(len(run.items) == 3 and min(run.items) > 0 for run in runs.values())
     assert str(runs["q8_0.gguf"].note).startswith("by llama.cpp, xllamacpp ")
     assert runs["f32.gguf"].settings == runs["q8_0.gguf"].settings  # so that a report sets them side by side
+
+
+MHA = {"num_attention_heads": 6, "num_key_value_heads": 6}
+SEVERAL_LLAMAS: list[tuple[str, dict[str, Any], float, str]] = [
+    ("llama", MHA, 0.17, "mistral"),  # five heads, which LlamaConfig refuses
+    ("qwen2", {}, 0.34, "llama"),  # with biases of queries, keys and values
+    ("llama", {**MHA, "attention_bias": True, "mlp_bias": True}, 0.0, "llama"),
+]
+
+
+@reads_gguf
+@pytest.mark.parametrize(("family", "entries", "heads", "written_as"), SEVERAL_LLAMAS)
+def test_whatever_llama_cpp_calls_llama_is_dequantised_to_what_was_exported(
+    family: str, entries: dict[str, Any], heads: float, written_as: str, tmp_path: Path
+) -> None:
+    pruned = save_pruned(save_dense(tmp_path / "dense", family, **entries), tmp_path / "pruned", heads=heads)
+    export_gguf(pruned, tmp_path / "f32.gguf", type="f32", check=False)
+    assert read_gguf(tmp_path / "f32.gguf").architecture == "llama"
+    source = open_source(tmp_path / "f32.gguf", dtype="float32")
+    assert read_json(source.folder / "config.json")["model_type"] == written_as
+    ids = torch.arange(3, 40)[None]
+    with torch.inference_mode():
+        found, expected = (
+            AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)(ids).logits
+            for place in (source.folder, pruned)
+        )
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@reads_gguf
+def test_a_file_of_which_transformers_leaves_weights_out_is_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = [*gguf_model.GGUFReader(folder / "f32.gguf").tensors, SimpleNamespace(name="blk.0.more.bias", n_elements=7)]
+    monkeypatch.setattr(gguf_model, "GGUFReader", lambda _: SimpleNamespace(tensors=more))
+    shutil.copy(folder / "f32.gguf", tmp_path / "more.gguf")
+    with pytest.raises(
+        CheckpointError, match=r"more.gguf has \d+,\d+ weights, of which transformers reads .* as a llama"
+    ):
+        open_source(tmp_path / "more.gguf")
 
 
 def test_a_run_whose_energy_is_measured_generates_as_many_tokens(folder: Path) -> None:

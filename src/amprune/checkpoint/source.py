@@ -162,22 +162,23 @@ def _dequantised(gguf: Path, dtype: str) -> Path:
 
 def _dequantise(gguf: Path, folder: Path, dtype: str) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from amprune.checkpoint.gguf_model import load_gguf
 
     options = _options_to_dequantise(gguf)
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-    where: dict[str, str] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     try:
         # The reader draws a bar of its own that nothing turns off: for people, not for log files.
         shown = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
         with quiet_transformers(bars_on_terminal=True), shown:
-            model = AutoModelForCausalLM.from_pretrained(**where, **options, dtype=getattr(torch, dtype))
+            model, tokenizer = load_gguf(gguf, getattr(torch, dtype), options)
             model.save_pretrained(partial)
-            tokenizer = AutoTokenizer.from_pretrained(**where)
             _name_special_tokens(tokenizer, model.config)
             tokenizer.save_pretrained(partial)
         if not folder.exists():
             partial.rename(folder)
+    except CheckpointError:
+        raise
     except Exception as error:  # the GGUF reader raises many types
         raise CheckpointError(f"cannot dequantise {gguf}: {error}") from error
     finally:
