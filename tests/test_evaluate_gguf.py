@@ -102,13 +102,27 @@ def test_whatever_llama_cpp_calls_llama_is_dequantised_to_what_was_exported(
 def test_a_file_of_which_transformers_leaves_weights_out_is_refused(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    more = [*gguf_model.GGUFReader(folder / "f32.gguf").tensors, SimpleNamespace(name="blk.0.more.bias", n_elements=7)]
-    monkeypatch.setattr(gguf_model, "GGUFReader", lambda _: SimpleNamespace(tensors=more))
+    reader = gguf_model.GGUFReader(folder / "f32.gguf")
+    reader.tensors.append(SimpleNamespace(name="blk.0.more.bias", n_elements=7))
+    monkeypatch.setattr(gguf_model, "GGUFReader", lambda _: reader)
     shutil.copy(folder / "f32.gguf", tmp_path / "more.gguf")
     with pytest.raises(
         CheckpointError, match=r"more.gguf has \d+,\d+ weights, of which transformers reads .* as a llama"
     ):
         open_source(tmp_path / "more.gguf")
+
+
+@reads_gguf
+def test_a_file_of_which_transformers_would_rotate_another_part_of_each_head_is_refused(tmp_path: Path) -> None:
+    """Transformers takes half of each head for every Nemotron."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    for factor in (0.5, 1.0):
+        rotated = {"rope_parameters": {**rope, "partial_rotary_factor": factor}}
+        dense = save_dense(tmp_path / f"{factor}", "nemotron", **rotated)
+        export_gguf(dense, tmp_path / f"{factor}.gguf", type="f32", check=False)
+    assert open_source(tmp_path / "0.5.gguf").folder.is_dir()
+    with pytest.raises(CheckpointError, match=r"1.0.gguf rotates 16 numbers of each head, but transformers reads 8"):
+        open_source(tmp_path / "1.0.gguf")
 
 
 def test_a_run_whose_energy_is_measured_generates_as_many_tokens(folder: Path) -> None:

@@ -29,10 +29,11 @@ def load_gguf(gguf: Path, dtype: torch.dtype, options: Mapping[str, Any]) -> tup
         options: what tells transformers to unpack them.
 
     Raises:
-        CheckpointError: the file has weights that transformers leaves out.
+        CheckpointError: the file has weights that transformers leaves out, or rotates another part of each head.
         Exception: many types of transformers' reader.
     """
-    stored = {str(tensor.name): int(tensor.n_elements) for tensor in GGUFReader(gguf).tensors}
+    reader = GGUFReader(gguf)
+    stored = {str(tensor.name): int(tensor.n_elements) for tensor in reader.tensors}
     where: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     with _any_heads():
         config = AutoConfig.from_pretrained(**where)
@@ -45,6 +46,7 @@ def load_gguf(gguf: Path, dtype: torch.dtype, options: Mapping[str, Any]) -> tup
         tokenizer = AutoTokenizer.from_pretrained(**where)
     model, report = loaded
     _check_whole(gguf, stored, model, report["missing_keys"])
+    _check_rotation(gguf, reader, model)
     odd = config.model_type == "llama" and config.hidden_size % config.num_attention_heads
     return _as_equivalent(model) if odd else model, tokenizer
 
@@ -69,6 +71,17 @@ def _check_whole(gguf: Path, stored: Mapping[str, int], model: PreTrainedModel, 
         raise CheckpointError(
             f"{gguf} has {weights:,} weights, of which transformers reads {read:,} as a {model.config.model_type}; "
             "give the Hugging Face folder that the file was made from"
+        )
+
+
+def _check_rotation(gguf: Path, reader: GGUFReader, model: PreTrainedModel) -> None:
+    """Refuses a model that rotates another part of each head than the file says, since its reader does not ask."""
+    field = reader.fields.get(f"{reader.fields['general.architecture'].contents()}.rope.dimension_count")
+    widths = {2 * len(buffer) for name, buffer in model.named_buffers() if name.endswith("rotary_emb.inv_freq")}
+    if field is not None and widths and field.contents() not in widths:
+        raise CheckpointError(
+            f"{gguf} rotates {field.contents()} numbers of each head, but transformers reads {min(widths)}; give the "
+            "Hugging Face folder that the file was made from"
         )
 
 
