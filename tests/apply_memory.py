@@ -14,10 +14,12 @@ import numpy as np
 import torch
 
 import amprune
-import amprune.stages  # the imports are part of the baseline
-from amprune.architecture import describe
-from amprune.checkpoint import TensorHeader, read_checkpoint, write_json, write_shards
-from amprune.scores import ImportanceScores, LayerScores
+import amprune.cut.run  # the imports are part of the baseline
+from amprune.model.architecture import describe
+from amprune.model.files import TensorHeader
+from amprune.model.reader import read_checkpoint
+from amprune.model.writer import write_json, write_shards
+from amprune.scoring.scores import ImportanceScores, LayerScores
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

@@ -15,8 +15,8 @@ from tiny_models import ALL, VOCABULARY, Tiny, make_model
 from transformers import AutoModelForCausalLM
 
 from amprune import apply_plan, make_plan, score
-from amprune.checkpoint import open_source
 from amprune.errors import MissingDependencyError
+from amprune.model.source import open_source
 
 HIDDEN_SIZE, HEAD_DIM = 192, 32  # attention kernels have no smaller head size
 _LARGER = {

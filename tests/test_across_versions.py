@@ -9,7 +9,7 @@ import pytest
 import transformers
 from across_versions import NAMES, OLD_STYLE, recorded
 
-from amprune.checkpoint import read_json
+from amprune.model.files import read_json
 
 OTHER = os.environ.get("AMPRUNE_OTHER_PYTHON", "")
 pytestmark = [

@@ -17,13 +17,15 @@ from tiny_models import PRUNABLE_HEADS, Tiny, config_of, find, make_model
 from transformers import PreTrainedModel
 
 from amprune import CalibrationSet, ImportanceScores, ModelShape, PlanError, PruningPlan, ScoresError, make_plan
-from amprune.allocation import Candidate, Damage, allocate, candidates, choice, choose, measure_changes, plan_of
-from amprune.allocation.choice import FINALISTS, MOST
-from amprune.architecture import Architecture, measure_shape
-from amprune.criteria.weights import random_scores
-from amprune.masking import masked, swapped, whole_tensors
-from amprune.plan import Budget, PlanOptions
-from amprune.slicing import cuts_by_tensor, prune_model
+from amprune.cut.masking import masked, swapped, whole_tensors
+from amprune.cut.slicing import cuts_by_tensor, prune_model
+from amprune.model.architecture import Architecture, measure_shape
+from amprune.plan.heads import Budget
+from amprune.plan.options import PlanOptions
+from amprune.scoring.weights import random_scores
+from amprune.search import allocation as choice
+from amprune.search.allocation import FINALISTS, MOST, Candidate, allocate, candidates, choose, plan_of
+from amprune.search.damage import Damage, measure_changes
 
 HELD_OUT = random_samples(11, 30, 3, 30, seed=1)
 GQA, MHA = find("llama-gqa"), find("llama-mha")
@@ -211,7 +213,7 @@ def test_long_samples_are_taken_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch
     model, architecture = loud_model(GQA), architecture_of(GQA)
     change = partial(masked, model, make_plan(scores_of(architecture.shape), ratio=0.2), architecture)
     whole = measure_changes(model, [change], samples=HELD_OUT)
-    monkeypatch.setattr("amprune.allocation.damage.CHUNK", 7)
+    monkeypatch.setattr("amprune.search.damage.CHUNK", 7)
     parts = measure_changes(model, [change], samples=HELD_OUT)
     assert parts[1][0].kl == pytest.approx(whole[1][0].kl, rel=1e-4)
     assert parts[1][0].loss == pytest.approx(whole[1][0].loss)
@@ -313,7 +315,7 @@ def test_of_many_candidates_a_few_are_measured_and_then_the_neighbours_of_the_be
         plans = [change.args[1] for change in changes]
         return Damage(0, 1), [Damage((plan.shape_after.num_attention_heads - 33) ** 2, 2.0) for plan in plans]
 
-    monkeypatch.setattr("amprune.allocation.choice.measure_changes", measure)
+    monkeypatch.setattr("amprune.search.allocation.measure_changes", measure)
     found = allocate(None, None, scores, HELD_OUT, options)  # type: ignore[arg-type]
     assert found.chosen.budget.query_heads == 33
     assert passes[0] == MOST

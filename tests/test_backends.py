@@ -11,9 +11,9 @@ from tiny_models import find, save_model
 from typer.testing import CliRunner
 
 from amprune import ModelShape, inspect, make_plan
-from amprune.architecture import measure_shape
-from amprune.backends import ShapeWarning, heads_split, reason_not_split, shape_warnings
-from amprune.cli import app
+from amprune.cli.options import app
+from amprune.model.architecture import measure_shape
+from amprune.model.backends import ShapeWarning, heads_split, reason_not_split, shape_warnings
 
 SMOLLM2: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
@@ -105,7 +105,7 @@ def test_one_device_splits_anything() -> None:
 
 def test_narrow_attention_is_warned_of_where_a_backend_refuses_it(monkeypatch: pytest.MonkeyPatch) -> None:
     entry = {"some backend": {"llama": "computes the size of a head as hidden size / heads"}}
-    monkeypatch.setattr("amprune.backends.NARROW_ATTENTION", entry)
+    monkeypatch.setattr("amprune.model.backends.NARROW_ATTENTION", entry)
     dense = shape_of("Llama-3-8B")
     pruned = make_plan(fake_scores("Llama-3-8B"), heads_ratio=0.25, neurons_ratio=0.25).shape_after
     assert found(dense, "some backend") == []

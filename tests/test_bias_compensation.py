@@ -25,11 +25,11 @@ from amprune import (
     score,
     verify,
 )
-from amprune.architecture import describe
-from amprune.checkpoint import read_checkpoint
-from amprune.compensation import check_biases, compensated_biases
-from amprune.families import find_family
-from amprune.scores import InputMeans, LayerScores
+from amprune.cut.biases import check_biases, compensated_biases
+from amprune.model.architecture import describe
+from amprune.model.families import find_family
+from amprune.model.reader import read_checkpoint
+from amprune.scoring.scores import InputMeans, LayerScores
 
 CALIBRATION = CalibrationSet("made up", tuple(tuple((i * 7 + j) % VOCABULARY for j in range(12)) for i in range(3)))
 

@@ -35,8 +35,12 @@ from amprune import (
     score,
     verify,
 )
-from amprune.checkpoint import ALIASES, RECORDS, open_source, read_checkpoint, staged_folder, write_shards, writer
-from amprune.verification import checks
+from amprune.model import writer
+from amprune.model.reader import read_checkpoint
+from amprune.model.source import ALIASES, open_source
+from amprune.model.staging import staged_folder
+from amprune.model.writer import RECORDS, write_shards
+from amprune.prove import checks
 
 CALIBRATION = CalibrationSet("random", tuple(tuple((i * 7 + j * 13) % VOCABULARY for j in range(20)) for i in range(3)))
 TINY = Tiny(

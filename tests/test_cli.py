@@ -12,8 +12,8 @@ from tiny_tokenizer import make_tokenizer
 from typer.testing import CliRunner
 
 from amprune import ImportanceScores
-from amprune.cli import app
-from amprune.criteria import CRITERIA
+from amprune.cli.options import app
+from amprune.scoring.catalogue import CRITERIA
 
 COMMANDS = ("inspect", "score", "plan", "apply", "verify", "prune", "demo")
 

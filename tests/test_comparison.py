@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, ttest_rel
 
-from amprune.evaluation import Record, paired
-from amprune.evaluation.comparison import average, standard_error
+from amprune.evaluation.comparison import average, paired, standard_error
+from amprune.evaluation.records import Record
 
 
 def record(measurement: str, metric: str, items: list[float], value: float | None = None, **options: Any) -> Record:

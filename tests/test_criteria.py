@@ -14,9 +14,9 @@ from tiny_models import ALL, Tiny, find, make_model, save_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from amprune import ScoresError, make_plan, score
-from amprune.criteria import CRITERIA, Needs, find_criterion
-from amprune.scores import ImportanceScores, LayerScores
-from amprune.stages import score_criteria
+from amprune.scoring.catalogue import CRITERIA, Needs, find_criterion
+from amprune.scoring.run import score_criteria
+from amprune.scoring.scores import ImportanceScores, LayerScores
 
 KINDS = ("heads", "groups", "neurons")
 UNITS = [name for name, criterion in CRITERIA.items() if not criterion.depth]
@@ -212,9 +212,9 @@ def test_one_pass_serves_all_criteria_that_need_the_same(scored: Any, monkeypatc
     _, together = scored(tiny)
     passes = []
     monkeypatch.setattr(
-        "amprune.stages.scoring.measure_activations", lambda *a, **k: passes.append("forward") or real(*a, **k)
+        "amprune.scoring.run.measure_activations", lambda *a, **k: passes.append("forward") or real(*a, **k)
     )
-    from amprune.scoring import measure_activations as real
+    from amprune.scoring.activations import measure_activations as real
 
     alone = score_of(tiny, "wanda-sp")
     assert passes == ["forward"]
@@ -277,7 +277,7 @@ def test_gradients_that_do_not_fit_are_refused_before_the_model_is_loaded(
 ) -> None:
     folder = save_model(find("llama-gqa"), tmp_path)
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=100_000))
-    monkeypatch.setattr("amprune.stages.scoring.loaded_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("amprune.scoring.run.loaded_model", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(
         ScoresError, match=r"takes about [\d.]+ MiB here \(weights \d+ KiB, .*, logits .*\), but 98 KiB are free on cpu"
     ):

@@ -31,17 +31,19 @@ from amprune import (
     prune_model,
     verify,
 )
-from amprune import architecture as architecture_module
-from amprune.architecture import describe
-from amprune.checkpoint import read_checkpoint
-from amprune.checkpoint.files import stored_tensors
-from amprune.depth import block_perplexities
-from amprune.model_card import removal
-from amprune.plan import PlanOptions, check_plan, find_depth, removable_blocks
-from amprune.report import write_report
+from amprune.model import architecture as architecture_module
+from amprune.model.architecture import describe
+from amprune.model.files import stored_tensors
+from amprune.model.reader import read_checkpoint
+from amprune.plan.artefact import check_plan
+from amprune.plan.depth import find_depth, removable_blocks
+from amprune.plan.options import PlanOptions
+from amprune.prove.card import removal
+from amprune.prove.checks import verify_checkpoint
 from amprune.report.figures_importance import blocks_figure
-from amprune.scores import InputMeans, LayerScores
-from amprune.verification import verify_checkpoint
+from amprune.report.write import write_report
+from amprune.scoring.blocks import block_perplexities
+from amprune.scoring.scores import InputMeans, LayerScores
 
 ONE_OF_EACH = [
     next(tiny for tiny in ALL if tiny.model_type == kind) for kind in dict.fromkeys(t.model_type for t in ALL)
@@ -148,7 +150,7 @@ def test_neither_batches_nor_a_bound_on_logits_change_a_score(monkeypatch: pytes
     together = block_perplexities(model, architecture, CALIBRATION)
     widths: list[int] = []
     model.register_forward_hook(lambda _, __, output: widths.append(output.logits[..., 0].numel()))
-    monkeypatch.setattr("amprune.depth._LOGITS", 25 * VOCABULARY)
+    monkeypatch.setattr("amprune.scoring.blocks._LOGITS", 25 * VOCABULARY)
     bounded = block_perplexities(model, architecture, CALIBRATION)
     np.testing.assert_allclose(alone, together, atol=1e-6)
     np.testing.assert_allclose(bounded, together, atol=1e-6)

@@ -29,10 +29,14 @@ from tiny_evaluation import (
 from transformers import GPTNeoXForCausalLM, PreTrainedModel
 from typer.testing import CliRunner
 
-from amprune.checkpoint.loading import loaded_model
-from amprune.cli import app
+from amprune.cli.options import app
 from amprune.errors import CheckpointError, EvaluationError
-from amprune.evaluation import Evaluation, LatencySettings, Record, evaluate, paired, run
+from amprune.evaluation import run
+from amprune.evaluation.comparison import paired
+from amprune.evaluation.records import Evaluation, Record
+from amprune.evaluation.run import evaluate
+from amprune.model.latency import LatencySettings
+from amprune.model.loading import loaded_model
 from amprune.pipeline import prune
 
 

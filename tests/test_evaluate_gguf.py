@@ -12,13 +12,16 @@ from tiny_gguf import WORDS, save_dense, save_pruned
 from transformers import AutoModelForCausalLM
 
 from amprune import EvaluationError, LatencySettings, evaluate, export_gguf
-from amprune.checkpoint import gguf_model, open_source, read_json
 from amprune.errors import CheckpointError
-from amprune.evaluation import Evaluation, Record
-from amprune.evaluation.latency import generation_run
+from amprune.evaluation.records import Evaluation, Record
 from amprune.evaluation.run import _metered
-from amprune.llama_cpp import llama_cpp_model, read_gguf
-from amprune.progress import no_progress
+from amprune.model import gguf_model
+from amprune.model.files import read_json
+from amprune.model.gguf_file import read_gguf
+from amprune.model.latency import generation_run
+from amprune.model.llama_cpp import llama_cpp_model
+from amprune.model.source import open_source
+from amprune.running import no_progress
 
 reads_gguf = pytest.mark.skipif(
     not hasattr(transformers, "GgufConfig"), reason="needs transformers 5.20, which reads the tokenizers of GGUF files"

@@ -13,12 +13,12 @@ from lm_eval.models.huggingface import HFLM
 from tiny_evaluation import DATA_DIR, needs_data
 from transformers import PreTrainedModel
 
-from amprune.checkpoint import open_source
-from amprune.checkpoint.loading import load_tokenizer, loaded_model
 from amprune.evaluation.data import load_text, load_wikitext
 from amprune.evaluation.perplexity import measure_perplexity
 from amprune.evaluation.size import measure_size
 from amprune.evaluation.zero_shot import measure_zero_shot, open_tasks
+from amprune.model.loading import load_tokenizer, loaded_model
+from amprune.model.source import open_source
 
 pytestmark = [pytest.mark.real_model, needs_data]
 

@@ -9,8 +9,8 @@ import pytest
 from tiny_evaluation import DATA_DIR, needs_data
 
 from amprune.errors import EvaluationError
-from amprune.evaluation import evaluate
 from amprune.evaluation.data import TASK_FILES, WIKITEXT, load_text, load_wikitext
+from amprune.evaluation.run import evaluate
 
 # Texts
 

@@ -12,8 +12,10 @@ from tiny_evaluation import task_folder
 from tiny_experiments import TRAINING, count, dense_model, figures, left, settings, states
 
 from amprune.errors import CheckpointError, EvaluationError, PlanError
-from amprune.evaluation import Evaluation
-from amprune.experiments import RECIPES, cells, experiment
+from amprune.evaluation.records import Evaluation
+from amprune.experiments import cells
+from amprune.experiments.recipes import RECIPES
+from amprune.experiments.run import experiment
 from amprune.pipeline import prune
 
 

@@ -9,8 +9,9 @@ from tiny_experiments import dense_model, settings, states
 
 from amprune import RecoverySettings
 from amprune.errors import EvaluationError
-from amprune.experiments import RECIPES, experiment
 from amprune.experiments.configurations import load_configuration, shipped
+from amprune.experiments.recipes import RECIPES
+from amprune.experiments.run import experiment
 from amprune.experiments.settings import Settings, make_cells, make_settings
 
 

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from browser import check_in_browser
 
-from amprune.display import show_experiment
-from amprune.evaluation import Evaluation, ModelEntry, Record
-from amprune.experiments import ExperimentFiles
+from amprune.cli.display import show_experiment
+from amprune.evaluation.records import Evaluation, ModelEntry, Record
 from amprune.experiments.contents import experiment_contents
 from amprune.experiments.figures import Level, Point, lines_figure
 from amprune.experiments.recipes import RECIPES, Cell
 from amprune.experiments.results import FILE, CellResult, ModelResults, Results
+from amprune.experiments.run import ExperimentFiles
 from amprune.experiments.settings import Settings, make_cells, make_settings
 from amprune.report.write import ReportFiles, write_contents
 

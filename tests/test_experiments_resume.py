@@ -26,8 +26,9 @@ from tiny_experiments import (
 )
 
 from amprune.errors import CheckpointError, EvaluationError, ReconstructionError, ScoresError
-from amprune.evaluation import Evaluation
-from amprune.experiments import ExperimentFiles, cells, experiment
+from amprune.evaluation.records import Evaluation
+from amprune.experiments import cells
+from amprune.experiments.run import ExperimentFiles, experiment
 from amprune.report.numbers import MISSING
 
 

@@ -11,9 +11,9 @@ from tiny_models import ALL, NEURONS_ONLY, PRUNABLE_HEADS, VOCABULARY, Tiny, con
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from amprune import CalibrationSet, PlanError, UnsupportedModelError, apply_plan, make_plan, prune_model, score
-from amprune.architecture import config_with_heads, describe
-from amprune.families import FAMILIES, REFUSED, find_family, supported_model_types
-from amprune.plan import PruningPlan
+from amprune.model.architecture import config_with_heads, describe
+from amprune.model.families import FAMILIES, REFUSED, find_family, supported_model_types
+from amprune.plan.artefact import PruningPlan
 
 TOLERANCE = 1e-4  # of the standard deviation of the logits, in float32
 CALIBRATION = CalibrationSet("random", tuple(tuple((i * 7 + j * 13) % VOCABULARY for j in range(20)) for i in range(3)))

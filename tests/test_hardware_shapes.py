@@ -20,14 +20,17 @@ from tiny_tokenizer import make_tokenizer
 from typer.testing import CliRunner
 
 from amprune import ImportanceScores, ModelShape, PlanError, PruningPlan, make_plan, prune
-from amprune.allocation import allocate, candidates, choice, plan_of
-from amprune.architecture import measure_shape
-from amprune.backends import heads_split
-from amprune.cli import app
-from amprune.display import show_plan
-from amprune.plan import Budget, PlanOptions, choices_of_all_modes, find_budget, kept_heads, largest_ratio, unrounded
-from amprune.presets import PRESETS
-from amprune.targets import find_shapes
+from amprune.cli.display import show_plan
+from amprune.cli.options import app
+from amprune.model.architecture import measure_shape
+from amprune.model.backends import heads_split
+from amprune.plan.budget import find_budget, largest_ratio, unrounded
+from amprune.plan.heads import Budget, choices_of_all_modes, kept_heads
+from amprune.plan.options import PlanOptions
+from amprune.search import allocation as choice
+from amprune.search.allocation import allocate, candidates, plan_of
+from amprune.search.speedup import find_shapes
+from amprune.settings import PRESETS
 
 SMOLLM2 = measure_shape(
     {"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
@@ -522,7 +525,7 @@ def test_a_ratio_that_is_not_met_says_why_and_how_it_can_be(
 ) -> None:
     from rich.console import Console
 
-    monkeypatch.setattr("amprune.display.stdout", Console(highlight=False, soft_wrap=True, width=200))
+    monkeypatch.setattr("amprune.cli.display.stdout", Console(highlight=False, soft_wrap=True, width=200))
     show_plan(make_plan(scores_of(SMOLLM2), **options), "Plan")
     shown = capsys.readouterr().out
     assert said in shown

@@ -15,9 +15,12 @@ from tiny_evaluation import tiny_model
 from transformers import PreTrainedModel
 
 from amprune.errors import EvaluationError
-from amprune.evaluation import LatencySettings, Record, evaluate, latency, paired
+from amprune.evaluation.comparison import paired
 from amprune.evaluation.figures import latency_figures
-from amprune.evaluation.latency import Latency, generation_run, measure_latency
+from amprune.evaluation.records import Record
+from amprune.evaluation.run import evaluate
+from amprune.model import latency
+from amprune.model.latency import Latency, LatencySettings, generation_run, measure_latency
 
 QUICK = LatencySettings(new_tokens=6, warmup=1, runs=3)
 

@@ -12,11 +12,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "amprune"
 # A module imports only from those above it.
 ORDER = [
-    "errors", "memory", "progress", "families", "shape", "backends", "architecture", "checkpoint", "texts",
-    "calibration", "scores", "criteria", "presets", "scoring", "depth", "plan", "slicing", "masking", "allocation",
-    "compensation", "reconstruction", "recovered", "quantized", "verification", "llama_cpp", "evaluation", "targets",
-    "planning", "model_card", "quantization", "recovery", "stages", "inspection", "report", "pipeline", "experiments",
-    "sharing", "demo", "display", "cli", "__main__",
+    "errors", "settings", "records", "running", "model", "text", "scoring", "plan", "cut", "prove", "search",
+    "recovery", "evaluation", "report", "serve", "pipeline", "experiments", "cli", "__main__",
 ]  # fmt: skip
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

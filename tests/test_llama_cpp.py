@@ -23,11 +23,12 @@ from amprune import (
     export_gguf,
     prune,
 )
-from amprune.checkpoint import open_source
-from amprune.checkpoint.loading import load_tokenizer
-from amprune.cli import app
-from amprune.llama_cpp import llama_cpp_model, read_gguf
-from amprune.llama_cpp.tools import find_converter, install_command
+from amprune.cli.options import app
+from amprune.model.gguf_file import read_gguf
+from amprune.model.llama_cpp import llama_cpp_model
+from amprune.model.llama_cpp_tools import find_converter, install_command
+from amprune.model.loading import load_tokenizer
+from amprune.model.source import open_source
 
 MHA = {"num_key_value_heads": 6}
 

@@ -18,10 +18,13 @@ from hypothesis import strategies as st
 from tiny_models import ALL, NEURONS_ONLY, PRUNABLE_HEADS, Tiny, config_of, find, make_model, save_model
 
 from amprune import CalibrationSet, ImportanceScores, ModelShape, PlanError, PruningPlan, apply_plan, make_plan, score
-from amprune.architecture import measure_shape
-from amprune.plan import PlanOptions, check_plan, find_budget, head_choices, largest_ratio
-from amprune.scores import LayerScores
-from amprune.slicing import prune_model
+from amprune.cut.slicing import prune_model
+from amprune.model.architecture import measure_shape
+from amprune.plan.artefact import check_plan
+from amprune.plan.budget import find_budget, largest_ratio
+from amprune.plan.heads import head_choices
+from amprune.plan.options import PlanOptions
+from amprune.scoring.scores import LayerScores
 
 # Published sizes, written out so that nothing is fetched.
 REAL: dict[str, dict[str, Any]] = {

@@ -22,8 +22,8 @@ from amprune import (
     score,
     verify,
 )
-from amprune.checkpoint import read_checkpoint
-from amprune.presets import PRESETS
+from amprune.model.reader import read_checkpoint
+from amprune.settings import PRESETS
 
 QUICK: dict[str, Any] = {"tokens": 3000, "max_length": 128}
 
@@ -122,8 +122,8 @@ def test_a_speedup_is_timed_and_the_least_damaging_shape_taken(
 ) -> None:
     from contextlib import contextmanager
 
-    from amprune import planning
-    from amprune.targets import Timing
+    from amprune.search import run as planning
+    from amprune.search.timing import Timing
 
     @contextmanager
     def timer(*_: object, **__: object) -> Any:

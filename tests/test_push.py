@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from amprune import AmpruneError, PushedModel, prune, push, write_report
-from amprune.cli import app
+from amprune.cli.options import app
 from amprune.errors import PushError
 
 CARD = "---\nlicense: apache-2.0\n---\n# A dense model\n"

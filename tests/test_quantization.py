@@ -35,13 +35,13 @@ from amprune import (
     verify,
     write_report,
 )
-from amprune.checkpoint import RECORDS
-from amprune.cli import app
+from amprune.cli.options import app
 from amprune.evaluation.size import measure_size
-from amprune.model_card import CARD
-from amprune.quantization import check
-from amprune.quantized import Quantization, read_quantization
-from amprune.sharing.checks import check_folder
+from amprune.model.quantization import Quantization, read_quantization
+from amprune.model.writer import RECORDS
+from amprune.prove.card import CARD
+from amprune.serve.hub.checks import check_folder
+from amprune.serve.quantize import check
 
 TYPES = ("int8", "int4")
 # Rows of 64 and outputs in multiples of 32, as the libraries want them.
@@ -272,7 +272,7 @@ def test_a_library_that_is_missing_is_named_with_its_command(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("amprune.checkpoint.quantized.find_spec", lambda name: None if name == library else object())
+    monkeypatch.setattr("amprune.model.quantized.find_spec", lambda name: None if name == library else object())
     message = rf"needs {library}, which is not installed here: `pip install {library}`"
     with pytest.raises(MissingDependencyError, match=rf"type {type} {message}"):
         quantize(dense, tmp_path / "out", type=type)
@@ -291,7 +291,7 @@ def test_outputs_that_are_in_the_way_stay(dense: Path, made: dict[str, Quantized
 
 def test_a_full_disk_is_told_and_nothing_is_left(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr("amprune.checkpoint.writer.shutil.disk_usage", lambda _: full)
+    monkeypatch.setattr("amprune.model.writer.shutil.disk_usage", lambda _: full)
     with pytest.raises(CheckpointError, match=r"needs \d\.\d+ GB, but only 0\.00 GB are free"):
         quantize(dense, tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -334,7 +334,7 @@ STAGES: dict[str, Callable[[Path, Path], Any]] = {
 
 
 def plan_file(folder: Path) -> Path:
-    from amprune.plan import make_plan
+    from amprune.plan.make import make_plan
 
     scores = score(save(folder / "to-plan"), criterion="random", calibration=[])
     make_plan(scores, ratio=0.1).save(folder / "plan.json")
@@ -374,7 +374,7 @@ DAMAGES: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], None], str]] =
 def test_weights_that_are_not_the_sources_are_noticed(
     damage: str, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from amprune.quantization import write
+    from amprune.serve.quantize import write
 
     type, change, message = DAMAGES[damage]
     written = write.write_shards
@@ -396,7 +396,7 @@ def test_weights_that_are_not_the_sources_are_noticed(
 def test_logits_of_another_model_are_noticed(
     type: Any, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from amprune.checkpoint.loading import loaded_model
+    from amprune.model.loading import loaded_model
 
     other = save(tmp_path / "other", FAMILIES["tied"])
     monkeypatch.setattr(check, "loaded_model", lambda folder, device: loaded_model(other, device=device))

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from amprune.errors import MissingDependencyError
-from amprune.families import REFUSED, supported_model_types
-from amprune.verification import read_plan
+from amprune.model.families import REFUSED, supported_model_types
+from amprune.prove.checks import read_plan
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -38,7 +38,7 @@ PYTHON = [block for language, block in BLOCKS if language == "python"]
 
 
 def model_is_missing() -> bool:
-    from amprune.checkpoint.source import ALIASES, _alias_file
+    from amprune.model.source import ALIASES, _alias_file
 
     try:
         _alias_file("smollm2-135m", ALIASES["smollm2-135m"])

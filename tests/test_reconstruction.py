@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from amprune import CalibrationSet, PlanError, PruningPlan, VerificationError, apply_plan, prune_model, verify
-from amprune.architecture import Architecture
-from amprune.checkpoint import read_checkpoint
+from amprune.cut.refit.record import read_record
+from amprune.cut.refit.run import Reconstruction, digest, packed, reconstruct
 from amprune.errors import AmpruneError, ReconstructionError
-from amprune.families import has_norm_after_output
-from amprune.reconstruction import Reconstruction, digest, read_record, reconstruct
-from amprune.reconstruction.run import packed
+from amprune.model.architecture import Architecture
+from amprune.model.families import has_norm_after_output
+from amprune.model.reader import read_checkpoint
 
 FRESH = torch.randint(160, (4, LENGTH), generator=torch.Generator().manual_seed(7))
 
@@ -467,7 +467,7 @@ def test_biases_are_not_compensated_twice(tmp_path: Path) -> None:
 
 
 def test_too_little_memory_is_refused_with_the_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("amprune.reconstruction.run.free_memory", lambda device: 1000)
+    monkeypatch.setattr("amprune.cut.refit.run.free_memory", lambda device: 1000)
     refused(tmp_path, ReconstructionError,
             r"takes about \d.* of 144 inputs in float32\), but 1 KiB are free on cpu; give fewer --samples",
             find("llama-gqa"))  # fmt: skip
@@ -483,7 +483,7 @@ def test_float32_moments_serve_where_float64_do_not_fit(tmp_path: Path, monkeypa
         asked.append(1)
         return 2560 * 48 * 4 * 4 + 2560 // 8 * (144 + 48) * 4 + 87792 * 4 + need * 6
 
-    monkeypatch.setattr("amprune.reconstruction.run.free_memory", free)
+    monkeypatch.setattr("amprune.cut.refit.run.free_memory", free)
     narrow = refit_of(model, plan, tmp_path)
     assert asked
     assert (wide.record["moments_dtype"], narrow.record["moments_dtype"]) == ("float64", "float32")

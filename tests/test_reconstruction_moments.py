@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from amprune.cut.refit.moments import Moments, Refit, solve
 from amprune.errors import ReconstructionError
-from amprune.reconstruction.moments import Moments, Refit, solve
 
 CPU = torch.device("cpu")
 
@@ -116,7 +116,7 @@ def test_an_enormous_ridge_holds_the_weights_where_they_are(monkeypatch: pytest.
     made, norms = problem(bias=True), []
     made = Problem(made.given, made.missing + 20, made.held_given, made.held_missing + 20)
     for strength in (1e-5, 1.0, 100.0, 1e9):
-        monkeypatch.setattr("amprune.reconstruction.moments._STRENGTHS", (strength, 2 * strength))
+        monkeypatch.setattr("amprune.cut.refit.moments._STRENGTHS", (strength, 2 * strength))
         refit = solve(made.moments(), bias=True)
         assert refit.change is not None
         assert refit.bias_change is not None

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from amprune import RecoveryError
-from amprune.checkpoint import RECORDS, read_checkpoint
+from amprune.model.reader import read_checkpoint
+from amprune.model.writer import RECORDS
 from amprune.recovery import merging
 from amprune.recovery.adapters import Update, read_adapter, with_adapters
 from amprune.recovery.merging import write_recovered

@@ -24,13 +24,14 @@ from tiny_recovery import load, losses, save_chats, save_tiny, train, weights
 from typer.testing import CliRunner
 
 from amprune import CheckpointError, RecoveryError
-from amprune.checkpoint import writer
-from amprune.cli import app
-from amprune.progress import Advance
-from amprune.recovered import LOG
-from amprune.recovery import RecoveredModel, training
+from amprune.cli.options import app
+from amprune.model import writer
+from amprune.model.recovered import LOG
 from amprune.recovery import run as module
+from amprune.recovery import training
+from amprune.recovery.run import RecoveredModel
 from amprune.recovery.runs import last_checkpoint, read_log
+from amprune.running import Advance
 
 # 6 chats, 1 held out: 3 steps an epoch, the third of a single batch. Nothing falls on the same step all the time.
 STEPS = {"lora_dropout": 0.1, "max_steps": 8, "save_steps": 2, "logging_steps": 3, "validation_steps": 3,

@@ -13,7 +13,7 @@ from torch.nn.functional import log_softmax, softmax
 
 from amprune import RecoveryError
 from amprune.recovery.distillation import CHUNK, divergence, teacher_hidden
-from amprune.recovery.samples import TrainingData, load_training_data
+from amprune.text.training import TrainingData, load_training_data
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,13 @@ from tiny_recovery import TOKENIZER, load, losses, mean_loss, save_chats, save_t
 from typer.testing import CliRunner
 
 from amprune import AmpruneError, CalibrationSet, CheckpointError, MissingDependencyError, RecoveryError, prune
-from amprune.checkpoint import RECORDS
-from amprune.cli import app
-from amprune.recovery import RecoverySettings, measure_epochs, models, recover
+from amprune.cli.options import app
+from amprune.model.writer import RECORDS
+from amprune.recovery import models
 from amprune.recovery import run as module
-from amprune.recovery.samples import load_training_data
+from amprune.recovery.run import measure_epochs, recover
+from amprune.recovery.settings import RecoverySettings
+from amprune.text.training import load_training_data
 
 CALIBRATION = CalibrationSet("random", tuple(tuple((i * 7 + j * 13) % VOCABULARY for j in range(20)) for i in range(3)))
 SAME = ["The quick brown fox jumps over the lazy dog."] * 8
@@ -328,7 +330,9 @@ def test_the_command_line_shows_what_happened(model: Path, tmp_path: Path) -> No
 
 def test_the_command_line_passes_every_option_on(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
-    monkeypatch.setattr("amprune.recovery.recover", lambda *arguments, **options: calls.append((arguments, options)))
+    monkeypatch.setattr(
+        "amprune.recovery.run.recover", lambda *arguments, **options: calls.append((arguments, options))
+    )
     wanted = {
         "lora_rank": 3, "lora_alpha": 5.0, "lora_dropout": 0.25, "learning_rate": 0.5, "epochs": 3.5, "max_steps": 7,
         "batch_size": 9, "gradient_accumulation": 11, "max_length": 13, "validation_share": 0.125, "save_steps": 17,

@@ -10,7 +10,7 @@ from tiny_tokenizer import make_tokenizer
 from tokenizers import processors
 
 from amprune import CalibrationError, RecoveryError
-from amprune.recovery.samples import IGNORED, Sample, TrainingData, load_training_data
+from amprune.text.training import IGNORED, Sample, TrainingData, load_training_data
 
 TOKENIZER = make_tokenizer()
 BOS, EOS = TOKENIZER.bos_token_id, TOKENIZER.eos_token_id

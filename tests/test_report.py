@@ -24,23 +24,23 @@ from tiny_models import find, make_model
 from tiny_tokenizer import make_tokenizer
 
 import amprune
-from amprune.checkpoint import open_source
 from amprune.errors import ReportError, VerificationError
 from amprune.evaluation.identity import content_hash
 from amprune.evaluation.records import Evaluation, ModelEntry, Record
 from amprune.evaluation.workload import Workload
-from amprune.model_card import read_card, write_recovered_card
-from amprune.plan import make_plan
-from amprune.recovered import TrainingLog, read_training_log
-from amprune.report import ReportFiles, write_report
+from amprune.model.recovered import TrainingLog, read_training_log
+from amprune.model.shape import ModelShape
+from amprune.model.source import open_source
+from amprune.plan.make import make_plan
+from amprune.prove.card import read_card, write_recovered_card
 from amprune.report.figures_importance import heads_figure, neurons_figure
 from amprune.report.figures_training import running_mean
 from amprune.report.inputs import read_inputs
 from amprune.report.labels import _apart
 from amprune.report.numbers import number, percent, probability, scaled, seconds, shortened, times
 from amprune.report.quality import _lines
-from amprune.scores import ImportanceScores, LayerScores
-from amprune.shape import ModelShape
+from amprune.report.write import ReportFiles, write_report
+from amprune.scoring.scores import ImportanceScores, LayerScores
 
 DENSE = "smollm2-135m"
 TASKS = {"winogrande": 0.53, "piqa": 0.68, "arc_easy": 0.585, "arc_challenge": 0.29, "hellaswag": 0.43}

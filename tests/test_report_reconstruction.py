@@ -13,11 +13,11 @@ from test_report import files_in, write_example
 from tiny_models import find
 from tiny_reconstruction import write
 
+from amprune.cut.refit.record import ReconstructionRecord, read_record
 from amprune.errors import ReportError
-from amprune.reconstruction import ReconstructionRecord, read_record
-from amprune.report import write_report
 from amprune.report.figures_reconstruction import reconstruction_figure
 from amprune.report.inputs import read_inputs
+from amprune.report.write import write_report
 
 
 def fit(before: float, after: float, strength: float | None = 0.1, tokens: int = 57344) -> dict[str, Any]:

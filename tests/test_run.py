@@ -10,9 +10,9 @@ from tiny_tokenizer import make_tokenizer
 from transformers import AutoModelForCausalLM
 
 import amprune.pipeline
-import amprune.recovery
+import amprune.recovery.run
 from amprune import CheckpointError, LatencySettings, RecoverySettings, run
-from amprune.evaluation import Evaluation
+from amprune.evaluation.records import Evaluation
 
 ARGUMENTS: dict[str, Any] = {
     "ratio": 0.2,
@@ -60,7 +60,11 @@ def test_it_goes_on_at_the_stage_that_was_running(
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    modules = {"recover": amprune.recovery, "evaluate": amprune.evaluation, "write_report": amprune.report}
+    modules = {
+        "recover": amprune.recovery.run,
+        "evaluate": amprune.evaluation.run,
+        "write_report": amprune.report.write,
+    }
     with monkeypatch.context() as patch:
         patch.setattr(modules[stage], stage, stop)
         with pytest.raises(KeyboardInterrupt):
@@ -82,7 +86,7 @@ def test_it_goes_on_at_the_stage_that_was_running(
 def test_another_request_does_not_go_on(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = {**ARGUMENTS, "recovery": None, "measure": False}
     with monkeypatch.context() as patch:
-        patch.setattr(amprune.report, "write_report", lambda *_: 1 / 0)
+        patch.setattr(amprune.report.write, "write_report", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(dense, tmp_path / "out", **arguments)
     with pytest.raises(CheckpointError, match=r"exists|other settings"):

@@ -21,11 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from amprune import CalibrationSet, CheckpointError, ImportanceScores, ScoresError, score
-from amprune.architecture import Architecture
-from amprune.criteria.activations import amp, contribution_norms, input_moments
-from amprune.scores import LayerScores
-from amprune.scoring import measure_activations
-from amprune.shape import ModelShape
+from amprune.model.architecture import Architecture
+from amprune.model.shape import ModelShape
+from amprune.scoring.activations import measure_activations
+from amprune.scoring.formulas import amp, contribution_norms, input_moments
+from amprune.scoring.scores import LayerScores
 
 KINDS = ("heads", "groups", "neurons")
 

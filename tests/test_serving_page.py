@@ -8,7 +8,7 @@ from serving_page import ASK, INSTALL, PAGE, PRUNE, PRUNE_TO_SPLIT, ROOT, ROWS, 
 from serving_vllm import REFUSED_BY_VLLM
 from tiny_models import PRUNABLE_HEADS
 
-from amprune.families import supported_model_types
+from amprune.model.families import supported_model_types
 
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 

@@ -22,7 +22,7 @@ from tiny_models import NEURONS_ONLY, PRUNABLE_HEADS, Tiny
 from transformers import AutoTokenizer
 
 import amprune
-from amprune.checkpoint import read_json
+from amprune.model.files import read_json
 
 pytestmark = pytest.mark.serving
 

@@ -18,14 +18,17 @@ from tiny_calibration import architecture_of
 from tiny_models import Tiny, config_of, find, save_model
 
 from amprune import ModelShape, PlanError, apply_plan, make_plan, score
-from amprune.checkpoint import read_checkpoint
 from amprune.errors import EvaluationError
-from amprune.evaluation import LatencySettings
-from amprune.evaluation.latency import Latency
-from amprune.plan import Budget, PlanOptions, Target, choices_of_all_modes, find_budget, kept_heads, parse_target
-from amprune.scores import ImportanceScores
-from amprune.targets import find_shapes, shape_timer, target_parameters
-from amprune.targets.timing import SETTINGS
+from amprune.model.latency import Latency, LatencySettings
+from amprune.model.reader import read_checkpoint
+from amprune.plan.budget import find_budget
+from amprune.plan.bytes import target_parameters
+from amprune.plan.heads import Budget, choices_of_all_modes, kept_heads
+from amprune.plan.options import PlanOptions
+from amprune.plan.target import Target, parse_target
+from amprune.scoring.scores import ImportanceScores
+from amprune.search.speedup import find_shapes
+from amprune.search.timing import SETTINGS, shape_timer
 
 SMALL = sorted(name for name in CONFIGS if name not in ("Llama-2-7B", "Llama-3-8B", "Phi-2", "Falcon-7B"))
 

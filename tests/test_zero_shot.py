@@ -201,7 +201,7 @@ def test_log_probabilities_are_summed_in_float32(tmp_path: Path) -> None:
 
 def test_log_probabilities_of_a_bfloat16_model_have_the_digits_of_float32() -> None:
     from amprune.evaluation.zero_shot import _language_model
-    from amprune.progress import no_progress
+    from amprune.running import no_progress
 
     model = tiny_model(dtype=torch.bfloat16)
     language_model = _language_model(model, make_tokenizer(), 1, no_progress, "task")

@@ -4,7 +4,7 @@ import torch
 from tiny_models import VOCABULARY, Tiny, config_of
 
 from amprune import CalibrationSet
-from amprune.architecture import Architecture, describe
+from amprune.model.architecture import Architecture, describe
 
 
 def random_samples(*lengths: int, seed: int = 0) -> CalibrationSet:

@@ -12,8 +12,8 @@ from tiny_models import Tiny, find, make_model, save_model
 from tiny_tokenizer import make_tokenizer
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from amprune.evaluation import LatencySettings
 from amprune.evaluation.data import TASK_FILES
+from amprune.model.latency import LatencySettings
 
 DATA_DIR = Path(os.environ.get("AMPRUNE_DATA_DIR", "no-data"))
 needs_data = pytest.mark.skipif(

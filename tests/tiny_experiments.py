@@ -13,9 +13,10 @@ from tiny_models import find, make_model
 from tiny_tokenizer import make_tokenizer
 from typer.testing import CliRunner
 
-from amprune.cli import app
-from amprune.evaluation import LatencySettings
-from amprune.experiments import ExperimentFiles, cells
+from amprune.cli.options import app
+from amprune.experiments import cells
+from amprune.experiments.run import ExperimentFiles
+from amprune.model.latency import LatencySettings
 
 TRAINING: dict[str, Any] = {
     "data": "builtin", "training_samples": 12, "gradient_accumulation": 4, "epochs": 1.0,

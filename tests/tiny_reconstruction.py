@@ -9,8 +9,8 @@ from tiny_calibration import architecture_of, random_samples
 from tiny_models import Tiny, save_model
 
 from amprune import PruningPlan, VerificationReport, apply_plan
-from amprune.plan import LayerPlan, check_plan
-from amprune.shape import ModelShape
+from amprune.model.shape import ModelShape
+from amprune.plan.artefact import LayerPlan, check_plan
 
 LENGTH = 64
 CALIBRATION = random_samples(*[LENGTH] * 40)

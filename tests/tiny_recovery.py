@@ -12,8 +12,9 @@ from tiny_tokenizer import make_tokenizer
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from amprune.recovery import RecoveredModel, RecoverySettings, recover
-from amprune.recovery.samples import Sample
+from amprune.recovery.run import RecoveredModel, recover
+from amprune.recovery.settings import RecoverySettings
+from amprune.text.training import Sample
 
 TOKENIZER = make_tokenizer()
 SETTINGS = RecoverySettings(

@@ -20,7 +20,9 @@ for _library in ("torchao", "torch.utils._pytree", "bitsandbytes"):
     logging.getLogger(_library).setLevel(logging.ERROR)
 
 if TYPE_CHECKING:
-    from amprune.calibration import CalibrationSet, load_calibration
+    from amprune.cut.inspection import inspect
+    from amprune.cut.run import PrunedModel, apply_plan, verify
+    from amprune.cut.slicing import prune_model
     from amprune.errors import (
         AmpruneError,
         CalibrationError,
@@ -38,24 +40,29 @@ if TYPE_CHECKING:
         UnsupportedModelError,
         VerificationError,
     )
-    from amprune.evaluation import Evaluation, LatencySettings, evaluate
-    from amprune.experiments import ExperimentFiles, experiment
-    from amprune.inspection import inspect
-    from amprune.llama_cpp import ExportedGguf, export_gguf
+    from amprune.evaluation.records import Evaluation
+    from amprune.evaluation.run import evaluate
+    from amprune.experiments.run import ExperimentFiles, experiment
+    from amprune.model.latency import LatencySettings
+    from amprune.model.shape import ModelShape
     from amprune.pipeline import prune, run
-    from amprune.plan import PruningPlan, make_plan
-    from amprune.quantization import QuantizedModel, quantize
-    from amprune.recovery import RecoveredModel, RecoverySettings, recover
-    from amprune.report import write_report
-    from amprune.scores import ImportanceScores
-    from amprune.shape import ModelShape
-    from amprune.sharing import PushedModel, push
-    from amprune.slicing import prune_model
-    from amprune.stages import PrunedModel, apply_plan, draw_calibration, score, verify
-    from amprune.verification import VerificationReport
+    from amprune.plan.artefact import PruningPlan
+    from amprune.plan.make import make_plan
+    from amprune.prove.checks import VerificationReport
+    from amprune.recovery.run import RecoveredModel, recover
+    from amprune.recovery.settings import RecoverySettings
+    from amprune.report.write import write_report
+    from amprune.scoring.run import draw_calibration, score
+    from amprune.scoring.scores import ImportanceScores
+    from amprune.serve.gguf.run import ExportedGguf, export_gguf
+    from amprune.serve.hub.run import PushedModel, push
+    from amprune.serve.quantize.run import QuantizedModel, quantize
+    from amprune.text.calibration import CalibrationSet, load_calibration
 
 _MODULES = {
-    "calibration": ("CalibrationSet", "load_calibration"),
+    "cut.inspection": ("inspect",),
+    "cut.run": ("PrunedModel", "apply_plan", "verify"),
+    "cut.slicing": ("prune_model",),
     "errors": (
         "AmpruneError",
         "CalibrationError",
@@ -73,21 +80,24 @@ _MODULES = {
         "UnsupportedModelError",
         "VerificationError",
     ),
-    "evaluation": ("Evaluation", "LatencySettings", "evaluate"),
-    "experiments": ("ExperimentFiles", "experiment"),
-    "inspection": ("inspect",),
-    "llama_cpp": ("ExportedGguf", "export_gguf"),
+    "evaluation.records": ("Evaluation",),
+    "evaluation.run": ("evaluate",),
+    "experiments.run": ("ExperimentFiles", "experiment"),
+    "model.latency": ("LatencySettings",),
+    "model.shape": ("ModelShape",),
     "pipeline": ("prune", "run"),
-    "plan": ("PruningPlan", "make_plan"),
-    "quantization": ("QuantizedModel", "quantize"),
-    "recovery": ("RecoveredModel", "RecoverySettings", "recover"),
-    "report": ("write_report",),
-    "scores": ("ImportanceScores",),
-    "shape": ("ModelShape",),
-    "sharing": ("PushedModel", "push"),
-    "slicing": ("prune_model",),
-    "stages": ("PrunedModel", "apply_plan", "draw_calibration", "score", "verify"),
-    "verification": ("VerificationReport",),
+    "plan.artefact": ("PruningPlan",),
+    "plan.make": ("make_plan",),
+    "prove.checks": ("VerificationReport",),
+    "recovery.run": ("RecoveredModel", "recover"),
+    "recovery.settings": ("RecoverySettings",),
+    "report.write": ("write_report",),
+    "scoring.run": ("draw_calibration", "score"),
+    "scoring.scores": ("ImportanceScores",),
+    "serve.gguf.run": ("ExportedGguf", "export_gguf"),
+    "serve.hub.run": ("PushedModel", "push"),
+    "serve.quantize.run": ("QuantizedModel", "quantize"),
+    "text.calibration": ("CalibrationSet", "load_calibration"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

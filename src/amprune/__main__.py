@@ -1,5 +1,5 @@
 """`python -m amprune`."""
 
-from amprune.cli import app
+from amprune.cli.options import app
 
 app()

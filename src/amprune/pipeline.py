@@ -14,31 +14,29 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from amprune.calibration import CalibrationSet, calibration_for
-from amprune.checkpoint import RECORDS, check_output, open_source, parse_size, read_checkpoint, write_json
-from amprune.compensation import check_biases
-from amprune.criteria import Criterion, find_criterion
+from amprune.cut.biases import check_biases
+from amprune.cut.run import PrunedModel, apply_plan
 from amprune.errors import CheckpointError, PlanError
-from amprune.plan import (
-    HeadsMode,
-    NeuronMultiple,
-    Only,
-    Order,
-    PlanOptions,
-    find_budget,
-    find_depth,
-    make_plan,
-    parse_target,
-)
-from amprune.planning import Computing, plan_on_model, with_target
-from amprune.presets import DEFAULT as DEFAULT_PRESET
-from amprune.presets import Preset, find_preset
-from amprune.progress import Progress, no_progress
-from amprune.stages import PathLike, PrunedModel, apply_plan, score
+from amprune.model.reader import read_checkpoint
+from amprune.model.source import open_source
+from amprune.model.staging import check_output
+from amprune.model.writer import RECORDS, parse_size, write_json
+from amprune.plan.budget import find_budget
+from amprune.plan.depth import find_depth
+from amprune.plan.make import make_plan
+from amprune.plan.options import HeadsMode, NeuronMultiple, Only, Order, PlanOptions
+from amprune.plan.target import parse_target
+from amprune.running import Progress, no_progress
+from amprune.scoring.catalogue import Criterion, find_criterion
+from amprune.scoring.run import PathLike, score
+from amprune.search.run import Computing, plan_on_model, with_target
+from amprune.settings import DEFAULT as DEFAULT_PRESET
+from amprune.settings import Preset, find_preset
+from amprune.text.calibration import CalibrationSet, calibration_for
 
 if TYPE_CHECKING:
-    from amprune.recovery import RecoverySettings
-    from amprune.report import ReportFiles
+    from amprune.recovery.settings import RecoverySettings
+    from amprune.report.write import ReportFiles
 
 logger = logging.getLogger(__name__)
 
@@ -216,9 +214,9 @@ def run(
         AmpruneError: one of its children, from the stage that failed; what was finished stays.
     """
     # Heavy, and of no use to `prune`.
-    from amprune.evaluation import evaluate
-    from amprune.recovery import recover
-    from amprune.report import write_report
+    from amprune.evaluation.run import evaluate
+    from amprune.recovery.run import recover
+    from amprune.report.write import write_report
 
     folder = Path(out).expanduser()
     pruned = folder.with_name(f"{folder.name}.pruned") if recovery is not None else folder

@@ -5,20 +5,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from amprune.cli.display import emit, progress, reported, show_experiment, stderr
 from amprune.cli.measuring import numbers
-from amprune.cli.options import (
-    DataDir,
-    Debug,
-    Device,
-    Json,
-    Limit,
-    Texts,
-    Windows,
-    app,
-    options_of,
-    words,
-)
-from amprune.display import emit, progress, reported, show_experiment, stderr
+from amprune.cli.options import DataDir, Debug, Device, Json, Limit, Texts, Windows, app, options_of, words
 from amprune.errors import EvaluationError
 
 
@@ -98,7 +87,8 @@ def experiment_command(
         "new_tokens", "mode", "warmup", "runs",
     )  # fmt: skip
     with reported(debug, kept=output / "experiment.json"):
-        from amprune.experiments import experiment, find_recipe
+        from amprune.experiments.recipes import find_recipe
+        from amprune.experiments.run import experiment
         from amprune.experiments.settings import latency_cases
 
         recipe, timed = find_recipe(name), (latency_batch, prompt_tokens, new_tokens, mode, warmup, runs)

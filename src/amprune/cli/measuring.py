@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from amprune.cli.display import emit, progress, reported, show_evaluation, show_report
 from amprune.cli.options import (
     DataDir,
     Debug,
@@ -22,7 +23,6 @@ from amprune.cli.options import (
     options_of,
     words,
 )
-from amprune.display import emit, progress, reported, show_evaluation, show_report
 from amprune.errors import EvaluationError
 
 
@@ -85,7 +85,9 @@ def evaluate_command(
     with reported(debug, kept=output):
         batches, prompts = numbers(latency_batch, "--latency-batch"), numbers(prompt_tokens, "--prompt-tokens")
 
-        from amprune.evaluation import LatencySettings, evaluate, names_of
+        from amprune.evaluation.identity import names_of
+        from amprune.evaluation.run import evaluate
+        from amprune.model.latency import LatencySettings
 
         common: dict[str, Any] = {"new_tokens": new_tokens, "warmup": warmup, "runs": runs, "seed": seed}
         cases = [
@@ -123,7 +125,7 @@ def report_command(
     given = options_of(locals(), "folder", "evaluation", "baseline")
     with reported(debug):
         from amprune.evaluation.workload import Workload
-        from amprune.report import write_report
+        from amprune.report.write import write_report
 
         files = write_report(folder, evaluation=evaluation, baseline=baseline, workload=Workload(**given))
         summary = {

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from amprune import __version__
-from amprune.display import stdout
+from amprune.cli.display import stdout
 
 app = typer.Typer(
     name="amprune",

@@ -5,6 +5,19 @@ from typing import Annotated, Any
 
 import typer
 
+from amprune.cli.display import (
+    emit,
+    plan_summary,
+    progress,
+    reported,
+    result_summary,
+    show_inspection,
+    show_plan,
+    show_result,
+    show_scores,
+    show_verification,
+    stdout,
+)
 from amprune.cli.options import (
     Allocate,
     BatchTokens,
@@ -49,21 +62,8 @@ from amprune.cli.options import (
     app,
     options_of,
 )
-from amprune.display import (
-    emit,
-    plan_summary,
-    progress,
-    reported,
-    result_summary,
-    show_inspection,
-    show_plan,
-    show_result,
-    show_scores,
-    show_verification,
-    stdout,
-)
-from amprune.presets import DEFAULT as DEFAULT_PRESET
-from amprune.presets import PRESETS
+from amprune.settings import DEFAULT as DEFAULT_PRESET
+from amprune.settings import PRESETS
 
 
 @app.command("inspect")
@@ -140,7 +140,7 @@ def plan_command(
     options = options_of(locals(), "scores", "output", "target_parameters")
     with reported(debug):
         from amprune import ImportanceScores, make_plan
-        from amprune.plan import parse_target
+        from amprune.plan.target import parse_target
 
         most = None if target_parameters is None else int(parse_target(f"params={target_parameters}").value)
         plan = make_plan(ImportanceScores.load(scores), target_parameters=most, **options)
@@ -268,7 +268,7 @@ def demo_command(
 ) -> None:
     """Prune SmolLM2-135M and let the dense and the pruned model answer a question."""
     with reported(debug):
-        from amprune.demo import MODEL, QUESTION, TOKENS, answers
+        from amprune.cli.demo import MODEL, QUESTION, TOKENS, answers
         from amprune.pipeline import prune
 
         result = prune(MODEL, out, ratio=ratio, tokens=TOKENS, overwrite=True, progress=progress)

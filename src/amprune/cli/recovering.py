@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from amprune.cli.display import emit, progress, reported, show_recovery, show_report
 from amprune.cli.options import (
     Allocate,
     DataDir,
@@ -33,8 +34,7 @@ from amprune.cli.options import (
     app,
     words,
 )
-from amprune.display import emit, progress, reported, show_recovery, show_report
-from amprune.presets import DEFAULT as DEFAULT_PRESET
+from amprune.settings import DEFAULT as DEFAULT_PRESET
 
 Data = Annotated[str, typer.Option(help="alpaca (from the hub), builtin, or a .json, .jsonl, .parquet or .txt file.")]
 TrainingSamples = Annotated[int | None, typer.Option("--samples", help="Samples to draw (default: all).")]
@@ -88,7 +88,8 @@ def recover_command(
 ) -> None:
     """Bring a pruned model back by LoRA fine-tuning, and write it as an ordinary checkpoint."""
     with reported(debug, kept=out.with_name(f"{out.name}.training"), again="--resume"):
-        from amprune.recovery import RecoverySettings, measure_epochs, recover
+        from amprune.recovery.run import measure_epochs, recover
+        from amprune.recovery.settings import RecoverySettings
 
         settings = RecoverySettings(
             lora_rank=lora_rank, lora_alpha=lora_alpha, lora_dropout=lora_dropout, full=full, load_in_4bit=load_in_4bit,
@@ -151,7 +152,7 @@ def run_command(
     """Do it all: prune, recover, evaluate, report; the same command goes on where it was interrupted."""
     with reported(debug, kept=out.with_name(f"{out.name}.run.json")):
         from amprune.pipeline import run
-        from amprune.recovery import RecoverySettings
+        from amprune.recovery.settings import RecoverySettings
 
         training = RecoverySettings(
             epochs=epochs, max_steps=max_steps, gradient_accumulation=gradient_accumulation, seed=seed

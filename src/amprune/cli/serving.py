@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from amprune.cli.display import emit, progress, reported, show_export, show_quantized
 from amprune.cli.options import (
     Debug,
     GgufDtype,
@@ -18,7 +19,6 @@ from amprune.cli.options import (
     app,
     options_of,
 )
-from amprune.display import emit, progress, reported, show_export, show_quantized
 
 
 @app.command("export")
@@ -45,7 +45,7 @@ def export_command(
     """Write a model as a GGUF file for llama.cpp, by llama.cpp's own converter, and prove that it runs there."""
     given: dict[str, Any] = options_of(locals())
     with reported(debug):
-        from amprune.llama_cpp import export_gguf
+        from amprune.serve.gguf.run import export_gguf
 
         exported = export_gguf(**given, progress=progress)
         emit(exported.to_dict(), as_json, lambda: show_export(exported))
@@ -77,7 +77,7 @@ def quantize_command(
     """Write a model with fewer bits a weight, which stock transformers loads, and prove that it runs."""
     given: dict[str, Any] = options_of(locals())
     with reported(debug):
-        from amprune.quantization import quantize
+        from amprune.serve.quantize.run import quantize
 
         quantized = quantize(**given, progress=progress)
         emit(quantized.to_dict(), as_json, lambda: show_quantized(quantized))

@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from amprune.cli.display import emit, reported, stdout
 from amprune.cli.options import Debug, Json, app, options_of
-from amprune.display import emit, reported, stdout
 
 if TYPE_CHECKING:
-    from amprune.sharing import PushedModel
+    from amprune.serve.hub.run import PushedModel
 
 
 @app.command("push")

@@ -5,7 +5,6 @@ identity.py     MODEL -> name, folder, hash
 data.py         WikiText-2, texts and task files, checked
 perplexity.py   windows of a text
 zero_shot.py    lm-evaluation-harness
-latency.py      generation time, runs of several models interleaved; peak memory
 size.py         parameters, bytes, multiply-accumulates
 energy.py       watt-hours through CodeCarbon
 workload.py     hours, money and CO2 of a workload
@@ -15,11 +14,3 @@ session.py      one run: what is done, where, with which versions
 records.py      evaluation.json
 comparison.py   two records on the same items: the paired difference
 """
-
-from amprune.evaluation.comparison import Difference, paired
-from amprune.evaluation.identity import names_of
-from amprune.evaluation.latency import LatencySettings
-from amprune.evaluation.records import Evaluation, ModelEntry, Record
-from amprune.evaluation.run import evaluate
-
-__all__ = ["Difference", "Evaluation", "LatencySettings", "ModelEntry", "Record", "evaluate", "names_of", "paired"]

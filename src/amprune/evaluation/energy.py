@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from amprune.errors import EvaluationError
 from amprune.evaluation.tracker import Method, Tracking, ask, open_tracker, tracked_parts
-from amprune.progress import Progress, no_progress
+from amprune.running import Progress, no_progress
 
 Run = Callable[[], int]
 """Generates, and returns how many tokens."""

@@ -8,13 +8,14 @@ from transformers import PreTrainedModel
 from amprune.evaluation.comparison import average, standard_error
 from amprune.evaluation.data import Text
 from amprune.evaluation.energy import Energy
-from amprune.evaluation.latency import Latency, LatencySettings
 from amprune.evaluation.perplexity import measure_perplexity
 from amprune.evaluation.records import Evaluation, Record
 from amprune.evaluation.size import UNITS, measure_size
 from amprune.evaluation.zero_shot import TASKS, Task, headline_metric, measure_zero_shot
-from amprune.llama_cpp import GgufFile, LlamaCppModel
-from amprune.progress import Progress
+from amprune.model.gguf_file import GgufFile
+from amprune.model.latency import Latency, LatencySettings
+from amprune.model.llama_cpp import LlamaCppModel
+from amprune.running import Progress
 
 Figures = list[dict[str, Any]]
 """Fields of records, but for the model and what is common to a run."""

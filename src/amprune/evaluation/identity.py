@@ -14,16 +14,17 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from amprune.architecture import quiet_transformers
-from amprune.checkpoint import RECORDS, open_source, read_front_matter, read_json
-from amprune.checkpoint.files import stored_tensors, weight_files, what_else
-from amprune.checkpoint.loading import loading_problems
-from amprune.checkpoint.quantized import quantization_of, quantization_words, require_library
 from amprune.errors import CheckpointError, EvaluationError
 from amprune.evaluation.records import ModelEntry
-from amprune.llama_cpp import GgufFile, read_gguf
-from amprune.plan import PruningPlan
-from amprune.progress import Progress, no_progress
+from amprune.model.architecture import quiet_transformers
+from amprune.model.files import read_front_matter, read_json, stored_tensors, weight_files, what_else
+from amprune.model.gguf_file import GgufFile, read_gguf
+from amprune.model.loading import loading_problems
+from amprune.model.quantized import quantization_of, quantization_words, require_library
+from amprune.model.source import open_source
+from amprune.model.writer import RECORDS
+from amprune.plan.artefact import PruningPlan
+from amprune.running import Progress, no_progress
 
 logger = logging.getLogger(__name__)
 _NAMED = re.compile(r"([^=/\\]+)=(.+)")

@@ -10,13 +10,13 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from amprune.architecture import quiet_transformers
-from amprune.checkpoint.loading import input_device, vocabulary_size
 from amprune.errors import EvaluationError
 from amprune.evaluation.comparison import standard_error
 from amprune.evaluation.data import Text
 from amprune.evaluation.guards import halve_until_it_fits
-from amprune.progress import Progress, no_progress
+from amprune.model.architecture import quiet_transformers
+from amprune.model.loading import input_device, vocabulary_size
+from amprune.running import Progress, no_progress
 
 SEQUENCE_LENGTH = 2048
 _CHUNK = 512

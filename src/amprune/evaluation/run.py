@@ -12,8 +12,6 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from amprune.architecture import quiet_transformers
-from amprune.checkpoint.loading import default_device, input_device, load_tokenizer, loaded_model
 from amprune.errors import EvaluationError
 from amprune.evaluation.data import load_text, load_wikitext
 from amprune.evaluation.energy import interleaved_energy
@@ -29,20 +27,15 @@ from amprune.evaluation.figures import (
 )
 from amprune.evaluation.guards import halve_until_it_fits, nan_refused, out_of_memory
 from amprune.evaluation.identity import Subject, open_subjects
-from amprune.evaluation.latency import (
-    Latency,
-    LatencySettings,
-    Timed,
-    check_positions,
-    generation_run,
-    measure_latency,
-)
 from amprune.evaluation.perplexity import SEQUENCE_LENGTH, check_windows
 from amprune.evaluation.records import Evaluation
 from amprune.evaluation.session import Session, device_name, open_session
 from amprune.evaluation.zero_shot import TASKS, open_tasks
-from amprune.llama_cpp import LlamaCppModel, llama_cpp_model
-from amprune.progress import Progress, no_progress
+from amprune.model.architecture import quiet_transformers
+from amprune.model.latency import Latency, LatencySettings, Timed, check_positions, generation_run, measure_latency
+from amprune.model.llama_cpp import LlamaCppModel, llama_cpp_model
+from amprune.model.loading import default_device, input_device, load_tokenizer, loaded_model
+from amprune.running import Progress, no_progress
 
 Measurement = Literal["perplexity", "zero_shot", "latency", "energy"]
 MEASUREMENTS: tuple[Measurement, ...] = ("perplexity", "zero_shot", "latency", "energy")

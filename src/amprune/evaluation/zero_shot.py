@@ -16,11 +16,11 @@ from typing import Any
 import yaml
 from transformers import PreTrainedModel
 
-from amprune.checkpoint.loading import input_device
 from amprune.errors import AmpruneError, EvaluationError, reason
 from amprune.evaluation.data import TASK_FILES, TaskData, find_task_data
 from amprune.evaluation.guards import halve_until_it_fits
-from amprune.progress import Progress, no_progress
+from amprune.model.loading import input_device
+from amprune.running import Progress, no_progress
 
 TASKS = ("winogrande", "piqa", "arc_easy", "arc_challenge", "hellaswag")
 """The paper's five tasks, the shortest first."""

@@ -12,9 +12,3 @@ cells.py           one cell: score, prune, train, measure
 results.py         experiment.json: what was asked for and what is done
 contents.py        what is shown: sections.py on quality, timing.py on speed, with tables.py and figures.py
 """
-
-from amprune.experiments.recipes import RECIPES, find_recipe
-from amprune.experiments.results import CellResult, Results
-from amprune.experiments.run import ExperimentFiles, experiment
-
-__all__ = ["RECIPES", "CellResult", "ExperimentFiles", "Results", "experiment", "find_recipe"]

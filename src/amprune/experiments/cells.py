@@ -8,25 +8,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from amprune.checkpoint import RECORDS, read_json
-from amprune.criteria import CRITERIA
+from amprune.cut.refit.record import RECORD
+from amprune.cut.run import apply_plan
 from amprune.errors import AmpruneError, EvaluationError, ScoresError, reason
-from amprune.evaluation import Evaluation, evaluate
 from amprune.evaluation.guards import out_of_memory
 from amprune.evaluation.identity import content_hash
-from amprune.evaluation.run import Measurement
+from amprune.evaluation.records import Evaluation
+from amprune.evaluation.run import Measurement, evaluate
 from amprune.experiments.recipes import Cell
 from amprune.experiments.settings import Settings
-from amprune.memory import release_memory
+from amprune.model.files import read_json
+from amprune.model.writer import RECORDS
 from amprune.pipeline import prune
-from amprune.plan import PruningPlan, make_plan
-from amprune.presets import find_preset
-from amprune.progress import Progress
-from amprune.reconstruction import RECORD
-from amprune.recovery import recover
-from amprune.scores import ImportanceScores
-from amprune.stages import apply_plan, score_criteria
-from amprune.texts import read_records
+from amprune.plan.artefact import PruningPlan
+from amprune.plan.make import make_plan
+from amprune.recovery.run import recover
+from amprune.running import Progress, release_memory
+from amprune.scoring.catalogue import CRITERIA
+from amprune.scoring.run import score_criteria
+from amprune.scoring.scores import ImportanceScores
+from amprune.settings import find_preset
+from amprune.text.records import read_records
 
 EVALUATION, SCORES, MODELS = "evaluation.json", "scores", "models"
 """In the folder of each model."""

@@ -10,7 +10,7 @@ from typing import Any
 from amprune.errors import EvaluationError, guess
 from amprune.experiments.recipes import RECIPES
 from amprune.experiments.settings import TRAINING, Settings
-from amprune.recovery import RecoverySettings
+from amprune.recovery.settings import RecoverySettings
 
 FORMAT = "amprune configuration 1"
 _KEYS = ("format", "about", "model", "settings", "recovery", "experiments")

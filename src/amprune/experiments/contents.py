@@ -4,14 +4,15 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from amprune.evaluation import Evaluation, names_of
+from amprune.evaluation.identity import names_of
+from amprune.evaluation.records import Evaluation
 from amprune.experiments import sections, timing
 from amprune.experiments.cells import EVALUATION
 from amprune.experiments.recipes import BEST, DENSE, Cell, Recipe
 from amprune.experiments.results import ModelResults, Results
 from amprune.experiments.settings import Settings
 from amprune.experiments.tables import Shown
-from amprune.recovery import RecoverySettings
+from amprune.recovery.settings import RecoverySettings
 from amprune.report.blocks import Block, Bullets, Contents, Section, Text
 from amprune.report.drawing import colours_of
 

@@ -4,20 +4,21 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from amprune.checkpoint import open_source, read_checkpoint
-from amprune.criteria import CRITERIA
 from amprune.errors import CalibrationError, EvaluationError
-from amprune.evaluation import names_of
 from amprune.evaluation.data import load_text, load_wikitext
-from amprune.evaluation.latency import check_positions
+from amprune.evaluation.identity import names_of
 from amprune.evaluation.perplexity import check_windows
 from amprune.evaluation.zero_shot import open_tasks
 from amprune.experiments.cells import Bench, slug
 from amprune.experiments.configurations import Configuration
 from amprune.experiments.recipes import Recipe
 from amprune.experiments.settings import Settings
-from amprune.progress import Progress
-from amprune.texts import read_records
+from amprune.model.latency import check_positions
+from amprune.model.reader import read_checkpoint
+from amprune.model.source import open_source
+from amprune.running import Progress
+from amprune.scoring.catalogue import CRITERIA
+from amprune.text.records import read_records
 
 PathLike = str | os.PathLike[str]
 

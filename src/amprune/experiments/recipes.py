@@ -3,11 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from amprune.criteria import CRITERIA
 from amprune.errors import EvaluationError, ScoresError, guess
-from amprune.evaluation import names_of
+from amprune.evaluation.identity import names_of
 from amprune.evaluation.run import Measurement
-from amprune.plan import Only, Order
+from amprune.plan.options import Only, Order
+from amprune.scoring.catalogue import CRITERIA
 
 DENSE = "dense"
 QUALITY: tuple[Measurement, ...] = ("perplexity", "zero_shot")

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from amprune.checkpoint import write_json
 from amprune.errors import EvaluationError
+from amprune.model.writer import write_json
 
 FILE = "experiment.json"
 FORMAT = "amprune experiment 1"

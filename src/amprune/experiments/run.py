@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from amprune.errors import AmpruneError, PlanError, UnsupportedModelError
-from amprune.evaluation import LatencySettings
 from amprune.experiments.cells import (
     Bench,
     failure,
@@ -27,8 +26,9 @@ from amprune.experiments.recipes import Cell, find_recipe
 from amprune.experiments.results import CellResult, ModelResults, Results
 from amprune.experiments.settings import make_cells, make_settings
 from amprune.experiments.tables import figures_of
-from amprune.progress import Progress, no_progress
+from amprune.model.latency import LatencySettings
 from amprune.report.write import ReportFiles, write_contents
+from amprune.running import Progress, no_progress
 
 PathLike = str | os.PathLike[str]
 
@@ -93,7 +93,7 @@ def experiment(
         output: the folder to write.
         config: settings that ship, such as llama-2-7b, or a JSON file.
         ratios: shares of all parameters to remove.
-        methods: of table1, figure1 and speedup; `best`, the preset, or any of `amprune.criteria.CRITERIA`.
+        methods: of table1, figure1 and speedup; `best`, the preset, or any of `amprune.scoring.catalogue.CRITERIA`.
         checkpoints: of table1: NAME=PATH of models that other tools made, a row each.
         calibration: `alpaca`, `mixed`, `builtin` or a file, the same for all methods but `best`, which has its own.
         samples: of it; where given, the most that `best` draws of its own, too.

@@ -6,9 +6,9 @@ from dataclasses import replace
 from amprune.experiments.figures import Level, Panel, Point, lines_figure, rows_figure
 from amprune.experiments.recipes import DENSE, Cell, percentage
 from amprune.experiments.tables import Column, Shown, columns_of, difference_table, quality_table
-from amprune.presets import find_preset
 from amprune.report.blocks import Block, Bullets, Picture, Section, Text
 from amprune.report.numbers import number
+from amprune.settings import find_preset
 
 _DIFFERENCES = (
     "Differences are taken window by window and question by question, so that their errors are smaller than those of "

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from amprune.errors import EvaluationError, PlanError
-from amprune.evaluation import LatencySettings
 from amprune.evaluation.perplexity import SEQUENCE_LENGTH
 from amprune.evaluation.zero_shot import TASKS
 from amprune.experiments.recipes import BEST, Cell, Choices, Recipe, check_method
-from amprune.recovery import RecoverySettings
+from amprune.model.latency import LatencySettings
+from amprune.recovery.settings import RecoverySettings
 
 _QUICK: Mapping[str, Any] = {"samples": 20, "limit": 40, "windows": 8, "training_samples": 64, "energy_seconds": 2.0}
 _QUICK_TRAINING: Mapping[str, Any] = {"gradient_accumulation": 4}

@@ -4,9 +4,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from amprune.evaluation import Evaluation
 from amprune.evaluation.comparison import Difference
-from amprune.evaluation.records import Record
+from amprune.evaluation.records import Evaluation, Record
 from amprune.experiments.recipes import Cell, Recipe
 from amprune.experiments.results import ModelResults
 from amprune.experiments.settings import Settings

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from amprune.errors import PlanError
-from amprune.shape import ModelShape
+from amprune.model.shape import ModelShape
 
 _FORMAT = 1
 _FIELDS = ("format", "ratio_target", "ratio_actual", "shape_before", "shape_after", "provenance", "layers")

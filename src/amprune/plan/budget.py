@@ -7,14 +7,10 @@ from dataclasses import replace
 from itertools import product
 
 from amprune.errors import PlanError
+from amprune.model.shape import ModelShape
 from amprune.plan.heads import Budget, HeadChoices, choices_of_all_modes, head_choices, kept_heads, usable_heads
 from amprune.plan.multiples import SLACK, multiples, narrower, smallest_multiple
-from amprune.plan.options import (
-    PlanOptions,
-    check_options,
-    heads_stay,
-)
-from amprune.shape import ModelShape
+from amprune.plan.options import PlanOptions, check_options, heads_stay
 
 
 def find_budget(shape: ModelShape, options: PlanOptions) -> Budget:

@@ -4,13 +4,13 @@ import math
 import random
 from dataclasses import fields
 
-from amprune.backends import reason_not_split
 from amprune.errors import PlanError
+from amprune.model.backends import reason_not_split
+from amprune.model.shape import ModelShape
 from amprune.plan.artefact import LayerPlan, PruningPlan, check_plan
 from amprune.plan.budget import asked_ratio, rounded_down, rounded_up
 from amprune.plan.options import PlanOptions, check_devices, check_order, check_ratio, check_target, recorded
-from amprune.scores import ImportanceScores, Scores
-from amprune.shape import ModelShape
+from amprune.scoring.scores import ImportanceScores, Scores
 
 OPTIONS = ("ratio", "target_parameters", "order", "seed", "protect_first", "protect_last", "tensor_parallel")
 """Options that mean something where whole blocks are removed."""

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from amprune.backends import heads_split
 from amprune.errors import PlanError
+from amprune.model.backends import heads_split
+from amprune.model.shape import ModelShape
 from amprune.plan.options import HeadsMode, PlanOptions, check_ratio, check_target, check_units, heads_stay
-from amprune.shape import ModelShape
 
 _Item = TypeVar("_Item")
 

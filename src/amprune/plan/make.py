@@ -11,7 +11,7 @@ from amprune.plan.depth import plan_depth
 from amprune.plan.heads import Budget, check_budget
 from amprune.plan.multiples import applied_multiple
 from amprune.plan.options import HeadsMode, NeuronMultiple, Only, Order, PlanOptions, recorded
-from amprune.scores import ImportanceScores, LayerScores, Scores
+from amprune.scoring.scores import ImportanceScores, LayerScores, Scores
 
 _OF_WIDTH = tuple(field.name for field in fields(PlanOptions) if not field.name.startswith("protect_"))
 

@@ -6,7 +6,7 @@ from math import lcm
 from typing import Any, Literal, get_args
 
 from amprune.errors import PlanError
-from amprune.shape import ModelShape
+from amprune.model.shape import ModelShape
 
 Order = Literal["amp", "reversed", "random"]
 Only = Literal["heads", "neurons"]

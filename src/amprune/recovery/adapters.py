@@ -13,9 +13,9 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from amprune.architecture import quiet_transformers
-from amprune.checkpoint import Checkpoint
 from amprune.errors import RecoveryError, reason
+from amprune.model.architecture import quiet_transformers
+from amprune.model.reader import Checkpoint
 from amprune.recovery.settings import RecoverySettings
 
 _PREFIX, _DOWN, _UP = "base_model.model.", ".lora_A.weight", ".lora_B.weight"

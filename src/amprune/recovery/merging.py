@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from amprune.checkpoint import Checkpoint, copy_sidecars, read_checkpoint, write_shards
-from amprune.checkpoint.loading import loading_problems
-from amprune.checkpoint.reader import identical
 from amprune.errors import RecoveryError
-from amprune.progress import Progress, no_progress
+from amprune.model.loading import loading_problems
+from amprune.model.reader import Checkpoint, identical, read_checkpoint
+from amprune.model.writer import copy_sidecars, write_shards
+from amprune.prove.logits import probe_logits
 from amprune.recovery.adapters import Update, read_adapter
-from amprune.verification import probe_logits
+from amprune.running import Progress, no_progress
 
 TOLERANCE = 1e-4
 """Largest allowed difference of a logit before rounding, in standard deviations: sums are taken in float32."""

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from amprune.architecture import make_config, quiet_transformers
-from amprune.checkpoint import Checkpoint, Source, read_checkpoint, read_json
-from amprune.checkpoint.loading import loaded_model
 from amprune.errors import MissingDependencyError, RecoveryError
+from amprune.model.architecture import make_config, quiet_transformers
+from amprune.model.files import read_json
+from amprune.model.loading import loaded_model
+from amprune.model.reader import Checkpoint, read_checkpoint
+from amprune.model.source import Source
 from amprune.recovery.adapters import enable_gradient_checkpointing, with_adapters
 from amprune.recovery.settings import RecoverySettings
 

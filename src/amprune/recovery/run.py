@@ -16,25 +16,17 @@ import transformers
 from accelerate import PartialState
 
 from amprune import __version__
-from amprune.checkpoint import (
-    RECORDS,
-    Checkpoint,
-    Source,
-    check_output,
-    open_source,
-    parse_size,
-    read_checkpoint,
-    staged_folder,
-    write_json,
-)
-from amprune.checkpoint.loading import load_tokenizer
+from amprune.cut.refit.record import RECORD as RECONSTRUCTION
 from amprune.errors import RecoveryError
-from amprune.evaluation import Evaluation, evaluate
-from amprune.memory import release_memory
-from amprune.model_card import write_recovered_card
-from amprune.progress import Progress, no_progress
-from amprune.reconstruction import RECORD as RECONSTRUCTION
-from amprune.recovered import LOG, RECORD
+from amprune.evaluation.records import Evaluation
+from amprune.evaluation.run import evaluate
+from amprune.model.loading import load_tokenizer
+from amprune.model.reader import Checkpoint, read_checkpoint
+from amprune.model.recovered import LOG, RECORD
+from amprune.model.source import Source, open_source
+from amprune.model.staging import check_output, staged_folder
+from amprune.model.writer import RECORDS, parse_size, write_json
+from amprune.prove.card import write_recovered_card
 from amprune.recovery.merging import write_recovered
 from amprune.recovery.models import check_device, check_teacher, teaching_model, trainable_model
 from amprune.recovery.runs import (
@@ -47,9 +39,10 @@ from amprune.recovery.runs import (
     steps_done,
     write_log,
 )
-from amprune.recovery.samples import TrainingData, load_training_data
 from amprune.recovery.settings import RecoverySettings
 from amprune.recovery.training import total_steps, train
+from amprune.running import Progress, no_progress, release_memory
+from amprune.text.training import TrainingData, load_training_data
 
 logger = logging.getLogger(__name__)
 PathLike = str | os.PathLike[str]

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from amprune.checkpoint import write_json
 from amprune.errors import RecoveryError
+from amprune.model.writer import write_json
 
 logger = logging.getLogger(__name__)
 EPOCHS = "epochs"

@@ -24,15 +24,15 @@ from transformers import (
     TrainingArguments,
 )
 
-from amprune.architecture import quiet_transformers
 from amprune.errors import RecoveryError, reason
-from amprune.progress import Advance
-from amprune.recovered import LOG
+from amprune.model.architecture import quiet_transformers
+from amprune.model.recovered import LOG
 from amprune.recovery.distillation import divergence, teacher_hidden
 from amprune.recovery.models import bfloat16_works
 from amprune.recovery.runs import EPOCHS, cut_log, last_checkpoint, steps_done, where_to_go_on
-from amprune.recovery.samples import IGNORED, Sample, TrainingData
 from amprune.recovery.settings import RecoverySettings
+from amprune.running import Advance
+from amprune.text.training import IGNORED, Sample, TrainingData
 
 _CHUNK = 512
 

@@ -14,7 +14,3 @@ labels.py     names beside points
 card.py       the model card with its results
 templates/    Markdown and HTML
 """
-
-from amprune.report.write import ReportFiles, write_report
-
-__all__ = ["ReportFiles", "write_report"]

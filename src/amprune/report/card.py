@@ -6,8 +6,8 @@ from pathlib import Path
 from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
-from amprune.model_card import FRONT, CardHead, card_text, read_card
-from amprune.recovered import data_sentence
+from amprune.model.recovered import data_sentence
+from amprune.prove.card import FRONT, CardHead, card_text, read_card
 from amprune.report.inputs import Inputs, Subject
 from amprune.report.measures import Measure, averages, find_measures, headlines
 from amprune.report.provenance import UNTRAINED, limits, logit_difference

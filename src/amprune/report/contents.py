@@ -5,30 +5,10 @@ from amprune.report.blocks import Bullets, Contents, Section, Table, Text, Tile,
 from amprune.report.drawing import colours_of
 from amprune.report.importance import importance_section
 from amprune.report.inputs import Inputs, Subject
-from amprune.report.measures import (
-    average_change,
-    averages,
-    change,
-    find_measures,
-    headlines,
-    ideal_speedup,
-)
+from amprune.report.measures import average_change, averages, change, find_measures, headlines, ideal_speedup
 from amprune.report.numbers import MISSING, number, percent, scaled, times
-from amprune.report.provenance import (
-    LIMITS,
-    limits,
-    made_section,
-    measuring_section,
-    removed_words,
-    settings_section,
-)
-from amprune.report.quality import (
-    accuracy,
-    accuracy_section,
-    difference,
-    heading,
-    perplexity_section,
-)
+from amprune.report.provenance import LIMITS, limits, made_section, measuring_section, removed_words, settings_section
+from amprune.report.quality import accuracy, accuracy_section, difference, heading, perplexity_section
 from amprune.report.reconstruction import reconstruction_section
 from amprune.report.sizes import removed, size_section
 from amprune.report.speed import amount, latency_section, resources_section, rise, workload_section

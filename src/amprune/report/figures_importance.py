@@ -11,10 +11,10 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from amprune.plan import PruningPlan
+from amprune.plan.artefact import PruningPlan
 from amprune.report.drawing import logarithmic, new_figure, tick
 from amprune.report.numbers import shortened
-from amprune.scores import ImportanceScores
+from amprune.scoring.scores import ImportanceScores
 
 _POINTS = 400
 _NAMED = 3

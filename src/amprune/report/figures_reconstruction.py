@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from amprune.reconstruction import ReconstructionRecord
+from amprune.cut.refit.record import ReconstructionRecord
 from amprune.report.drawing import BASELINE_COLOUR, logarithmic, new_figure, tick
 
 _DECADES = 20

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from amprune.recovered import TrainingLog
+from amprune.model.recovered import TrainingLog
 from amprune.report.drawing import new_figure, tick
 from amprune.report.labels import Label, write_column
 from amprune.report.numbers import number, shortened

@@ -4,12 +4,12 @@ import hashlib
 import json
 from collections.abc import Sequence
 
-from amprune.plan import PruningPlan
+from amprune.plan.artefact import PruningPlan
 from amprune.report.blocks import Block, Picture, Section, Text
 from amprune.report.drawing import style
 from amprune.report.figures_importance import blocks_figure, heads_figure, neurons_figure
 from amprune.report.inputs import Inputs, Subject
-from amprune.scores import ImportanceScores
+from amprune.scoring.scores import ImportanceScores
 
 
 def importance_section(inputs: Inputs, colours: dict[str, str]) -> Section | None:

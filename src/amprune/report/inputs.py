@@ -7,17 +7,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from amprune.checkpoint import RECORDS, read_json
+from amprune.cut.inspection import inspect
+from amprune.cut.refit.record import ReconstructionRecord, read_record
 from amprune.errors import AmpruneError, EvaluationError, ReportError
 from amprune.evaluation.identity import content_hash
 from amprune.evaluation.records import Evaluation, ModelEntry
-from amprune.inspection import inspect
-from amprune.model_card import read_card
-from amprune.plan import PruningPlan
-from amprune.quantized import Quantization, is_quantized, read_quantization
-from amprune.reconstruction import ReconstructionRecord, read_record
-from amprune.recovered import Recovery, TrainingLog, is_recovered, read_recovery, read_training_log
-from amprune.scores import ImportanceScores
+from amprune.model.files import read_json
+from amprune.model.quantization import Quantization, is_quantized, read_quantization
+from amprune.model.recovered import Recovery, TrainingLog, is_recovered, read_recovery, read_training_log
+from amprune.model.writer import RECORDS
+from amprune.plan.artefact import PruningPlan
+from amprune.prove.card import read_card
+from amprune.scoring.scores import ImportanceScores
 
 EVALUATION = "evaluation.json"
 _Read = TypeVar("_Read")

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from amprune.evaluation.records import Record
-from amprune.model_card import criterion, how_it_was_made, removal, size_rows
-from amprune.quantized import quantization_sentences
-from amprune.recovered import data_sentence
+from amprune.model.quantization import quantization_sentences
+from amprune.model.recovered import data_sentence
+from amprune.prove.card import criterion, how_it_was_made, removal, size_rows
 from amprune.report.blocks import Block, Bullets, Command, Section, Table, Text
 from amprune.report.inputs import EVALUATION, Inputs
 from amprune.report.measures import change, find_measures, setting

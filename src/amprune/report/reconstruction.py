@@ -2,7 +2,7 @@
 
 from statistics import fmean
 
-from amprune.reconstruction import ReconstructionRecord
+from amprune.cut.refit.record import ReconstructionRecord
 from amprune.report.blocks import Block, Bullets, Picture, Section, Table, Text
 from amprune.report.drawing import style
 from amprune.report.figures_reconstruction import reconstruction_figure

@@ -1,13 +1,13 @@
 """Sizes: the table, and where the parameters are."""
 
 from amprune.errors import ReportError
+from amprune.model.shape import ModelShape
 from amprune.report.blocks import Block, Picture, Section, Table, drop_empty_columns
 from amprune.report.drawing import style
 from amprune.report.figures_measured import parts_figure
 from amprune.report.inputs import Inputs, Subject
 from amprune.report.measures import find_measures
 from amprune.report.numbers import MISSING, percent, scaled
-from amprune.shape import ModelShape
 
 _SIZES = (
     ("weight_bytes", "weights", "B"),

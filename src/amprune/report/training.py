@@ -1,6 +1,6 @@
 """The section on recovery: how models were trained, what it did to the loss, and how it went."""
 
-from amprune.recovered import TrainingLog, method, recipe, training_sentences
+from amprune.model.recovered import TrainingLog, method, recipe, training_sentences
 from amprune.report.blocks import Block, Bullets, Picture, Section, Table, Text, drop_empty_columns
 from amprune.report.drawing import style
 from amprune.report.figures_training import is_averaged, training_figure

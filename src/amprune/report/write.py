@@ -15,10 +15,10 @@ import jinja2
 from markupsafe import Markup, escape
 
 from amprune import __version__
-from amprune.checkpoint import RECORDS
 from amprune.errors import ReportError
 from amprune.evaluation.workload import Workload
-from amprune.model_card import CARD, escaped
+from amprune.model.writer import RECORDS
+from amprune.prove.card import CARD, escaped
 from amprune.report.blocks import Bullets, Contents, Section
 from amprune.report.card import renewed_card
 from amprune.report.contents import make_contents

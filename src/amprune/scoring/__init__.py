@@ -1,12 +1,11 @@
-"""What criteria are computed from: passes over a calibration set, and the weights themselves.
+"""What every head, neuron or block is worth. START at `run.py`.
 
-activations.py   one forward pass, with hooks on the output projections, for all criteria over activations
-gradients.py     one forward pass, and one backward pass block by block
-batches.py       the calibration set as padded batches
+run.py          a model and a criterion -> scores
+catalogue.py    data: the criteria, and what each is computed from
+formulas.py     criteria over activations (Eq. 8 and 9, and AMP's rivals); weights.py: over the weights alone
+activations.py  one forward pass, with hooks on the output projections, for all criteria over activations
+gradients.py    one forward pass, and one backward pass block by block
+blocks.py       scores of whole blocks
+batches.py      the calibration set as padded batches
+scores.py       scores as a value and as a file
 """
-
-from amprune.scoring.activations import measure_activations
-from amprune.scoring.batches import check_calibration
-from amprune.scoring.gradients import check_memory, score_gradients
-
-__all__ = ["check_calibration", "check_memory", "measure_activations", "score_gradients"]

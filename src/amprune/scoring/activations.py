@@ -10,20 +10,14 @@ from accelerate.utils import align_module_device
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from amprune.architecture import Architecture
-from amprune.calibration import CalibrationSet
-from amprune.checkpoint.loading import input_device
-from amprune.criteria.activations import (
-    LayerStatistics,
-    ProjectionInputs,
-    contribution_norms,
-    feature_norms,
-    input_moments,
-)
 from amprune.errors import ScoresError
-from amprune.progress import Progress, no_progress
+from amprune.model.architecture import Architecture
+from amprune.model.loading import input_device
+from amprune.model.shape import ModelShape
+from amprune.running import Progress, no_progress
 from amprune.scoring.batches import batches, check_calibration, padded
-from amprune.shape import ModelShape
+from amprune.scoring.formulas import LayerStatistics, ProjectionInputs, contribution_norms, feature_norms, input_moments
+from amprune.text.calibration import CalibrationSet
 
 _ATTENTION, _MLP = "attention", "MLP"
 _Sums = dict[tuple[str, int], torch.Tensor]

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from transformers import PreTrainedModel
 
-from amprune.calibration import CalibrationSet
-from amprune.checkpoint.loading import vocabulary_size
 from amprune.errors import ScoresError
+from amprune.model.loading import vocabulary_size
+from amprune.text.calibration import CalibrationSet
 
 
 def check_calibration(model: PreTrainedModel, calibration: CalibrationSet, *, batch_tokens: int) -> None:

@@ -14,17 +14,16 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from amprune.architecture import Architecture, make_config
-from amprune.calibration import CalibrationSet
-from amprune.checkpoint import Checkpoint
-from amprune.checkpoint.loading import input_device
-from amprune.criteria.weights import taylor
 from amprune.errors import ScoresError
-from amprune.families import Cut
-from amprune.memory import binary, free_memory
-from amprune.progress import Progress, no_progress
-from amprune.scores import LayerScores, Scores
+from amprune.model.architecture import Architecture, make_config
+from amprune.model.families import Cut
+from amprune.model.loading import input_device
+from amprune.model.reader import Checkpoint
+from amprune.running import Progress, binary, free_memory, no_progress
 from amprune.scoring.batches import batches, check_calibration, padded, predicting_samples
+from amprune.scoring.scores import LayerScores, Scores
+from amprune.scoring.weights import taylor
+from amprune.text.calibration import CalibrationSet
 
 _BATCH_TOKENS = 512
 """Bounds the logits of a batch; a longer sample is a batch of its own."""

@@ -1,0 +1,411 @@
+"""What the command line shows: progress and errors on stderr, summaries on stdout. Imports nothing heavy."""
+
+import json
+import logging
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from amprune.errors import AmpruneError
+from amprune.running import Advance
+
+if TYPE_CHECKING:
+    from amprune.cut.inspection import Inspection
+    from amprune.cut.run import PrunedModel
+    from amprune.evaluation.records import Evaluation
+    from amprune.experiments.run import ExperimentFiles
+    from amprune.plan.artefact import PruningPlan
+    from amprune.prove.checks import VerificationReport
+    from amprune.recovery.run import RecoveredModel
+    from amprune.report.measures import Measure
+    from amprune.report.write import ReportFiles
+    from amprune.scoring.scores import ImportanceScores
+    from amprune.serve.gguf.run import ExportedGguf
+    from amprune.serve.quantize.run import QuantizedModel
+
+stdout, stderr = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False)
+
+
+@contextmanager
+def reported(
+    debug: bool, *, kept: Path | None = None, again: str = "", otherwise: str = "nothing was left behind"
+) -> Iterator[None]:
+    """Prints what goes wrong as one paragraph on stderr and exits with 1; tracebacks only with --debug.
+
+    `kept` is where a command keeps what it has when it is interrupted; with the option `again` it goes on from there.
+    `otherwise` is what holds where there is none.
+    """
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("amprune").setLevel(logging.INFO)
+    try:
+        yield
+    except AmpruneError as error:
+        if debug:
+            raise
+        stderr.print(f"amprune: {error}", style="bold red", markup=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        finished = kept is not None and kept.exists()
+        option = f" with {again}" if again else ""
+        left = f"what was finished is in {kept}, the same command{option} goes on from there" if finished else None
+        stderr.print(f"amprune: interrupted; {left or otherwise}", markup=False, soft_wrap=True)
+        raise typer.Exit(130) from None
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        kind = type(error).__name__
+        stderr.print(f"amprune: unexpected {kind}: {error} (--debug shows where)", style="bold red", markup=False)
+        raise typer.Exit(1) from None
+
+
+@contextmanager
+def progress(description: str, total: int) -> Iterator[Advance]:
+    """A bar on stderr with the time left; nothing where stderr is no terminal."""
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description:<12}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=stderr, disable=not stderr.is_terminal) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda steps: bar.advance(task, steps)
+
+
+def emit(summary: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:
+    """Prints a summary as JSON on stdout, or lets `show` print it for people."""
+    if as_json:
+        sys.stdout.write(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    else:
+        show()
+
+
+def plan_summary(plan: "PruningPlan") -> dict[str, Any]:
+    """Returns what `--json` prints of a plan."""
+    return {
+        "ratio_target": plan.ratio_target,
+        "ratio_actual": plan.ratio_actual,
+        "shape_before": plan.shape_before.to_dict(),
+        "shape_after": plan.shape_after.to_dict(),
+        **{name: value for name, value in _options(plan).items() if name in ("neuron_multiple", "tensor_parallel")},
+        **{name: plan.provenance[name] for name in ("preset", "allocation", "speedup") if name in plan.provenance},
+    }
+
+
+def _options(plan: "PruningPlan") -> dict[str, Any]:
+    options = plan.provenance.get("options")
+    return options if isinstance(options, dict) else {}
+
+
+def result_summary(result: "PrunedModel") -> dict[str, Any]:
+    """Returns what `--json` prints of a pruned model."""
+    return {
+        "out": str(result.folder),
+        **plan_summary(result.plan),
+        "bytes_before": result.bytes_before,
+        "bytes_after": result.bytes_after,
+        "verification": result.verification.to_dict(),
+    }
+
+
+def show_scores(scores: "ImportanceScores", output: Path) -> None:
+    """Says what was scored, by which criterion and on what."""
+    shape, used = scores.shape, scores.calibration
+    units = f"{shape.num_layers} layers of {shape.num_attention_heads} heads and {shape.intermediate_size:,} neurons"
+    what = units if scores.blocks is None else f"{shape.num_layers} blocks"
+    where = f" on {used['samples']} samples ({used['tokens']:,} tokens) of {used['name']}" if used else ""
+    stdout.print(f"Scored {what} by {scores.criterion}{where}\nScores in {output}", markup=False)
+
+
+def show_plan(plan: "PruningPlan", title: str, sizes: tuple[int, int] | None = None) -> None:
+    """Prints the shapes before and after as a table; `sizes` are the bytes of the weights, where they are known."""
+    before, after = plan.shape_before, plan.shape_after
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("")
+    for name in ("dense", "pruned", "removed"):
+        table.add_column(name, justify="right")
+    rows = [
+        ("parameters", before.parameters, after.parameters),
+        *([("blocks", before.num_layers, after.num_layers)] if after.num_layers < before.num_layers else []),
+        ("query heads per layer", before.num_attention_heads, after.num_attention_heads),
+        ("key-value heads per layer", before.num_key_value_heads, after.num_key_value_heads),
+        ("neurons per layer", before.intermediate_size, after.intermediate_size),
+    ]
+    for name, dense, pruned in rows:
+        table.add_row(name, f"{dense:,}", f"{pruned:,}", f"{1 - pruned / dense:.2%}")
+    if sizes is not None:
+        table.add_row("weights", *(f"{size / 1e6:,.1f} MB" for size in sizes), f"{1 - sizes[1] / sizes[0]:.2%}")
+    stdout.print(table)
+    if abs(plan.ratio_actual - plan.ratio_target) > 5e-4:
+        stdout.print(f"Asked for {plan.ratio_target:.2%}; {_nearest(plan)}")
+    if (devices := _options(plan).get("tensor_parallel", 1)) != 1:
+        stdout.print(f"Heads and neurons can be split over {devices} devices (tensor parallelism).")
+
+
+def _nearest(plan: "PruningPlan") -> str:
+    """Says what came of a ratio that was not met, and how it can be."""
+    options, found = _options(plan), f"{plan.ratio_actual:.2%}"
+    multiple, neurons = options.get("neuron_multiple", 1), plan.shape_after.intermediate_size
+    if multiple == 1 or options.get("neurons_ratio") is not None or neurons == plan.shape_before.intermediate_size:
+        return f"the nearest with these options is {found}."
+    closer = "the exact ratio" if options.get("tensor_parallel", 1) == 1 else "a nearer ratio"
+    end = f"is {found} (neurons are kept in multiples of {multiple}; for {closer}: --neuron-multiple 1)."
+    return f"the least that meets the target {end}" if "target_parameters" in options else f"the nearest {end}"
+
+
+def show_result(result: "PrunedModel") -> None:
+    """Prints the shapes, the sizes and the checks of a pruned model."""
+    show_allocation(result.plan)
+    show_plan(result.plan, f"Pruned model in {result.folder}", (result.bytes_before, result.bytes_after))
+    show_verification(result.verification)
+
+
+def show_allocation(plan: "PruningPlan") -> None:
+    """Prints the splits of the budget between heads and neurons that were measured, where one was chosen among them."""
+    found = plan.provenance.get("allocation")
+    if found is None:
+        return
+    table = Table(title="Splits of the budget, by the damage on held-out text", title_justify="left")
+    for name in ("query/key-value heads", "neurons", "removed", "divergence", "refitted", ""):
+        table.add_column(name, justify="right")
+    for index, one in enumerate(found["candidates"]):
+        budget, refitted = one["budget"], one["refitted"]
+        table.add_row(
+            f"{budget['query_heads']}/{budget['key_value_heads']}",
+            f"{budget['neurons']:,}",
+            f"{one['ratio']:.2%}",
+            f"{one['damage']['kl']:.3f}",
+            "" if refitted is None else f"{refitted['kl']:.3f}",
+            "chosen" if index == found["chosen"] else "",
+        )
+    stdout.print(table)
+    stdout.print(
+        "Divergence: Kullback-Leibler, nats a token, of the dense model's predictions; refitted: a short refit."
+    )
+    if any(one.get("measured_neurons") for one in found["candidates"]):
+        stdout.print("Both are measured before neurons are rounded to a multiple, so that every split removes as much.")
+
+
+def show_verification(report: "VerificationReport") -> None:
+    """Prints each check and what it found."""
+    stdout.print("Verified" if report.passed else "NOT verified", style="bold green" if report.passed else "bold red")
+    for check in report.checks:
+        mark = "ok " if check.passed else "BAD"
+        stdout.print(f"  {mark} {check.name}: {check.detail}", markup=False)
+
+
+def show_inspection(found: "Inspection") -> None:
+    """Prints what a model is made of and what can be removed from it."""
+    shape = found.shape
+    size = f", {found.bytes / 1e6:,.1f} MB in {found.dtype}" if found.bytes else ""
+    stdout.print(f"{found.model}: {found.architecture}, {shape.parameters:,} parameters{size}", style="bold")
+    table = Table(title="Parameters", title_justify="left")
+    for name, justify in (("part", "left"), ("parameters", "right"), ("share", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for part, count in found.parameters_by_part.items():
+        table.add_row(part, f"{count:,}", f"{count / shape.parameters:.1%}")
+    stdout.print(table)
+    tied = "tied" if found.tied_embeddings else "separate"
+    stdout.print(
+        f"{shape.num_layers} layers, hidden size {shape.hidden_size:,}, {tied} embeddings\n"
+        f"each with {shape.num_attention_heads} query heads of {shape.head_dim}, {shape.num_key_value_heads} key-value "
+        f"heads (groups of {shape.group_size}) and {shape.intermediate_size:,} neurons"
+    )
+    if shape.heads_refused is not None:
+        stdout.print(f"Heads cannot be removed: {shape.heads_refused}.")
+    for mode in found.modes:
+        name = "Neurons alone" if mode.mode == "none" else f"Heads by {mode.mode}, unit: a {mode.unit}"
+        steps = f"; {ranges(mode.removable)} of {mode.units_per_layer} removable" if mode.units_per_layer else ""
+        stdout.print(f"{name}{steps}; ratios up to {mode.largest_ratio:.4f}")
+    stdout.print(f"Neurons adjust any ratio in steps of {found.smallest_step:.2e}.")
+    if shape.blocks_refused is not None:
+        stdout.print(f"Blocks cannot be removed as a whole: {shape.blocks_refused}.")
+    else:
+        step = shape.layer_parameters / shape.parameters
+        most = f"{found.removable_blocks} can go beside the protected, ratios up to {found.removable_blocks * step:.4f}"
+        stdout.print(f"A whole block holds {step:.2%}; {most if found.removable_blocks else 'all are protected'}.")
+    if found.shape_warnings:
+        stdout.print("Shapes: what backends handle badly")
+    for warning in found.shape_warnings:
+        stdout.print(f"  {warning.backend}: {warning.what}: {warning.reason}", markup=False)
+
+
+def ranges(numbers: tuple[int, ...]) -> str:
+    """Writes 0, 1, 2, 3, 6 as 0-3, 6."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1] = [runs[-1][0], number]
+        else:
+            runs.append([number])
+    return ", ".join("-".join(map(str, run)) for run in runs)
+
+
+def show_evaluation(evaluation: "Evaluation", models: Sequence[str], output: Path) -> None:
+    """Prints a row for each figure of the models and a column for each, the difference from the first in brackets."""
+    from amprune.report.measures import averages, find_measures, headlines
+
+    tasks = headlines(evaluation)
+    measures = [
+        *find_measures(evaluation, "size", "parameters"),
+        *find_measures(evaluation, "size", "weight_bytes"),
+        *find_measures(evaluation, "perplexity"),
+        *tasks,
+        *averages(evaluation),
+        *find_measures(evaluation, "latency", "total"),
+        *find_measures(evaluation, "memory"),
+        *find_measures(evaluation, "energy"),
+    ]
+    table = Table(title=f"Evaluation in {output}", title_justify="left", title_style="bold")
+    table.add_column("")
+    for name in models:
+        table.add_column(escape(name), justify="right")
+    for measure in measures:
+        cells = [_figure(measure, name, tasks, baseline=models[0]) for name in models]
+        if any(cells):
+            table.add_row(escape(_row_name(measure)), *cells)
+    stdout.print(table)
+    if len(models) > 1:
+        stdout.print(f"In brackets: difference from {models[0]}, paired; of a latency (median), how many times faster.")
+    folder = output.parent.parent if output.parent.name == "amprune" else output.parent  # in a checkpoint
+    stdout.print(f"`amprune report {folder}` draws it.", markup=False)
+
+
+def _row_name(measure: "Measure") -> str:
+    metric = measure.metric.replace("_", " ")
+    if measure.measurement == "size":
+        return metric
+    what = {"latency": f"{metric} latency", "memory": f"{metric} memory", "energy": measure.first.unit}
+    kind = what.get(measure.measurement, metric)
+    return f"{measure.label}: {kind}" + (", %" if measure.first.unit == "accuracy" else "")
+
+
+def _figure(measure: "Measure", model: str, tasks: Sequence["Measure"], *, baseline: str) -> str:
+    """Writes one cell: the value, and how it differs from the baseline's."""
+    from amprune.report.measures import average_change
+    from amprune.report.measures import change as find_change
+    from amprune.report.numbers import number, scaled, seconds, times
+
+    record = measure.records.get(model)
+    if record is None:
+        return ""
+    change = average_change(measure, tasks, model, baseline) if measure.task == "average" else None
+    change = change or find_change(measure, model, baseline)
+    if measure.measurement in ("size", "memory"):
+        theirs = measure.records.get(baseline)
+        less = f" ({record.value / theirs.value - 1:+.1%})" if theirs is not None and model != baseline else ""
+        return scaled(record.value, "B" if record.unit == "bytes" else "") + less
+    if measure.measurement == "latency":
+        middle = statistics.median(record.items or (record.value,))
+        return seconds(middle) + (f" ({times(change.difference.value)})" if change else "")
+    scale, error = (100 if record.unit == "accuracy" else 1), record.standard_error
+    text = number(scale * record.value, None if error is None else scale * error)
+    if change is None:
+        return text
+    found = change.difference
+    spread = None if found.standard_error is None else scale * found.standard_error
+    return f"{text} ({number(scale * found.value, spread, signed=True)})"
+
+
+def show_recovery(result: "RecoveredModel") -> None:
+    """Says how the losses changed and where the model is."""
+    record = result.record
+    stdout.print(
+        f"Recovered model in {result.folder}, {record['steps']} steps on {record['data']['name']}", markup=False
+    )
+    if record["validation_before"] is not None:
+        stdout.print(f"Validation loss {record['validation_before']:.4f} -> {record['validation_after']:.4f}")
+    stdout.print(
+        f"Merged: logits equal those of the model with its adapter; rounding to the checkpoint's dtype moves them by "
+        f"{record['rounding']:.1e} of their standard deviation"
+    )
+
+
+def show_export(exported: "ExportedGguf") -> None:
+    """Prints the types of an exported file's tensors, what was proven, and rows that its type does not suit."""
+    file = exported.file
+    table = Table(title=f"{file.type} in {escape(str(file.path))}", title_justify="left", title_style="bold")
+    for name in ("type", "tensors", "MB", "share"):
+        table.add_column(name, justify="left" if name == "type" else "right")
+    for kind, (count, size) in file.types.items():
+        table.add_row(kind.lower(), f"{count:,}", f"{size / 1e6:,.1f}", f"{size / file.weight_bytes:.1%}")
+    table.add_row("all", f"{len(file.tensors):,}", f"{file.weight_bytes / 1e6:,.1f}", "")
+    stdout.print(table)
+    if exported.odd_rows:
+        rows = ", ".join(f"{row:,} ({count} tensors)" for row, count in exported.odd_rows.items())
+        stdout.print(
+            f"Rows that the blocks of {file.type} do not divide took a larger type: {rows}. Neurons in multiples of "
+            "256 (32 for q8_0 and q4_0) avoid it for the down projections: --neuron-multiple 256",
+            markup=False,
+        )
+    if (check := exported.check) is None:
+        stdout.print("Converted; not run in llama.cpp", style="bold yellow")
+    else:
+        gap = f", the worst {check.largest_gap:.2g} standard deviations below the best" if check.largest_gap else ""
+        stdout.print("Runs in llama.cpp", style="bold green")
+        stdout.print(
+            f"  ok  {check.runtime}: {check.agreed} of {check.tokens} greedy tokens are those of transformers in "
+            f"float32{gap}",
+            markup=False,
+        )
+
+
+def show_quantized(model: "QuantizedModel") -> None:
+    """Says how large a quantised model is, what quantising did to it and what was proven."""
+    from amprune.model.quantization import quantization_sentences
+
+    stdout.print(f"Quantised model in {model.folder}", style="bold", markup=False)
+    for sentence in quantization_sentences(model.record):
+        stdout.print(f"  {sentence}", markup=False)
+
+
+def show_report(files: "ReportFiles") -> None:
+    """Says what was written."""
+    stdout.print(f"Report in {files.html} and {files.markdown}, {len(files.figures) // 2} figures", markup=False)
+    if files.card is not None:
+        stdout.print(f"Model card renewed: {files.card}", markup=False)
+    if files.card_kept is not None:
+        stdout.print(files.card_kept, markup=False)
+
+
+def _is_summary(title: str) -> bool:
+    return title == "Avg" or title.startswith("perplexity")
+
+
+def _summary(title: str, figure: "dict[str, float | None] | None") -> str:
+    """Returns a figure of a cell with its standard error; nothing where it was not measured."""
+    from amprune.report.numbers import number
+
+    if figure is None or (value := figure["value"]) is None:
+        return ""
+    scale, error = 100 if title == "Avg" else 1, figure["standard_error"]
+    return number(scale * value, None if error is None else scale * error)
+
+
+def show_experiment(files: "ExperimentFiles") -> None:
+    """Says what became of the cells and where the report is."""
+    cells = [(found.model, *entry) for found in files.results.models for entry in found.cells.items()]
+    titles = [title for title in dict.fromkeys(t for *_, cell in cells for t in cell.figures) if _is_summary(title)]
+    several = len(files.results.models) > 1
+    title = f"Experiment {files.results.experiment}" + ("" if several or not cells else f", {cells[0][0]}")
+    table = Table(title=escape(title), title_justify="left", title_style="bold")
+    for name in (*(["model"] if several else []), "cell", "state"):
+        table.add_column(name, no_wrap=not several)
+    for name in ("removed", *(title.replace("Avg", "average, %").partition(", wiki")[0] for title in titles)):
+        table.add_column(name, justify="right", no_wrap=True)
+    for model, name, cell in cells:
+        share = "" if cell.ratio is None else f"{cell.ratio:.2%}"
+        shown = (_summary(title, cell.figures.get(title)) for title in titles)
+        table.add_row(*([escape(model)] if several else []), escape(name), cell.state, share, *shown)
+    stdout.print(table)
+    stdout.print(
+        f"Report in {files.report.html} and {files.report.markdown}; {files.record} is the record", markup=False
+    )

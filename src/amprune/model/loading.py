@@ -1,0 +1,173 @@
+"""A folder as a transformers model and tokenizer, always by the stock `from_pretrained`."""
+
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from amprune.errors import CheckpointError
+from amprune.model.architecture import quiet_transformers
+from amprune.model.files import stored_tensors
+from amprune.model.quantized import folder_quantization, require_library
+from amprune.model.reader import read_checkpoint
+from amprune.model.streaming import streamed_model
+
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json",
+)  # fmt: skip
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@contextmanager
+def loaded_model(
+    folder: Path, *, dtype: str = "auto", device: str | None = None, device_map: str | None = None
+) -> Iterator[PreTrainedModel]:
+    """Loads a model in evaluation mode, always as the stock class: code that a checkpoint carries never runs.
+
+    Args:
+        folder: a Hugging Face folder of any causal language model.
+        dtype: of the computation; auto is that of the checkpoint.
+        device: such as cpu or cuda:1; the default is cuda where there is one, else cpu.
+        device_map: `auto` spreads a model over devices, memory and disk; `disk` streams each module from its file.
+
+    Raises:
+        CheckpointError: transformers cannot load it, or an option is wrong.
+    """
+    if dtype not in DTYPES:
+        raise CheckpointError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    if device_map is not None and device is not None:
+        raise CheckpointError("give a device or a device_map, not both")
+    quantization = folder_quantization(folder)
+    if device_map == "disk":
+        checkpoint = read_checkpoint(folder)
+        yield streamed_model(checkpoint, checkpoint.computed_in(dtype))
+        return
+    if quantization is not None:
+        require_library(str(quantization.get("quant_method")), f"{folder}, which is quantised,")
+    # Quantised weights are unpacked for their device as they are loaded; not all can move afterwards.
+    place = {"": device or default_device()} if quantization is not None and device_map is None else device_map
+    with tempfile.TemporaryDirectory(prefix="amprune-offload-") as offload:
+        try:
+            with quiet_transformers(bars_on_terminal=True):
+                load: Any = AutoModelForCausalLM.from_pretrained
+                model, report = load(
+                    folder,
+                    dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+                    device_map=place,
+                    offload_folder=offload,
+                    local_files_only=True,
+                    trust_remote_code=False,  # else transformers asks on the terminal
+                    output_loading_info=True,
+                )
+        except (OSError, ValueError, RuntimeError, ImportError) as error:
+            raise CheckpointError(f"transformers cannot load {folder}: {error}") from error
+        _check_filled(folder, report)
+        if place is None:
+            _move(model, device or default_device())
+        yield model.eval()
+
+
+def _check_filled(folder: Path, report: Mapping[str, Collection[str]]) -> None:
+    """Refuses a model of which transformers drew weights at random, since the folder lacks them."""
+    if names := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
+        raise CheckpointError(
+            f"the weights in {folder} are not those of its config.json: {len(names)} tensors are missing or of another "
+            f"shape, such as {names[0]}; download the checkpoint again"
+        )
+
+
+def loading_problems(folder: Path) -> dict[str, list[str]]:
+    """Lists what stock `from_pretrained` finds missing, unexpected or mismatched in a folder.
+
+    It is given the stored names and shapes without their data, so that a check of any size costs no memory.
+    """
+    stored = stored_tensors(folder)
+    try:
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            _, report = model_class.from_pretrained(
+                None,
+                config=config,
+                state_dict={
+                    name: torch.empty(stored[name].header.shape, dtype=stored[name].header.dtype, device="meta")
+                    for name in stored.keys() - _stored_twice(stored, model_class, config)
+                },
+                device_map={"": "meta"},
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        raise CheckpointError(f"transformers cannot load {folder}: {error}") from error
+    return {kind: sorted(map(str, names)) for kind, names in report.items() if names}
+
+
+def _stored_twice(names: Collection[str], model_class: Any, config: Any) -> set[str]:
+    """Returns what is tied to another tensor that is stored, too: loaders may compare the values of the two.
+
+    Stored names may lack the prefix of the base model.
+    """
+    with torch.device("meta"):
+        tied = model_class(config).all_tied_weights_keys
+    prefix = f"{model_class.base_model_prefix}."
+    bare = {name.removeprefix(prefix): name for name in names}
+    pairs = ((target.removeprefix(prefix), source.removeprefix(prefix)) for target, source in tied.items())
+    return {bare[target] for target, source in pairs if target in bare and source in bare}
+
+
+def _move(model: Any, device: str) -> None:
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise CheckpointError(
+            f"the model cannot be moved to the device {device!r} ({' '.join(str(error).split())}); choose another "
+            "--device, or --device-map auto or disk for a model larger than its memory"
+        ) from error
+
+
+def default_device() -> str:
+    """Returns cuda where there is one, else cpu."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Returns how many token ids the model embeds."""
+    embedding: Any = model.get_input_embeddings()
+    return int(embedding.num_embeddings)
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Returns where the model takes its input: for an offloaded model, where its embedding computes."""
+    embedding = model.get_input_embeddings()
+    hook = getattr(embedding, "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    found = torch.device(device) if device is not None else next(embedding.parameters()).device
+    # A streamed model, whose weights are on no device between their turns, computes on the CPU.
+    return torch.device("cpu") if found.type == "meta" else found
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Tells whether a folder holds any tokenizer file."""
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """Loads the folder's tokenizer.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be loaded.
+    """
+    if not has_tokenizer(folder):
+        raise CheckpointError(
+            f"{folder} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}), and text needs one: copy the "
+            "tokenizer files of the model into its folder"
+        )
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as error:  # tokenizers raise many types
+        raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {error}") from error

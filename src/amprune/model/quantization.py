@@ -1,0 +1,133 @@
+"""What the record of a quantised model tells: as values, and in words."""
+
+import math
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from amprune.errors import QuantizationError
+from amprune.model.files import read_json
+from amprune.model.quantized import RECORD
+from amprune.model.writer import RECORDS
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+
+
+def _are_errors(value: object) -> bool:
+    return isinstance(value, dict) and bool(value) and all(map(_is_number, value.values()))
+
+
+_RIGHT: dict[str, Callable[[object], bool]] = {
+    **dict.fromkeys(("quantized_from", "type", "numbers", "library", "computed_in"), _is_text),
+    **dict.fromkeys(("quantized", "parameters", "bytes_before", "bytes_after"), _is_count),
+    **dict.fromkeys(("logit_difference", "loaded_difference", "tolerance"), _is_number),
+    "group_size": lambda value: value is None or _is_count(value),
+    "errors": _are_errors,
+    "versions": lambda value: isinstance(value, dict),
+}
+"""What each field of a record has to be."""
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """The content of `quantization.json`."""
+
+    quantized_from: str
+    """What was quantised."""
+    type: str
+    """int8 or int4."""
+    numbers: str
+    """What a stored number is: int8, nf4."""
+    group_size: int | None
+    """Inputs of an output that share a scale; None where all do."""
+    library: str
+    quantized: int
+    """How many of the `parameters` are quantised."""
+    parameters: int
+    bytes_before: int
+    bytes_after: int
+    """Of all weights on disk, scales included."""
+    errors: Mapping[str, float]
+    """By decoder block, the share of the quantised weights' Frobenius norm that quantising changed."""
+    logit_difference: float
+    """To the unquantised model: a root mean square in standard deviations of its logits, in float64."""
+    loaded_difference: float
+    """Between stock transformers and the stored weights in float64, as above."""
+    tolerance: float
+    """What the latter had to stay below."""
+    computed_in: str
+    """The dtype in which transformers computed."""
+    versions: Mapping[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the JSON form."""
+        return {"format": 1, **vars(self), "error_mean": self.mean_error, "error_max": max(self.errors.values())}
+
+    @property
+    def mean_error(self) -> float:
+        """The mean over decoder blocks of the relative error."""
+        return statistics.fmean(self.errors.values())
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any], *, where: str) -> "Quantization":
+        """Reads the JSON form.
+
+        Raises:
+            QuantizationError: a field is missing or of a wrong type.
+        """
+        if content.get("format") != 1:
+            raise QuantizationError(
+                f"{where}: format is {content.get('format')!r}, expected 1; quantise the model again"
+            )
+        fields = {name: content.get(name) for name in cls.__dataclass_fields__}
+        for name, right in _RIGHT.items():
+            if not right(value := fields[name]):
+                raise QuantizationError(
+                    f"{where}: {name} is {value!r}; the record is damaged: quantise the model again"
+                )
+        return cls(**fields)  # type: ignore[arg-type]
+
+
+def is_quantized(folder: Path) -> bool:
+    """Tells whether a checkpoint says that amprune quantised it."""
+    return (folder / RECORDS / RECORD).is_file()
+
+
+def read_quantization(folder: Path) -> Quantization:
+    """Reads the record that a quantised checkpoint carries.
+
+    Raises:
+        CheckpointError: it is missing or no JSON.
+        QuantizationError: it is damaged.
+    """
+    file = folder / RECORDS / RECORD
+    return Quantization.from_dict(read_json(file), where=str(file))
+
+
+def quantization_sentences(found: Quantization) -> tuple[str, ...]:
+    """Says how a model was quantised, what that did to it, what was shown, and what loads it."""
+    scale = f"a scale for every {found.group_size} weights" if found.group_size else "a scale for each output"
+    return (
+        f"Quantised from {found.quantized_from} to {found.type} ({found.numbers}, {scale}, as {found.library} has it), "
+        f"without calibration: {found.quantized:,} of {found.parameters:,} weights; embeddings, norms and the "
+        f"language-model head stay as they were. {found.bytes_after / 1e6:,.1f} MB of weights, from "
+        f"{found.bytes_before / 1e6:,.1f} MB.",
+        f"Quantising changed the weights of a block by {found.mean_error:.2%} of their norm on average "
+        f"({max(found.errors.values()):.2%} at most) and the logits by {found.logit_difference:.2g} of their standard "
+        "deviation, root mean square on random tokens.",
+        f"Verified: the logits of stock transformers are those of the stored weights, to {found.loaded_difference:.1e} "
+        f"of their standard deviation in {found.computed_in} (tolerance {found.tolerance:g}).",
+        f"Loading it needs {found.library} (pip install {found.library}).",
+    )

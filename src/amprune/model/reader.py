@@ -1,0 +1,210 @@
+"""A Hugging Face folder as a lazy mapping: headers first, one tensor at a time."""
+
+import hashlib
+import logging
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from amprune.errors import CheckpointError, UnsupportedModelError
+from amprune.model.architecture import Architecture, describe, make_config
+from amprune.model.files import (
+    SAFETENSORS_DTYPES,
+    StoredTensor,
+    TensorHeader,
+    opened,
+    read_json,
+    stored_tensors,
+    what_else,
+)
+from amprune.model.quantized import refuse_quantized
+from amprune.model.shape import ModelShape
+
+logger = logging.getLogger(__name__)
+
+
+class Checkpoint(Mapping[str, torch.Tensor]):
+    """The tensors that the model takes from a folder, by their name in `model.state_dict()`.
+
+    Getting one reads it alone, into memory of its own. Tensors that the architecture does not use are left out.
+    """
+
+    def __init__(
+        self, folder: Path, config: dict[str, Any], architecture: Architecture, stored: Mapping[str, "StoredTensor"]
+    ) -> None:
+        self.folder = folder
+        self.config = config
+        self.architecture = architecture
+        self._stored = stored
+
+    @property
+    def shape(self) -> ModelShape:
+        """The sizes that config.json gives."""
+        return self.architecture.shape
+
+    @property
+    def positions(self) -> int | None:
+        """The longest sequence that the model was made for, where the config says."""
+        config = make_config(self.config, where=str(self.folder))
+        return getattr(config, "max_position_embeddings", None)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of most parameters."""
+        counts: dict[torch.dtype, int] = {}
+        for tensor in self._stored.values():
+            if tensor.header.dtype is not None:
+                counts[tensor.header.dtype] = counts.get(tensor.header.dtype, 0) + math.prod(tensor.header.shape)
+        return max(counts, key=lambda dtype: counts[dtype])
+
+    def computed_in(self, dtype: str) -> torch.dtype:
+        """Returns the dtype of a name; auto is that of most parameters."""
+        found: torch.dtype = self.dtype if dtype == "auto" else getattr(torch, dtype)
+        return found
+
+    def header(self, name: str) -> TensorHeader:
+        """Returns the shape and dtype of a tensor without reading it."""
+        return self._stored[name].header
+
+    @property
+    def bytes(self) -> int:
+        """Size of the tensors on disk."""
+        headers = (tensor.header for tensor in self._stored.values())
+        return sum(header.bytes for header in headers)
+
+    def stored_name(self, name: str) -> str:
+        """Returns a tensor's name in the file, which may lack the base model's prefix."""
+        return self._stored[name].name
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor = self._stored[name]
+        with opened(tensor.file) as file:
+            return cast(torch.Tensor, file.get_tensor(tensor.name))
+
+    def resolve(self, name: str) -> str:
+        """Returns the tensor of the checkpoint that a name of the model stands for, itself or the one it is tied to."""
+        if name in self._stored:
+            return name
+        partners = [source for target, source in self.architecture.tied.items() if target == name]
+        partners += [target for target, source in self.architecture.tied.items() if source == name]
+        return next(partner for partner in partners if partner in self._stored)
+
+    def slabs(self, name: str, size: int) -> Iterator[torch.Tensor]:
+        """Reads a tensor a few rows at a time."""
+        tensor = self._stored[name]
+        rows = tensor.header.shape[0]
+        for start in range(0, rows, size):
+            with opened(tensor.file, backend="mmap") as file:
+                yield file.get_slice(tensor.name)[start : min(start + size, rows)]
+
+    def rows(self, name: str, indices: list[int]) -> torch.Tensor:
+        """Reads single rows of a tensor."""
+        tensor = self._stored[name]
+        with opened(tensor.file, backend="mmap") as file:
+            part = file.get_slice(tensor.name)
+            return torch.cat([part[index : index + 1] for index in indices])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identifies the weights; see `fingerprint`."""
+        return fingerprint(self.rows, self.architecture)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Opens a folder, reading config.json and every shard's header, and matches the two.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or malformed, or config and weights disagree.
+        UnsupportedModelError: the architecture is not supported, or the weights are quantised.
+    """
+    config = read_json(folder / "config.json", hint=what_else(folder))
+    refuse_quantized(folder, config)
+    architecture = describe(config, where=str(folder))
+    stored = stored_tensors(folder)
+    return Checkpoint(folder, config, architecture, _matched(stored, architecture, folder))
+
+
+def _matched(stored: Mapping[str, StoredTensor], architecture: Architecture, folder: Path) -> dict[str, StoredTensor]:
+    """Pairs the model's tensors with the stored ones; those that the model does not take are left out."""
+    prefixes, renamed = ("", f"{architecture.base_prefix}."), architecture.family.stored_names
+    matched = {}
+    for name, tensor in stored.items():
+        loaded = name if name in architecture.tensors else renamed.get(name, name)
+        full = next((prefix + loaded for prefix in prefixes if prefix + loaded in architecture.tensors), None)
+        if full is None:
+            _check_left_out(tensor, architecture)
+            logger.info("%s: tensor %s is not part of the architecture and is left out", folder, name)
+            continue
+        expected = architecture.tensors[full]
+        if tensor.header.dtype is None:
+            raise UnsupportedModelError(
+                f"{tensor.file}: tensor {name} is neither {_names(SAFETENSORS_DTYPES.values())}; a quantised "
+                "checkpoint cannot be pruned: prune the original checkpoint first and quantise the result"
+            )
+        if tensor.header.shape != expected:
+            raise CheckpointError(
+                f"{tensor.file}: tensor {name} has shape {tensor.header.shape}, but config.json asks for {expected}; "
+                "config and weights disagree"
+            )
+        matched[full] = tensor
+    covered = set(matched)
+    for target, source in architecture.tied.items():
+        if covered & {target, source}:
+            covered |= {target, source}
+    if missing := sorted(set(architecture.tensors) - covered):
+        raise CheckpointError(
+            f"{folder}: the weights lack {len(missing)} of the {len(architecture.tensors)} tensors that config.json "
+            f"asks for, such as {missing[0]}; an incomplete download, or a checkpoint of another architecture"
+        )
+    return matched
+
+
+def _check_left_out(tensor: StoredTensor, architecture: Architecture) -> None:
+    """Refuses to drop a layer that config.json does not count."""
+    before, after = architecture.family.layer_prefix.split("{layer}")
+    short = before.removeprefix(f"{architecture.base_prefix}.")
+    found = re.fullmatch(rf"(?:{re.escape(before)}|{re.escape(short)})(\d+){re.escape(after)}(.+)", tensor.name)
+    if found and any(cut.tensor == found.group(2) for cut in architecture.family.cuts):
+        layers = architecture.shape.num_layers
+        if int(found.group(1)) >= layers:
+            raise CheckpointError(
+                f"{tensor.file}: holds tensor {tensor.name}, but config.json counts {layers} layers; config and "
+                "weights disagree"
+            )
+
+
+def identical(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Compares two tensors bit by bit, since as numbers what is none equals nothing, not even itself."""
+    bits = [tensor.reshape(-1).view(torch.uint8) for tensor in (one, other)]
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(*bits)
+
+
+def _names(dtypes: Iterable[torch.dtype]) -> str:
+    return " nor ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def fingerprint(rows: Callable[[str, list[int]], torch.Tensor], architecture: Architecture) -> str:
+    """Hashes the prunable tensors by their shapes and a sample of rows, rounded to bfloat16.
+
+    `rows(name, indices)` reads rows of a tensor. Two checkpoints of the same weights agree whatever their sharding,
+    one in float32 and one in bfloat16 too; a fine-tuned copy differs.
+    """
+    digest = hashlib.sha256()
+    for name in architecture.cut_tensors():
+        shape = architecture.tensors[name]
+        sample = rows(name, sorted({0, shape[0] // 3, 2 * shape[0] // 3, shape[0] - 1}))
+        values = sample.detach().to("cpu", torch.float32).to(torch.bfloat16).contiguous().view(torch.int16)
+        digest.update(f"{name}{shape}".encode())
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,214 @@
+"""What the records of a model that was trained after pruning tell: as values, and in words."""
+
+import json
+import math
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from amprune.errors import RecoveryError
+from amprune.model.files import read_json
+from amprune.model.writer import RECORDS
+
+RECORD, LOG = "recovery.json", "training.jsonl"
+_LICENCES = {
+    "alpaca": "the original Alpaca data is CC BY-NC 4.0, not for commercial use; its cleaned copy names CC BY 4.0",
+    "builtin": "it ships with amprune, under Apache 2.0",
+}
+_SETTINGS: dict[str, type | tuple[type, ...]] = {
+    "full": bool,
+    "load_in_4bit": bool,
+    "lora_rank": int,
+    "lora_alpha": (int, float),
+    "learning_rate": (int, float),
+    "epochs": (int, float),
+    "max_steps": (int, type(None)),
+    "batch_size": int,
+    "gradient_accumulation": int,
+    "max_length": int,
+    "packing": bool,
+    "temperature": (int, float),
+    "teacher_weight": (int, float),
+}
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """The content of `recovery.json`."""
+
+    source: str
+    """What was trained."""
+    data: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    teacher: str | None
+    steps: int
+    before: float | None
+    """Validation loss before the training; None without samples held out."""
+    after: float | None
+    rounding: float
+    """What storing the trained weights moved the logits by: a root mean square, in standard deviations."""
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any], *, where: str) -> "Recovery":
+        """Reads the JSON form.
+
+        Raises:
+            RecoveryError: a field is missing or of a wrong type.
+        """
+        if content.get("format") != 1:
+            raise RecoveryError(f"{where}: format is {content.get('format')!r}, expected 1; recover the model again")
+        number, maybe = (int, float), (int, float, type(None))
+        data = _checked(_field(content, "data", dict, where), {"name": str, "training": int, "tokens": int,
+                                                               "validation": int}, where)  # fmt: skip
+        return cls(
+            source=_field(content, "recovered_from", str, where),
+            data=data,
+            settings=_checked(_field(content, "settings", dict, where), _SETTINGS, where),
+            teacher=_field(content, "teacher", (str, type(None)), where),
+            steps=_field(content, "steps", int, where),
+            before=_field(content, "validation_before", maybe, where),
+            after=_field(content, "validation_after", maybe, where),
+            rounding=_field(content, "rounding", number, where),
+        )
+
+
+def _checked(content: Any, kinds: Mapping[str, type | tuple[type, ...]], where: str) -> Any:
+    for name, kind in kinds.items():
+        _field(content, name, kind, where)
+    return content
+
+
+def _field(content: Mapping[str, Any], name: str, kind: type | tuple[type, ...], where: str) -> Any:
+    value, kinds = content.get(name), kind if isinstance(kind, tuple) else (kind,)
+    right = (name in content or type(None) in kinds) and isinstance(value, kinds)
+    if isinstance(value, bool):
+        right = bool in kinds
+    if isinstance(value, float):
+        right = right and math.isfinite(value)
+    if not right:
+        raise RecoveryError(f"{where}: {name} is {value!r}; the record is damaged: recover the model again")
+    return value
+
+
+def is_recovered(folder: Path) -> bool:
+    """Tells whether a checkpoint says that it was trained after pruning."""
+    return (folder / RECORDS / RECORD).is_file()
+
+
+def read_recovery(folder: Path) -> Recovery:
+    """Reads the record that a recovered checkpoint carries.
+
+    Raises:
+        CheckpointError: it is missing or no JSON.
+        RecoveryError: it is damaged.
+    """
+    file = folder / RECORDS / RECORD
+    return Recovery.from_dict(read_json(file), where=str(file))
+
+
+@dataclass(frozen=True)
+class TrainingLog:
+    """The content of `training.jsonl`: losses by step."""
+
+    training: tuple[tuple[int, float], ...] = ()
+    validation: tuple[tuple[int, float], ...] = ()
+    tokens_per_second: float | None = None
+    """The median over the logged steps."""
+
+
+def read_training_log(folder: Path) -> TrainingLog:
+    """Reads the log that a recovered checkpoint carries; lines that are damaged or half-written are left out."""
+    file = folder / RECORDS / LOG
+    try:
+        text = file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return TrainingLog()
+    entries = [entry for entry in _entries(text) if _is_number(entry.get("step"))]
+    training, validation = (
+        tuple(sorted((int(entry["step"]), float(entry[name])) for entry in entries if _is_number(entry.get(name))))
+        for name in ("loss", "validation_loss")
+    )
+    speeds = [float(entry["tokens_per_second"]) for entry in entries if _is_number(entry.get("tokens_per_second"))]
+    return TrainingLog(training, validation, statistics.median(speeds) if speeds else None)
+
+
+def _entries(text: str) -> Iterator[dict[str, Any]]:
+    for line in text.splitlines():
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(entry, dict):
+            yield entry
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def training_sentences(recovery: Recovery) -> tuple[str, ...]:
+    """Says how a model was trained, what it did to the validation loss, and what storing the result cost."""
+    return (*recipe(recovery), *filter(None, (_losses(recovery), _stored(recovery))))
+
+
+def recipe(recovery: Recovery) -> tuple[str, ...]:
+    """Says how a model was trained, and by whom it was taught."""
+    settings, data = recovery.settings, recovery.data
+    passes = "" if settings["max_steps"] is not None else f" ({settings['epochs']:g} passes over the data)"
+    samples = "packed sequences" if settings["packing"] else "samples"
+    trained = (
+        f"Trained from {recovery.source} by {method(recovery)} on {data['training']:,} {samples} of {data['name']} "
+        f"({data['tokens']:,} tokens, at most {settings['max_length']:,} in one): {recovery.steps:,} steps of "
+        f"{settings['batch_size']} x {settings['gradient_accumulation']} on each device{passes}, at a learning "
+        f"rate of {settings['learning_rate']:g} that falls to 0."
+    )
+    return (trained,) if recovery.teacher is None else (trained, _lesson(recovery, recovery.teacher))
+
+
+def method(recovery: Recovery) -> str:
+    """Says what was trained: adapters, or every weight."""
+    settings = recovery.settings
+    if settings["full"]:
+        return "full fine-tuning"
+    bits = ", frozen weights in four bits" if settings["load_in_4bit"] else ""
+    return f"LoRA (rank {settings['lora_rank']}, alpha {settings['lora_alpha']:g}{bits})"
+
+
+def _lesson(recovery: Recovery, teacher: str) -> str:
+    share, temperature = 100 * recovery.settings["teacher_weight"], recovery.settings["temperature"]
+    return (
+        f"Taught by {_place(teacher)}: {share:g} % of the loss is the divergence from its next-token distributions, at "
+        f"a temperature of {temperature:g}; the rest is that of the data."
+    )
+
+
+def _losses(recovery: Recovery) -> str | None:
+    if recovery.before is None or recovery.after is None:
+        return None
+    held = recovery.data["validation"]
+    samples = f"{held:,} sample{'' if held == 1 else 's'} held out"
+    return f"Validation loss: {recovery.before:#.4g} before the training, {recovery.after:#.4g} after it ({samples})."
+
+
+def _stored(recovery: Recovery) -> str:
+    amount = f"{recovery.rounding:.1e} of their standard deviation, root mean square" if recovery.rounding else "0"
+    if recovery.settings["full"]:
+        return f"Rounding the trained weights to the checkpoint's dtype moved the logits by {amount}."
+    return (
+        "The adapters are merged into the weights: the logits equal those of the model with its adapters but for "
+        f"rounding to the checkpoint's dtype ({amount})."
+    )
+
+
+def data_sentence(recovery: Recovery) -> str:
+    """Says that the licence of the training data holds for the model as well."""
+    name = str(recovery.data["name"])
+    known = f" ({_LICENCES[name]})" if name in _LICENCES else ""
+    return f"It was trained on {name}, whose licence applies to it as well{known}."
+
+
+def _place(model: str) -> str:
+    """Leaves out where on this machine a model lies: cards are shared."""
+    return Path(model).name if Path(model).expanduser().is_absolute() else model

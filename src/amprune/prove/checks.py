@@ -1,0 +1,249 @@
+"""Every check of an output, and the report of them."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from amprune.cut.refit.record import RECORD as RECONSTRUCTION
+from amprune.cut.refit.run import digest
+from amprune.cut.slicing import kept_tensors, output_config
+from amprune.errors import AmpruneError, VerificationError
+from amprune.model.loading import has_tokenizer, load_tokenizer, loading_problems
+from amprune.model.reader import Checkpoint, read_checkpoint
+from amprune.model.recovered import RECORD, is_recovered, read_recovery
+from amprune.model.writer import RECORDS
+from amprune.plan.artefact import PruningPlan, check_plan
+from amprune.prove.logits import logit_difference, probe_logits
+from amprune.running import Progress, no_progress
+
+TOLERANCE = 1e-5
+"""Largest allowed difference of any logit, as a share of the logits' standard deviation, in float64."""
+_SUMMING = 1e-12
+"""What another order of summing may move a float64 by, as a share of the largest."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was held to be true, and what was found."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class VerificationReport:
+    """Every check, with the measured difference of the logits in units of their standard deviation."""
+
+    checks: tuple[Check, ...]
+    logit_difference: float | None
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed."""
+        return all(check.passed for check in self.checks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the JSON form."""
+        return {
+            "passed": self.passed,
+            "logit_difference": self.logit_difference,
+            "tolerance": TOLERANCE,
+            "checks": [asdict(check) for check in self.checks],
+        }
+
+    def require(self) -> None:
+        """Raises VerificationError, naming each failed check, unless all passed."""
+        if not self.passed:
+            failed = "; ".join(f"{check.name}: {check.detail}" for check in self.checks if not check.passed)
+            raise VerificationError(f"verification failed: {failed}")
+
+
+def verify_checkpoint(
+    folder: Path,
+    dense: Checkpoint,
+    plan: PruningPlan,
+    *,
+    biases: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    refitted: Mapping[str, str] = MappingProxyType({}),
+    trust_remote_code: bool = False,
+    progress: Progress = no_progress,
+) -> VerificationReport:
+    """Holds an output to the four invariants: it reloads, it equals the masked dense model, groups and files are whole.
+
+    Both models are streamed module by module from their files, so that memory stays small, and computed in float64
+    whatever dtype is stored: stored values are exact there, so that one tolerance serves every dtype and depth.
+    Of an output that was trained after pruning, the logits are held to be finite alone, as is every weight.
+
+    `biases`, of float64 and by their dense names, are those that make up for what was removed: stored ones are held to
+    them, and the masked dense model is given what is stored. `refitted` are the hashes of the output projections that
+    were refitted, by their dense names: what is stored is held to them, and the masked dense model is given that.
+    """
+    checks: list[Check] = []
+    difference: float | None = None
+    output = cache(lambda: read_checkpoint(folder))  # opened by the first check that reads it; each tells why it cannot
+
+    def run(name: str, check: Callable[[], str]) -> None:
+        try:
+            checks.append(Check(name, True, check()))
+        except AmpruneError as error:
+            checks.append(Check(name, False, str(error)))
+
+    removed = "blocks skipped" if len(plan.kept_layers) < len(plan.layers) else "units masked"
+
+    def compare_logits() -> str:
+        nonlocal difference
+        difference = logit_difference(output(), dense, plan, {*biases, *refitted}, advance)
+        if not difference <= TOLERANCE:
+            raise VerificationError(
+                f"logits differ from those of the masked dense model by {difference:.1e} of their standard deviation, "
+                f"more than {TOLERANCE:.0e}"
+            )
+        found = "identical" if difference == 0 else f"within {difference:.1e} of their standard deviation"
+        refit = " and its output projections refitted" if refitted else ""
+        return f"{found}, to the dense model with the removed {removed}{refit} (tolerance {TOLERANCE:.0e}, float64)"
+
+    with progress("Verifying", 2) as advance:
+        run("groups", lambda: _check_plan(folder, plan))
+        run("config", lambda: _check_config(output(), dense, plan))
+        run("dtype and ties", lambda: _check_tensors(output(), dense, plan))
+        run("files", lambda: _check_files(folder, dense.folder))
+        run("tokenizer", lambda: _check_tokenizer(folder, dense.folder, trust_remote_code=trust_remote_code))
+        run("reload", lambda: _check_reload(folder))
+        if biases and not is_recovered(folder):
+            run("biases", lambda: _check_biases(output(), dense, plan, biases))
+        if refitted and not is_recovered(folder):
+            run("refit", lambda: _check_refitted(output(), dense, plan, refitted))
+        if is_recovered(folder):
+            run("weights", lambda: _check_finite(output()))
+            run("logits", lambda: _check_trained(folder, output(), advance))
+        else:
+            run("logits", compare_logits)
+    return VerificationReport(tuple(checks), difference)
+
+
+def _check_plan(folder: Path, plan: PruningPlan) -> str:
+    check_plan(plan)
+    before, after = plan.shape_before, plan.shape_after
+    if after.num_layers < before.num_layers:
+        return f"{after.num_layers} of {before.num_layers} blocks kept, in order"
+    return f"every kept key-value head keeps its {after.group_size} query heads, in order"
+
+
+def _check_config(output: Checkpoint, dense: Checkpoint, plan: PruningPlan) -> str:
+    expected = output_config(dense.config, dense.architecture, plan)
+    if output.config != expected:
+        keys = sorted(key for key in output.config.keys() | expected if output.config.get(key) != expected.get(key))
+        raise VerificationError(f"config.json differs from the dense one in more than the new sizes: {', '.join(keys)}")
+    before, after = output.shape.parameters, plan.shape_after.parameters
+    if before != after:
+        raise VerificationError(f"has {before:,} parameters, expected {after:,}")
+    return f"{after:,} parameters, {plan.ratio_actual:.2%} fewer"
+
+
+def _check_tensors(output: Checkpoint, dense: Checkpoint, plan: PruningPlan) -> str:
+    kept = kept_tensors(dense.architecture, plan, dense)
+    if set(output) != set(kept):
+        different = sorted(set(output) ^ set(kept))
+        raise VerificationError(f"the set of tensors differs from the dense model's, such as {different[0]}")
+    for name, old in kept.items():
+        if output.header(name).dtype != dense.header(old).dtype:
+            raise VerificationError(f"{name} is {output.header(name).dtype}, was {dense.header(old).dtype}")
+    if set(output.architecture.tied) != set(dense.architecture.tied):
+        raise VerificationError("tied embeddings are no longer tied, or are tied now")
+    dtypes = sorted({str(output.header(name).dtype).removeprefix("torch.") for name in output})
+    return f"{', '.join(dtypes)}; {'tied' if dense.architecture.tied else 'separate'} embeddings"
+
+
+def _check_biases(output: Checkpoint, dense: Checkpoint, plan: PruningPlan, biases: Mapping[str, torch.Tensor]) -> str:
+    """Holds the stored biases that make up for what was removed to those expected, to within rounding."""
+    for name, old in kept_tensors(dense.architecture, plan, biases).items():
+        bias, found = biases[old], output[name]
+        allowed = torch.finfo(found.dtype).eps * bias.abs() + _SUMMING * bias.abs().max()
+        if not ((found.double() - bias).abs() <= allowed).all():
+            raise VerificationError(f"{name} is not the dense bias and the mean of what was removed")
+    return f"{len(biases)} hold the mean of what was removed, to within rounding"
+
+
+def _check_refitted(output: Checkpoint, dense: Checkpoint, plan: PruningPlan, refitted: Mapping[str, str]) -> str:
+    """Holds what is stored to what was fitted, byte by byte."""
+    if unknown := sorted(set(refitted).difference(dense)):
+        raise VerificationError(f"{RECONSTRUCTION} names {unknown[0]}, which the dense model does not have")
+    for name, old in kept_tensors(dense.architecture, plan, refitted).items():
+        if digest(output[name]) != refitted[old]:
+            raise VerificationError(f"{name} is not what was fitted: its hash differs from that of {RECONSTRUCTION}")
+    return f"{len(refitted)} tensors of output projections are those that were fitted, byte by byte"
+
+
+def _check_files(folder: Path, source: Path) -> str:
+    """Compares byte by byte what must survive: generation config, chat template, tokenizer files."""
+    names = ["generation_config.json", "chat_template.jinja", "special_tokens_map.json", "tokenizer_config.json"]
+    names += ["tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json"]
+    present = [name for name in names if (source / name).is_file()]
+    for name in present:
+        if not (folder / name).is_file():
+            raise VerificationError(f"{name} of the dense model is missing")
+        if _sha256(folder / name) != _sha256(source / name):
+            raise VerificationError(f"{name} differs from the dense model's")
+    return ", ".join(present) or "the dense model has none"
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+_PROBE = "The quick brown fox: naïve café, 12,345.67 € — 你好!\n\tdef f(x): return x**2"
+
+
+def _check_tokenizer(folder: Path, source: Path, *, trust_remote_code: bool) -> str:
+    """Loads both tokenizers, since AutoTokenizer may choose by the config's model_type."""
+    if not has_tokenizer(source):
+        return "the dense model has none"
+    ours, theirs = (load_tokenizer(place, trust_remote_code=trust_remote_code) for place in (folder, source))
+    if ours(_PROBE)["input_ids"] != theirs(_PROBE)["input_ids"]:
+        raise VerificationError("the tokenizer of the output gives other tokens than the dense model's")
+    if ours.chat_template != theirs.chat_template:
+        raise VerificationError("the chat template differs from the dense model's")
+    return f"{type(ours).__name__}, same tokens and chat template"
+
+
+def _check_reload(folder: Path) -> str:
+    for kind, names in loading_problems(folder).items():
+        raise VerificationError(f"from_pretrained finds {len(names)} {kind.replace('_', ' ')}, such as {names[0]}")
+    return "AutoModelForCausalLM takes every tensor: none missing, unexpected or mismatched"
+
+
+def _check_finite(output: Checkpoint) -> str:
+    for name in output:
+        if not torch.isfinite(output[name]).all():
+            raise VerificationError(f"{name} holds values that are not finite")
+    return "every value is finite"
+
+
+def _check_trained(folder: Path, output: Checkpoint, advance: Callable[[int], None]) -> str:
+    """Computes the logits of an output whose weights are no longer those of the dense model."""
+    read_recovery(folder)  # a record that cannot be read excuses nothing
+    logits = probe_logits(output)
+    advance(2)
+    if not torch.isfinite(logits).all():
+        raise VerificationError("the recovered model gives logits that are not finite")
+    return f"finite; not compared: the weights were trained after pruning ({RECORD})"
+
+
+def read_plan(folder: Path) -> PruningPlan:
+    """Reads the plan that an output carries."""
+    path = folder / RECORDS / "plan.json"
+    if not path.is_file():
+        if is_recovered(folder):
+            raise VerificationError(
+                f"{path} is missing: {folder} was trained from a model that amprune did not prune, so that there is "
+                "nothing to hold it to"
+            )
+        raise VerificationError(f"{path} is missing; {folder} was not made by amprune, or its records were removed")
+    return PruningPlan.load(path)

@@ -1,0 +1,162 @@
+"""A model -> one GGUF file that llama.cpp runs. START HERE in this folder."""
+
+import logging
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from amprune.errors import CheckpointError, ExportError, MissingDependencyError, UnsupportedModelError
+from amprune.model.backends import GGUF_BLOCK, GGUF_SUPER_BLOCK
+from amprune.model.files import read_json
+from amprune.model.gguf_file import GgufFile, read_gguf, set_width
+from amprune.model.llama_cpp_tools import find_converter, find_quantiser
+from amprune.model.reader import Checkpoint, read_checkpoint
+from amprune.model.source import Source, open_source
+from amprune.model.staging import check_file, staged_file
+from amprune.running import Progress, no_progress
+from amprune.serve.gguf.check import TokenCheck, check_sizes, check_tokens
+from amprune.serve.gguf.convert import CONVERTED, GgufType, convert, quantise
+from amprune.serve.gguf.families import as_known, check_family
+
+logger = logging.getLogger(__name__)
+_OWN: dict[torch.dtype, GgufType] = {torch.float16: "f16", torch.bfloat16: "bf16"}
+# Bytes a weight, with room for tensors that take a larger type.
+_BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 1.1, "q4_0": 0.8, "q4_k_m": 0.9}
+_BLOCKS = {"q8_0": GGUF_BLOCK, "q4_0": GGUF_BLOCK, "q4_k_m": GGUF_SUPER_BLOCK}
+"""A row is quantised in blocks of so many weights; a row that they do not divide takes another type."""
+
+
+@dataclass(frozen=True)
+class ExportedGguf:
+    """A GGUF file, how it was made and what was proven of it."""
+
+    file: GgufFile
+    converter: str
+    quantiser: str | None
+    check: TokenCheck | None
+    """None where llama.cpp was not there to run it, or not asked to."""
+
+    @property
+    def odd_rows(self) -> dict[int, int]:
+        """Numbers of tensors by the length of their rows, where the type's blocks do not divide it."""
+        block = _BLOCKS.get(self.file.type, 1)
+        rows = [tensor.row for tensor in self.file.tensors if tensor.matrix and tensor.row % block]
+        return {row: rows.count(row) for row in sorted(set(rows))}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what `--json` prints."""
+        return {
+            "out": str(self.file.path), "type": self.file.type, "architecture": self.file.architecture,
+            "parameters": self.file.parameters, "bytes": self.file.path.stat().st_size,
+            "weight_bytes": self.file.weight_bytes,
+            "tensors": {kind: {"count": count, "bytes": size} for kind, (count, size) in self.file.types.items()},
+            "odd_rows": {str(row): count for row, count in self.odd_rows.items()},
+            "converter": self.converter, "quantiser": self.quantiser,
+            "check": self.check.to_dict() if self.check else None,
+        }  # fmt: skip
+
+
+def export_gguf(
+    model: str | Path,
+    out: str | Path,
+    *,
+    type: str = "auto",
+    llama_cpp: str | Path | None = None,
+    check: bool = True,
+    overwrite: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress = no_progress,
+) -> ExportedGguf:
+    """Writes a model as one GGUF file, by llama.cpp's own converter and quantiser, and lets llama.cpp prove it.
+
+    The sizes in the header are held to the checkpoint's. Then llama.cpp generates 2 x 16 tokens greedily, with keys and
+    values in float32, and transformers judges each in float32, streaming the checkpoint: f32 must choose the same,
+    f16, bf16 and q8_0 nearly; of other types it is told how many agree.
+
+    Args:
+        model: a Hugging Face folder, a hub id, a `.gguf` file or an alias.
+        out: the `.gguf` file to write; it appears whole or not at all.
+        type: f32, f16, bf16, q8_0, q4_0, q4_k_m; auto is the checkpoint's own.
+        llama_cpp: folder of a llama.cpp checkout or release, in the place of PATH.
+        check: run the file in llama.cpp, where xllamacpp is installed.
+        overwrite: replace an OUT that is a file.
+        revision: of a hub id.
+        trust_remote_code: the converter runs code that MODEL's tokenizer carries; without it such a MODEL is refused.
+        progress: told how far it is.
+
+    Raises:
+        MissingDependencyError: llama.cpp's converter, or the quantiser that the type needs, is not there.
+        UnsupportedModelError: llama.cpp does not know the family, its tokenizer, or cannot hold the shape.
+        ExportError: a program failed, or what it wrote is not the model.
+        CheckpointError: MODEL cannot be read, or OUT not written.
+    """
+    place, directory = Path(out).expanduser(), None if llama_cpp is None else Path(llama_cpp)
+    if type != "auto" and type not in get_args(GgufType):
+        raise ExportError(f"unknown type {type!r}; the types are auto, {', '.join(get_args(GgufType))}")
+    if place.suffix.lower() != ".gguf":
+        raise ExportError(f"OUT {place} does not end in .gguf, by which programs know such a file")
+    source = open_source(model, revision=revision)
+    check_file(place, overwrite=overwrite, protected=source.protected)
+    _check_source(source, trust_remote_code=trust_remote_code)
+    checkpoint = read_checkpoint(source.folder)
+    own = _OWN.get(checkpoint.dtype, "f32")
+    kind = own if type == "auto" else type
+    check_family(checkpoint)
+    converter = find_converter(directory)
+    quantiser = None if kind in CONVERTED else find_quantiser(directory)
+    steps = 1 + (quantiser is not None) + check
+    with staged_file(place, overwrite=overwrite, protected=source.protected) as partial:
+        _check_disk(partial.parent, checkpoint, (kind,) if quantiser is None else (kind, own))
+        with progress(f"To {kind}", steps) as advance:
+            first = partial if quantiser is None else partial.with_suffix(f".{own}")
+            name, family = source.name.rpartition("/")[2], checkpoint.shape.model_type
+            with as_known(checkpoint) as folder:
+                convert(converter, folder, first, own if quantiser else kind, name=name, model_type=family)
+            written = set_width(read_gguf(first), checkpoint.shape.intermediate_size)
+            advance(1)
+            if quantiser is not None:
+                quantise(quantiser, first, partial, kind, threads=torch.get_num_threads())
+                first.unlink()
+                advance(1)
+                written = read_gguf(partial)
+            check_sizes(written, checkpoint)
+            proof = _proof(written, checkpoint) if check else None
+            advance(check)
+    file = replace(written, path=place.resolve())
+    return ExportedGguf(file, str(converter.path), None if quantiser is None else str(quantiser.path), proof)
+
+
+def _check_source(source: Source, *, trust_remote_code: bool) -> None:
+    if (source.folder / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{source.folder} holds a PEFT adapter that is not merged (adapter_config.json), which llama.cpp's "
+            "converter would leave out; merge it into its base model first: `amprune recover` writes merged models"
+        )
+    settings = (source.folder / name for name in ("config.json", "tokenizer_config.json"))
+    for file in (file for file in settings if file.is_file()):
+        if "auto_map" in read_json(file) and not trust_remote_code:
+            raise UnsupportedModelError(
+                f"{file} names code of the model's own (auto_map), which llama.cpp's converter would run; read it, and "
+                "give --trust-remote-code if you trust it"
+            )
+
+
+def _check_disk(folder: Path, checkpoint: Checkpoint, kinds: tuple[str, ...]) -> None:
+    needed = sum(_BYTES[kind] for kind in kinds) * checkpoint.shape.parameters
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise CheckpointError(
+            f"{folder} needs about {needed / 1e9:.2f} GB for {' and '.join(kinds)}, but only {free / 1e9:.2f} GB are "
+            "free on that disk; free some space, or choose another place"
+        )
+
+
+def _proof(file: GgufFile, checkpoint: Checkpoint) -> TokenCheck | None:
+    try:
+        return check_tokens(file, checkpoint, threads=torch.get_num_threads())
+    except MissingDependencyError as error:
+        logger.warning("not run in llama.cpp: %s", error)
+        return None

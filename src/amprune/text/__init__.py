@@ -1,0 +1,6 @@
+"""What a model is calibrated and trained on.
+
+records.py      Alpaca, chats and plain text -> prompts and responses
+calibration.py  a calibration set: seeded samples of token ids
+training.py     instructions -> token ids and labels
+"""

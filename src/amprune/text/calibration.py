@@ -1,0 +1,189 @@
+"""Calibration sets: named, seeded, hashed samples of token ids.
+
+`alpaca` is the set of the paper, from the hub; `mixed` (instructions, encyclopaedic and web text, code, dialogue) and
+`builtin` (its instructions alone) ship with the package; a path is the user's own text.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from amprune.errors import CalibrationError, ScoresError
+from amprune.model.loading import load_tokenizer
+from amprune.model.reader import Checkpoint
+from amprune.text.records import read_records, render
+
+logger = logging.getLogger(__name__)
+
+SAMPLES = 50
+"""As many as the paper draws."""
+HELD_OUT = 8
+"""One sample in so many is held out, where something is chosen by what others do not fit."""
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Samples of token ids, in the order in which they were drawn."""
+
+    name: str
+    samples: tuple[tuple[int, ...], ...]
+    seed: int | None = None
+    max_length: int | None = None
+    prompts_only: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens of all samples."""
+        return sum(map(len, self.samples))
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the token ids."""
+        return hashlib.sha256(json.dumps(self.samples, separators=(",", ":")).encode()).hexdigest()
+
+    def split(self) -> tuple["CalibrationSet", "CalibrationSet"]:
+        """Returns all but the last eighth of the samples, and that eighth to hold out; of one sample both are it."""
+        held_out = -(-len(self.samples) // HELD_OUT)
+        if held_out == len(self.samples):
+            return self, self
+        return replace(self, samples=self.samples[:-held_out]), replace(self, samples=self.samples[-held_out:])
+
+    def first(self, tokens: int) -> "CalibrationSet":
+        """Returns the first samples that hold as many tokens, or all."""
+        return replace(self, samples=tuple(_until(self.samples, tokens)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what a score file records of the set."""
+        return {
+            "name": self.name,
+            "samples": len(self.samples),
+            "tokens": self.tokens,
+            "seed": self.seed,
+            "max_length": self.max_length,
+            "prompts_only": self.prompts_only,
+            "sha256": self.sha256,
+        }
+
+
+def load_calibration(
+    source: str | os.PathLike[str] | Sequence[str],
+    tokenizer: Any,
+    *,
+    samples: int | None = None,
+    tokens: int | None = None,
+    max_length: int = 512,
+    prompts_only: bool = False,
+    seed: int = 0,
+) -> CalibrationSet:
+    """Draws a seeded random sample of a set and tokenises it.
+
+    Args:
+        source: `alpaca`, `mixed`, `builtin`, a .json, .jsonl, .parquet or .txt file, or a sequence of texts.
+        tokenizer: the model's own, as transformers loads it.
+        samples: how many to draw, without replacement; None: 50, or as many as `tokens` asks for.
+        tokens: draw no more samples once there are as many tokens.
+        max_length: tokens kept of each sample.
+        prompts_only: leave out the response, as the released code of the paper does.
+        seed: of the draw.
+
+    Raises:
+        CalibrationError: the set cannot be read, is malformed, or holds fewer samples.
+    """
+    for name, value in (("samples", samples), ("tokens", tokens), ("max_length", max_length)):
+        if value is not None and value < 1:
+            raise CalibrationError(f"{name} is {value}, expected at least 1")
+    if samples is None and tokens is None:
+        samples = SAMPLES
+    name, records = read_records(source)
+    if samples is not None and len(records) < samples:
+        smaller = f"--samples {len(records)} or " if records else ""
+        raise CalibrationError(
+            f"{name} holds {len(records)} samples, but {samples} were asked for; give {smaller}a larger set"
+        )
+    drawn = random.Random(seed).sample(records, len(records) if samples is None else samples)
+    places = ((f"{name}, {place}", record) for place, record in drawn)
+    encoded = (
+        _encode(tokenizer, _text(record, tokenizer, where, prompts_only=prompts_only), max_length, where)
+        for where, record in places
+    )
+    kept = tuple(encoded if tokens is None else _until(encoded, tokens))
+    return CalibrationSet(name=name, samples=kept, seed=seed, max_length=max_length, prompts_only=prompts_only)
+
+
+def _until(samples: Iterable[tuple[int, ...]], tokens: int) -> Iterator[tuple[int, ...]]:
+    """Yields samples until there are so many tokens; what comes after is not asked for."""
+    total = 0
+    for sample in samples:
+        yield sample
+        if (total := total + len(sample)) >= tokens:
+            return
+
+
+def calibration_for(
+    checkpoint: Checkpoint,
+    source: str | os.PathLike[str] | Sequence[str] | CalibrationSet,
+    *,
+    samples: int | None = None,
+    tokens: int | None = None,
+    max_length: int = 512,
+    prompts_only: bool = False,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+) -> CalibrationSet:
+    """Draws a set for a model, by its own tokenizer and no longer than its positions; a set stays as it is.
+
+    Raises:
+        CalibrationError: as in `load_calibration`.
+        CheckpointError: the model has no tokenizer.
+        ScoresError: a sample of a set is longer than the model's positions.
+    """
+    positions = checkpoint.positions
+    if isinstance(source, CalibrationSet):
+        longest = max(map(len, source.samples), default=0)
+        if positions is not None and longest > positions:
+            raise ScoresError(
+                f"a sample of {source.name} has {longest} tokens, but the model has {positions} positions; cut the "
+                "samples"
+            )
+        return source
+    if positions is not None and positions < max_length:
+        logger.info("samples are cut at %d tokens, the model's positions, instead of %d", positions, max_length)
+        max_length = positions
+    return load_calibration(
+        source,
+        load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code),
+        samples=samples,
+        tokens=tokens,
+        max_length=max_length,
+        prompts_only=prompts_only,
+        seed=seed,
+    )
+
+
+def _text(record: Mapping[str, Any], tokenizer: Any, where: str, *, prompts_only: bool) -> tuple[str, bool]:
+    """Returns a sample's text and whether special tokens are to be added."""
+    found = render(record, tokenizer, where, prompts_only=prompts_only)
+    if not prompts_only:
+        return found.prompt + found.response, found.add_special_tokens
+    if not found.prompt and "messages" in record:
+        raise CalibrationError(f"{where}: prompts_only leaves nothing of messages that are one assistant turn")
+    if not found.prompt:
+        raise CalibrationError(f"{where}: prompts_only needs records with a prompt, but this one is plain text")
+    return found.prompt, found.add_special_tokens
+
+
+def _encode(tokenizer: Any, text: tuple[str, bool], max_length: int, where: str) -> tuple[int, ...]:
+    """Tokenises one text; a chat template has put in its own special tokens."""
+    content, special = text
+    try:
+        ids = tokenizer(content, add_special_tokens=special, truncation=True, max_length=max_length)["input_ids"]
+    except Exception as error:  # tokenizers raise many types, for a lone surrogate for instance
+        raise CalibrationError(f"{where}: the tokenizer refuses this sample: {error}") from error
+    if not ids:
+        raise CalibrationError(f"{where}: the tokenizer makes no token of this sample")
+    return tuple(ids[:max_length])  # some tokenizers do not truncate to fewer than their special tokens

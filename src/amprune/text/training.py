@@ -1,0 +1,157 @@
+"""Instructions with responses as token ids and labels: the loss is on the response alone."""
+
+import logging
+import os
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from amprune.errors import CalibrationError, RecoveryError
+from amprune.running import Progress, no_progress
+from amprune.text.records import read_records, render
+
+logger = logging.getLogger(__name__)
+IGNORED = -100
+"""The label of a token that no loss is taken on."""
+
+Sample = dict[str, list[int]]
+"""`input_ids` and `labels`, equally long."""
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a model is recovered on."""
+
+    name: str
+    training: tuple[Sample, ...]
+    validation: tuple[Sample, ...]
+    truncated: int
+    """Samples that were longer than the length."""
+    skipped: int
+    """Samples with no response token left."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what a record keeps."""
+        tokens = sum(len(sample["input_ids"]) for sample in self.training)
+        return {
+            "name": self.name,
+            "training": len(self.training),
+            "tokens": tokens,
+            "validation": len(self.validation),
+            "truncated": self.truncated,
+            "skipped": self.skipped,
+        }
+
+
+def load_training_data(
+    source: str | os.PathLike[str] | Sequence[str],
+    tokenizer: Any,
+    *,
+    samples: int | None = None,
+    max_length: int = 512,
+    packing: bool = False,
+    validation_share: float = 0.02,
+    seed: int = 0,
+    progress: Progress = no_progress,
+) -> TrainingData:
+    """Reads, draws, tokenises and splits a set.
+
+    Prompt and response are one text when they are tokenised, with an end-of-sequence token after it, so that no second
+    start token stands in the middle. Labels are the tokens of the response; of plain text, all.
+
+    Args:
+        source: `alpaca`, `builtin`, a .json, .jsonl, .parquet or .txt file, or a sequence of texts.
+        tokenizer: the model's own.
+        samples: how many to draw with `seed`; None for all.
+        max_length: tokens kept of each sample.
+        packing: join training samples into sequences of `max_length` tokens.
+        validation_share: held out, at least one sample unless it is 0.
+        seed: of the draw and the split.
+        progress: told how far it is.
+
+    Raises:
+        CalibrationError: the set cannot be read or is malformed.
+        RecoveryError: too few samples, or none with a response token left.
+    """
+    name, records = read_records(source, option="--data")
+    drawn = random.Random(seed).sample(records, len(records))
+    if samples is not None:
+        if not 1 <= samples <= len(records):
+            raise RecoveryError(f"{name} holds {len(records)} samples, but --samples {samples} were asked for")
+        drawn = drawn[:samples]
+    kept: list[Sample] = []
+    truncated = 0
+    with progress("Tokenising", len(drawn)) as advance:
+        for where, record in drawn:
+            sample, cut = _encode(record, tokenizer, f"{name}, {where}", max_length)
+            truncated += cut
+            if any(label != IGNORED for label in sample["labels"][1:]):
+                kept.append(sample)
+            advance(1)
+    skipped = len(drawn) - len(kept)
+    _tell(name, len(drawn), truncated, skipped, max_length)
+    held = min(len(kept) - 1, max(1, round(len(kept) * validation_share))) if validation_share else 0
+    if len(kept) - max(held, 0) < 1:
+        raise RecoveryError(
+            f"{name} leaves {len(kept)} samples with a response within {max_length} tokens; training needs one, and "
+            "one more for the validation loss: give more samples or a larger --max-length"
+        )
+    training = kept[held:]
+    packed = _packed(training, max_length) if packing else training
+    return TrainingData(name, tuple(packed), tuple(kept[:held]), truncated, skipped)
+
+
+def _tell(name: str, drawn: int, truncated: int, skipped: int, max_length: int) -> None:
+    if truncated:
+        logger.info("%s: %d of %d samples are cut at %d tokens", name, truncated, drawn, max_length)
+    if skipped:
+        logger.warning("%s: %d of %d samples have no response within %d tokens and are left out", name, skipped, drawn,
+                       max_length)  # fmt: skip
+
+
+def _encode(record: Mapping[str, Any], tokenizer: Any, where: str, max_length: int) -> tuple[Sample, bool]:
+    """Returns one sample and whether it was cut."""
+    found = render(record, tokenizer, where)
+    text = found.prompt + found.response
+    try:
+        ids = tokenizer(text, add_special_tokens=found.add_special_tokens, verbose=False)["input_ids"]
+        prompt = _prompt_tokens(tokenizer, text, ids, found.prompt, special=found.add_special_tokens)
+    except Exception as error:  # tokenizers raise many types
+        raise CalibrationError(f"{where}: the tokenizer refuses this sample: {error}") from error
+    if found.add_special_tokens and tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+        ids = [*ids, tokenizer.eos_token_id]
+    prompt = max(1, prompt)  # nothing predicts the first token
+    labels = [IGNORED] * prompt + ids[prompt:]
+    return {"input_ids": ids[:max_length], "labels": labels[:max_length]}, len(ids) > max_length
+
+
+def _prompt_tokens(tokenizer: Any, text: str, ids: Sequence[int], prompt: str, *, special: bool) -> int:
+    """Counts the leading tokens that end within the prompt.
+
+    A token that spans both belongs to the response: it is what the model has to say after the prompt.
+    """
+    if not prompt:
+        return 0
+    if getattr(tokenizer, "is_fast", False):
+        offsets = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
+        ends = enumerate(end for _, end in offsets["offset_mapping"])
+        return next((index for index, end in ends if end > len(prompt)), len(ids))
+    alone = tokenizer(prompt, add_special_tokens=special, verbose=False)["input_ids"]
+    pairs = enumerate(zip(alone, ids, strict=False))
+    return next((index for index, (ours, theirs) in pairs if ours != theirs), min(len(alone), len(ids)))
+
+
+def _packed(samples: Sequence[Sample], length: int) -> list[Sample]:
+    """Joins samples, in their order, and cuts the whole into sequences.
+
+    The first label of a sequence is left out, as that of a sample is: nothing predicts it.
+    """
+    ids: list[int] = []
+    labels: list[int] = []
+    for sample in samples:
+        ids += sample["input_ids"]
+        labels += sample["labels"]
+    spans = (slice(start, start + length) for start in range(0, len(ids), length))
+    pieces = [{"input_ids": ids[span], "labels": [IGNORED, *labels[span][1:]]} for span in spans]
+    return [piece for piece in pieces if any(label != IGNORED for label in piece["labels"])]
