@@ -26,11 +26,10 @@ from amprune.model.architecture import measure_shape
 from amprune.model.backends import heads_split
 from amprune.plan.budget import find_budget, largest_ratio, unrounded
 from amprune.plan.heads import Budget, choices_of_all_modes, kept_heads
-from amprune.plan.options import PlanOptions
 from amprune.search import allocation as choice
 from amprune.search.allocation import allocate, candidates, plan_of
 from amprune.search.speedup import find_shapes
-from amprune.settings import PRESETS
+from amprune.settings import PRESETS, PlanOptions
 
 SMOLLM2 = measure_shape(
     {"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,

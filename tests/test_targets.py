@@ -24,11 +24,11 @@ from amprune.model.reader import read_checkpoint
 from amprune.plan.budget import find_budget
 from amprune.plan.bytes import target_parameters
 from amprune.plan.heads import Budget, choices_of_all_modes, kept_heads
-from amprune.plan.options import PlanOptions
 from amprune.plan.target import Target, parse_target
 from amprune.scoring.scores import ImportanceScores
 from amprune.search.speedup import find_shapes
 from amprune.search.timing import SETTINGS, shape_timer
+from amprune.settings import PlanOptions
 
 SMALL = sorted(name for name in CONFIGS if name not in ("Llama-2-7B", "Llama-3-8B", "Phi-2", "Falcon-7B"))
 

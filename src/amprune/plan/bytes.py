@@ -1,12 +1,34 @@
 """From parameters or bytes of weights to the most parameters that may stay."""
 
+from dataclasses import replace
+
 from amprune.errors import PlanError
 from amprune.model.reader import Checkpoint
 from amprune.plan.budget import largest_ratio
 from amprune.plan.heads import usable_heads
 from amprune.plan.multiples import smallest_multiple
-from amprune.plan.options import PlanOptions, check_units
+from amprune.plan.options import check_units
 from amprune.plan.target import Target
+from amprune.settings import PlanOptions
+
+
+def with_target(options: PlanOptions, target: Target | None, dense: Checkpoint, *, depth: bool) -> PlanOptions:
+    """Returns the options with a target of parameters or bytes as the most parameters that may stay.
+
+    A speedup is searched for, see `search/`: the options stay as they are then.
+
+    Raises:
+        PlanError: the target is out of reach, stands beside a ratio, or asks for a speedup of whole blocks.
+    """
+    if target is None:
+        return options
+    if options.ratio is not None:
+        raise PlanError(f"a ratio of {options.ratio} and the target {target} both say how much goes; give one of them")
+    if target.kind == "speedup":
+        if depth:
+            raise PlanError("a speedup is searched for in numbers of heads and neurons; give depth pruning a ratio")
+        return options
+    return replace(options, target_parameters=target_parameters(target, dense, options, depth=depth))
 
 
 def target_parameters(target: Target, checkpoint: Checkpoint, options: PlanOptions, *, depth: bool = False) -> int:

@@ -9,8 +9,9 @@ from amprune.model.backends import reason_not_split
 from amprune.model.shape import ModelShape
 from amprune.plan.artefact import LayerPlan, PruningPlan, check_plan
 from amprune.plan.budget import asked_ratio, rounded_down, rounded_up
-from amprune.plan.options import PlanOptions, check_devices, check_order, check_ratio, check_target, recorded
+from amprune.plan.options import check_devices, check_order, check_ratio, check_target, recorded
 from amprune.scoring.scores import ImportanceScores, Scores
+from amprune.settings import PlanOptions
 
 OPTIONS = ("ratio", "target_parameters", "order", "seed", "protect_first", "protect_last", "tensor_parallel")
 """Options that mean something where whole blocks are removed."""

@@ -7,7 +7,7 @@ from math import lcm
 from amprune.model.backends import GGUF_SUPER_BLOCK, TILE
 from amprune.model.shape import ModelShape
 from amprune.plan.heads import Budget
-from amprune.plan.options import PlanOptions
+from amprune.settings import PlanOptions
 
 SLACK = 0.0025
 """Share of the parameters by which a ratio may be missed for the sake of a multiple wider than the usual one."""

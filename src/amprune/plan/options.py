@@ -1,36 +1,12 @@
 """What a user may ask of a plan, and what of it is refused."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import lcm
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from amprune.errors import PlanError
 from amprune.model.shape import ModelShape
-
-Order = Literal["amp", "reversed", "random"]
-Only = Literal["heads", "neurons"]
-HeadsMode = Literal["groups", "within"]
-NeuronMultiple = int | Literal["hardware"]
-
-
-@dataclass(frozen=True)
-class PlanOptions:
-    """What a user may ask of a plan; `make_plan` documents each."""
-
-    ratio: float | None = None
-    target_parameters: int | None = None
-    order: Order = "amp"
-    only: Only | None = None
-    heads_mode: HeadsMode | None = None
-    heads_ratio: float | None = None
-    neurons_ratio: float | None = None
-    neuron_multiple: NeuronMultiple = 1
-    head_multiple: int = 1
-    tensor_parallel: int = 1
-    seed: int = 0
-    protect_first: int = 4
-    protect_last: int = 2
+from amprune.settings import HeadsMode, Only, Order, PlanOptions
 
 
 def check_options(shape: ModelShape, options: PlanOptions) -> None:
