@@ -473,7 +473,7 @@ def test_prune_splits_and_says_so(dense: Path, tmp_path: Path) -> None:
     assert config["intermediate_size"] % 64 == 0
     assert run("verify", out, "--dense", dense)[0] == 0
     code, shown, _ = run("plan", out / "amprune/scores.safetensors", "-o", tmp_path / "p", "--ratio", 0.2,
-                         "--tensor-parallel", 6, "--json")  # fmt: skip
+                         "--tensor-parallel", 6, "--preset", "paper", "--json")  # fmt: skip
     assert code == 0
     assert json.loads(shown)["tensor_parallel"] == json.loads(shown)["neuron_multiple"] == 6
     code, _, errors = run("prune", dense, tmp_path / "no", "--ratio", 0.2, "--tensor-parallel", 5, *arguments)
@@ -486,7 +486,7 @@ def test_prune_splits_and_says_so(dense: Path, tmp_path: Path) -> None:
 
 
 def test_run_takes_both_options(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = ("--ratio", 0.2, "--calibration", "builtin", "--calibration-samples", 4, "--no-reconstruct")
+    arguments = ("--ratio", 0.2, "--calibration", "builtin", "--samples", 4, "--no-reconstruct")
     arguments = (*arguments, "--no-allocate", "--tensor-parallel", 2)
     code, _, errors = run("run", dense, tmp_path / "out", *arguments)
     assert code == 0, errors
@@ -495,8 +495,8 @@ def test_run_takes_both_options(dense: Path, tmp_path: Path, monkeypatch: pytest
     assert plan.provenance["options"]["neuron_multiple"] == 64
     asked: dict[str, Any] = {}
 
-    def stop(*_: Any, **options: Any) -> None:
-        asked.update(options)
+    def stop(_model: Any, _out: Any, settings: Any, **_: Any) -> None:
+        asked.update(vars(settings))
         raise PlanError("enough")
 
     monkeypatch.setattr("amprune.pipeline.prune", stop)

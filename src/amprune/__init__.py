@@ -73,6 +73,7 @@ _MODULES = {
         "PushError",
         "QuantizationError",
         "ReconstructionError",
+        "RecipeError",
         "RecoveryError",
         "ReportError",
         "RunSettings",

@@ -7,10 +7,11 @@ here and use it. Imports nothing heavy.
 """
 
 import os
+import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from amprune.errors import PlanError, RecipeError, guess
 
@@ -522,11 +523,6 @@ def with_preset(settings: _Settings) -> _Settings:
 # Recipes: settings as a YAML file.
 
 
-def read_value(hint: Any, value: Any, where: str) -> Any:
-    """Returns a value of a recipe as an option of this type takes it."""
-    return tuple(value) if isinstance(value, list) else value
-
-
 def read_recipe(kind: type[_Settings], path: PathLike) -> _Settings:
     """Reads settings from a YAML file; an option that it leaves out has its default.
 
@@ -549,7 +545,37 @@ def read_recipe(kind: type[_Settings], path: PathLike) -> _Settings:
             f"{', '.join(sorted(known))}"
         )
     hints = get_type_hints(kind)
-    return kind(**{name: read_value(hints[name], value, f"{path}: {name}") for name, value in content.items()})
+    for name, value in content.items():
+        if not _fits(hints[name], value):
+            raise RecipeError(f"{path}: {name} is {value!r}, expected {_words(hints[name])}")
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in content.items()})
+
+
+def _fits(hint: Any, value: object) -> bool:
+    """Tells whether a value of a YAML file is one of an option's type."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return isinstance(value, str | list | None)
+    if origin in (Union, types.UnionType):
+        return any(_fits(one, value) for one in parts)
+    if origin is Literal:
+        return value in parts
+    if origin is tuple:
+        return isinstance(value, list) and all(_fits(parts[0], item) for item in value)
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return isinstance(value, origin or hint)
+
+
+def _words(hint: Any) -> str:
+    """Says what values an option takes."""
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(_words(one) for one in parts if get_origin(one) is not os.PathLike))
+    if origin is Literal:
+        return f"one of {', '.join(map(str, parts))}"
+    return f"a list of which each is {_words(parts[0])}" if origin is tuple else names.get(hint, "text or a list of it")
 
 
 def write_recipe(path: Path, command: str, settings: Any) -> None:

@@ -7,9 +7,7 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
-import click
 import typer
-from click.core import ParameterSource
 
 from amprune import __version__
 from amprune.cli.display import emit, reported, stdout
@@ -33,6 +31,7 @@ Result = tuple[dict[str, Any], Callable[[], None]] | tuple[dict[str, Any], Calla
 
 _NUMBERS = {int: "whole numbers such as 1 or 1,8,32", float: "shares such as 0.2 or 0.1,0.2"}
 _OWN = inspect.Parameter.KEYWORD_ONLY
+_CONTEXT = inspect.Parameter("context", _OWN, annotation=typer.Context)
 _RECIPE = inspect.Parameter(
     "recipe", _OWN, default=None,
     annotation=Annotated[Path | None, typer.Option(help="YAML file of options, such as OUT/amprune/recipe.yaml.")],
@@ -86,8 +85,8 @@ def command(
             place = None if kept is None else kept(next(values[name] for name in ("out", "output") if name in own))
             with reported(values["debug"], kept=place, again=again, otherwise=otherwise):
                 if kind is not None:
-                    source = click.get_current_context().get_parameter_source
-                    given = {name for name in options if source(name) is not ParameterSource.DEFAULT}
+                    source = values["context"].get_parameter_source
+                    given = [name for name in options if source(name).name != "DEFAULT"]
                     read = {name: _value(options[name], hints[name], values[name]) for name in given}
                     start = read_recipe(kind, values["recipe"]) if values.get("recipe") else None
                     arguments["settings"] = settle(kind, start, read)
@@ -97,7 +96,7 @@ def command(
                         finish()
 
         added = [one.replace(kind=_OWN) for one in own.values()]
-        every = [*added, *options.values(), *([_RECIPE] if recipe else []), _JSON, _DEBUG]
+        every = [*added, *options.values(), *([_RECIPE] if recipe else []), _JSON, _DEBUG, _CONTEXT]
         run.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]  # of which Typer reads the options
         run.__annotations__ = {one.name: one.annotation for one in every}
         run.__doc__ = function.__doc__
