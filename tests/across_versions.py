@@ -74,7 +74,9 @@ def prune(folder: Path) -> None:
     """Saves and prunes every model."""
     for name in NAMES:
         dense, request = folder / name / "dense", _save_dense(name, folder / name / "dense")
-        apply_plan(dense, make_plan(score(dense, calibration=CALIBRATION), **request), folder / name / "pruned")
+        apply_plan(
+            dense, make_plan(score(dense, calibration=CALIBRATION, preset="paper"), **request), folder / name / "pruned"
+        )
         _record(folder / name, "writer")
 
 

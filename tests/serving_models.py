@@ -59,7 +59,7 @@ def save_dense(tiny: Tiny, folder: Path) -> Path:
 
 def save_pruned(dense: Path, out: Path, *, heads_ratio: float | None) -> Path:
     """Prunes three tenths of the neurons, and whole key-value groups where a share of the heads is given."""
-    scores = score(dense, calibration=CALIBRATION)
+    scores = score(dense, calibration=CALIBRATION, preset="paper")
     if heads_ratio is None:
         plan = make_plan(scores, only="neurons", neurons_ratio=0.3)
     else:

@@ -66,7 +66,7 @@ def same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
 
 
 def plan_for(model: Path) -> PruningPlan:
-    return make_plan(score(model, calibration=CALIBRATION), ratio=0.1)
+    return make_plan(score(model, calibration=CALIBRATION, preset="paper"), ratio=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -292,7 +292,7 @@ def test_sidecars_are_copied_and_nothing_else(model: Path, plan: PruningPlan) ->
 
 
 def test_the_same_inputs_give_the_same_bytes(models: Path, tmp_path: Path) -> None:
-    scores = score(models / "sharded", calibration=CALIBRATION)
+    scores = score(models / "sharded", calibration=CALIBRATION, preset="paper")
     model = shutil.copytree(models / "sharded", tmp_path / "model")
     make_tokenizer().save_pretrained(model)
     runs = []

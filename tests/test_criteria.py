@@ -14,12 +14,19 @@ from tiny_models import ALL, Tiny, find, make_model, save_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from amprune import ScoresError, make_plan, score
+from amprune.model.reader import read_checkpoint
 from amprune.scoring.catalogue import CRITERIA, Needs, find_criterion
 from amprune.scoring.run import score_criteria
 from amprune.scoring.scores import ImportanceScores, LayerScores
+from amprune.settings import Compute
 
 KINDS = ("heads", "groups", "neurons")
 UNITS = [name for name, criterion in CRITERIA.items() if not criterion.depth]
+
+
+def _scored(folder: Path) -> dict[str, Any]:
+    criteria = [CRITERIA[name] for name in UNITS]
+    return score_criteria(read_checkpoint(folder), criteria, CALIBRATION, Compute(device="cpu"), seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +39,7 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Tiny], tuple[P
             folder = tmp_path_factory.mktemp("models") / tiny.id
             save_model(tiny, folder)
             model = AutoModelForCausalLM.from_pretrained(folder).eval()
-            found[tiny.id] = model, score_criteria(folder, UNITS, calibration=CALIBRATION, seed=3, device="cpu")
+            found[tiny.id] = model, _scored(folder)
         return found[tiny.id]
 
     return scores_of
@@ -225,7 +232,7 @@ def test_one_pass_serves_all_criteria_that_need_the_same(scored: Any, monkeypatc
 def score_of(tiny: Tiny, criterion: str, **options: Any) -> ImportanceScores:
     with tempfile.TemporaryDirectory() as folder:
         save_model(tiny, Path(folder))
-        return score(folder, criterion=criterion, calibration=CALIBRATION, device="cpu", **options)
+        return score(folder, preset="paper", criterion=criterion, calibration=CALIBRATION, device="cpu", **options)
 
 
 @pytest.mark.parametrize("name", [name for name in UNITS if not CRITERIA[name].calibrated])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tiny_experiments import dense_model, settings, states
 
-from amprune import RecoverySettings
+from amprune.settings import Training
 from amprune.errors import EvaluationError
 from amprune.experiments.configurations import load_configuration, shipped
 from amprune.experiments.recipes import RECIPES
@@ -49,7 +49,7 @@ def test_a_configuration_is_the_paper_s_recipe(name: str, which: str) -> None:
     assert (found.calibration, found.samples, found.seed, found.limit, found.windows) == ("alpaca", 50, 0, None, None)
     if which != "speedup":
         epochs = 4.0 if which == "epochs" else 2.0
-        assert found.recovery == RecoverySettings(lora_rank=8, learning_rate=3e-4, epochs=epochs, batch_size=1)
+        assert found.recovery == Training(lora_rank=8, learning_rate=3e-4, epochs=epochs, batch_size=1)
         assert found.data == "alpaca"
         assert found.training_samples is None
     assert len(make_cells(RECIPES[which], found)) > 1

@@ -11,7 +11,7 @@ from filelock import FileLock
 from tiny_evaluation import text_file
 from tiny_experiments import dense_model, invoke, left, settings, states
 
-from amprune import RecoverySettings
+from amprune.settings import Training
 from amprune.errors import AmpruneError, CheckpointError, EvaluationError, PlanError, ScoresError
 from amprune.experiments.configurations import load_configuration
 from amprune.experiments.recipes import RECIPES
@@ -161,8 +161,8 @@ def test_defaults_are_those_of_the_recipe() -> None:
     assert "reversed" not in table1.methods
     assert (table1.samples, table1.limit, table1.windows, table1.calibration) == (50, None, None, "alpaca")
     assert figure1.ratios == (0.0901, 0.2102, 0.3003, 0.4002, 0.5106)
-    assert figure1.recovery == RecoverySettings()
-    assert epochs.recovery == RecoverySettings(epochs=4.0)
+    assert figure1.recovery == Training()
+    assert epochs.recovery == Training(epochs=4.0)
     assert made("figure1", recover=False).recovery is None
     assert {(case.mode, case.batch_size) for case in made("speedup").latency} == {
         ("eager", 1), ("eager", 8), ("compile", 1), ("compile", 8)

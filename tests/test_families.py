@@ -54,7 +54,7 @@ def _pairs() -> Iterator[ParameterSet]:
 def test_sliced_equals_masked_and_reloads(tiny: Tiny, mode: str | None, tmp_path: Path) -> None:
     dense = make_model(tiny)
     dense.save_pretrained(tmp_path / "dense")
-    scores = score(tmp_path / "dense", calibration=CALIBRATION)
+    scores = score(tmp_path / "dense", calibration=CALIBRATION, preset="paper")
     shape = scores.shape
     request = {"ratio": 0.1} if mode is None else {"heads_mode": mode, "heads_ratio": 0.34, "neurons_ratio": 0.3}
     plan = make_plan(scores, **request)
@@ -91,7 +91,7 @@ def test_heads_are_prunable_where_the_tables_say_so(tiny: Tiny) -> None:
 @pytest.mark.parametrize("tiny", NEURONS_ONLY, ids=lambda tiny: tiny.id)
 def test_heads_are_refused_where_removing_them_is_not_masking(tiny: Tiny, tmp_path: Path) -> None:
     make_model(tiny).save_pretrained(tmp_path / "dense")
-    scores = score(tmp_path / "dense", calibration=CALIBRATION)
+    scores = score(tmp_path / "dense", calibration=CALIBRATION, preset="paper")
     with pytest.raises(PlanError, match="cannot be removed"):
         make_plan(scores, ratio=0.05, only="heads")
 
@@ -116,7 +116,9 @@ def test_no_type_is_listed_twice() -> None:
 def test_llama_with_a_head_count_that_its_config_refuses_is_written_as_mistral(tmp_path: Path) -> None:
     tiny = find("llama-mha")
     make_model(tiny).save_pretrained(tmp_path / "dense")
-    plan = make_plan(score(tmp_path / "dense", calibration=CALIBRATION), heads_ratio=1 / 6, neurons_ratio=0.1)
+    plan = make_plan(
+        score(tmp_path / "dense", calibration=CALIBRATION, preset="paper"), heads_ratio=1 / 6, neurons_ratio=0.1
+    )
     assert 48 % plan.shape_after.num_attention_heads != 0
     result = apply_plan(tmp_path / "dense", plan, tmp_path / "out")
     assert AutoModelForCausalLM.from_pretrained(result.folder).config.model_type == "mistral"

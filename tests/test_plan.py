@@ -683,7 +683,7 @@ CALIBRATION = CalibrationSet("random", (tuple(range(1, 17)),))
 def test_a_plan_fits_its_own_model_alone(tmp_path: Path) -> None:
     tiny = find("llama-gqa")
     own = save_model(tiny, tmp_path / "own")
-    plan = make_plan(score(own, calibration=CALIBRATION), ratio=0.2)
+    plan = make_plan(score(own, calibration=CALIBRATION, preset="paper"), ratio=0.2)
     wider = Tiny("llama", "wider", {**tiny.entries, "intermediate_size": 96})
     for other, seed, message in (
         (find("mistral-gqa"), 0, r"another model.*model_type llama != mistral"),
@@ -700,7 +700,7 @@ def test_a_plan_fits_its_own_model_alone(tmp_path: Path) -> None:
 
 def test_a_plan_of_a_float32_checkpoint_fits_its_bfloat16_copy(tmp_path: Path) -> None:
     tiny = find("llama-gqa")
-    plan = make_plan(score(save_model(tiny, tmp_path / "wide"), calibration=CALIBRATION), ratio=0.2)
+    plan = make_plan(score(save_model(tiny, tmp_path / "wide"), calibration=CALIBRATION, preset="paper"), ratio=0.2)
     narrow = save_model(tiny, tmp_path / "narrow", dtype=torch.bfloat16)
     result = apply_plan(narrow, plan, tmp_path / "out")
     assert result.verification.passed

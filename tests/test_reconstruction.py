@@ -24,6 +24,7 @@ from amprune.errors import AmpruneError, ReconstructionError
 from amprune.model.architecture import Architecture
 from amprune.model.families import has_norm_after_output
 from amprune.model.reader import read_checkpoint
+from amprune.settings import Compute
 
 FRESH = torch.randint(160, (4, LENGTH), generator=torch.Generator().manual_seed(7))
 
@@ -33,8 +34,8 @@ def refit_of(model: PreTrainedModel, plan: PruningPlan, folder: Path, **options:
     calibration = options.pop("calibration", CALIBRATION)
     spill = folder / "spill"
     spill.mkdir(exist_ok=True)
-    options = {"device": "cpu", "batch_tokens": 512, **options}
-    return reconstruct(read_checkpoint(folder / "dense"), plan, calibration, spill, **options)
+    where = Compute(**{"device": "cpu", "batch_tokens": 512, **options})
+    return reconstruct(read_checkpoint(folder / "dense"), plan, calibration, spill, where)
 
 
 def with_tensors(model: PreTrainedModel, plan: PruningPlan, tensors: Any) -> PreTrainedModel:

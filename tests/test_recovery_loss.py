@@ -8,12 +8,23 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import GQA, MHA, Tiny, make_model
-from tiny_recovery import TOKENIZER, load, losses, mean_loss, plain_loss, save_chats, save_tiny, train, weights
+from tiny_recovery import (
+    TOKENIZER,
+    load,
+    losses,
+    mean_loss,
+    plain_loss,
+    save_chats,
+    save_tiny,
+    train,
+    training_data,
+    weights,
+)
 from torch.nn.functional import log_softmax, softmax
 
 from amprune import RecoveryError
 from amprune.recovery.distillation import CHUNK, divergence, teacher_hidden
-from amprune.text.training import TrainingData, load_training_data
+from amprune.text.training import TrainingData
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +38,7 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tokenised(chats: Path, **options: Any) -> TrainingData:
-    return load_training_data(chats, TOKENIZER, max_length=128, **{"validation_share": 0.0, **options})
+    return training_data(chats, TOKENIZER, max_length=128, **{"validation_share": 0.0, **options})
 
 
 # The data's loss.

@@ -2,23 +2,35 @@
 
 import json
 import logging
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny_models import VOCABULARY, find, make_model
-from tiny_recovery import TOKENIZER, load, losses, mean_loss, save_chats, save_tiny, settings, train, weights
+from tiny_recovery import (
+    TOKENIZER,
+    load,
+    losses,
+    mean_loss,
+    save_chats,
+    save_tiny,
+    settings,
+    train,
+    training_data,
+    weights,
+)
 from typer.testing import CliRunner
 
 from amprune import AmpruneError, CalibrationSet, CheckpointError, MissingDependencyError, RecoveryError, prune
 from amprune.cli.options import app
 from amprune.model.writer import RECORDS
+from amprune.pipeline import measure_epochs
 from amprune.recovery import models
 from amprune.recovery import run as module
-from amprune.recovery.run import measure_epochs, recover
-from amprune.settings import RecoverySettings
-from amprune.text.training import load_training_data
+from amprune.recovery.run import recover
+from amprune.settings import RecoverCommandSettings, RecoverySettings, Training, part
 
 CALIBRATION = CalibrationSet("random", tuple(tuple((i * 7 + j * 13) % VOCABULARY for j in range(20)) for i in range(3)))
 SAME = ["The quick brown fox jumps over the lazy dog."] * 8
@@ -42,7 +54,7 @@ def test_a_model_learns_and_comes_out_as_an_ordinary_checkpoint(model: Path, tmp
     result = train(model, SAME, tmp_path / "out", max_steps=20, validation_share=0.2)
     before, after = result.record["validation_before"], result.record["validation_after"]
     assert after < before - 0.5
-    held = load_training_data(SAME, TOKENIZER, validation_share=0.2).validation
+    held = training_data(SAME, TOKENIZER, validation_share=0.2).validation
     assert mean_loss(load(model), held) == pytest.approx(before, abs=1e-4)
     assert mean_loss(load(tmp_path / "out"), held) == pytest.approx(after, abs=1e-4)
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
@@ -64,7 +76,7 @@ def test_the_records_tell_what_was_done(model: Path, tmp_path: Path) -> None:
     assert all(speed > 0 for _, speed in losses(log, "tokens_per_second"))
     record = result.record
     assert (record["steps"], record["recovered_from"], record["processes"]) == (3, "model", 1)
-    assert record["settings"] == settings(validation_share=0.2, max_steps=3).to_dict()
+    assert record["settings"] == asdict(part(Training, settings(validation_share=0.2, max_steps=3)))
     assert (record["data"]["name"], record["data"]["training"], record["data"]["validation"]) == ("chats.jsonl", 5, 1)
 
 
@@ -279,8 +291,11 @@ def test_epochs_are_measured_into_out_and_removed(model: Path, tmp_path: Path, m
     result = train(model, SAME[:4], tmp_path / "out", epochs=3.0, max_steps=None, keep_epochs=True)
     (tmp_path / "out.epoch-4").mkdir()  # of another run
     calls: list[Any] = []
-    monkeypatch.setattr(module, "evaluate", lambda *arguments, **options: calls.append((arguments, options)) or "found")
-    assert measure_epochs(model, result, data_dir=tmp_path, limit=3, windows=2, device="cpu") == "found"
+    monkeypatch.setattr(
+        "amprune.evaluation.run.evaluate", lambda *arguments, **options: calls.append((arguments, options)) or "found"
+    )
+    asked = RecoverCommandSettings(data_dir=tmp_path, limit=3, windows=2, device="cpu")
+    assert measure_epochs(model, result, asked) == "found"
     (((named, place), options),) = calls
     assert named == [
         f"pruned={model}",
@@ -342,11 +357,11 @@ def test_the_command_line_passes_every_option_on(model: Path, tmp_path: Path, mo
     flags = ["--full", "--load-in-4bit", "--packing", "--gradient-checkpointing", "--resume", "--overwrite"]
     code, _, errors = run("recover", model, tmp_path / "out", *options, *flags, "--teacher", "t", "--samples", 29)
     assert code == 0, errors
-    ((_, found),) = calls
+    (((_, _, found), more),) = calls
     switched = {"full": True, "load_in_4bit": True, "packing": True, "gradient_checkpointing": True}
-    assert found["settings"] == RecoverySettings(**wanted, **switched)
-    assert (found["teacher"], found["samples"], found["resume"], found["overwrite"]) == ("t", 29, True, True)
-    assert (found["data"], found["keep_epochs"]) == ("alpaca", False)
+    others = {"teacher": "t", "samples": 29, "resume": True, "overwrite": True, "data": "alpaca"}
+    assert found == RecoverySettings(**wanted, **switched, **others)
+    assert more["keep_epochs"] is False
 
 
 def test_an_interrupted_command_says_how_to_go_on(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

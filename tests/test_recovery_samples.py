@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_recovery import training_data
 from tiny_tokenizer import make_tokenizer
 from tokenizers import processors
 
 from amprune import CalibrationError, RecoveryError
-from amprune.text.training import IGNORED, Sample, TrainingData, load_training_data
+from amprune.text.training import IGNORED, Sample, TrainingData
 
 TOKENIZER = make_tokenizer()
 BOS, EOS = TOKENIZER.bos_token_id, TOKENIZER.eos_token_id
@@ -39,7 +40,7 @@ def write(folder: Path, records: list[dict[str, Any]]) -> Path:
 
 
 def encoded(folder: Path, record: dict[str, Any], tokenizer: Any = TOKENIZER, **options: Any) -> Sample:
-    data = load_training_data(write(folder, [record]), tokenizer, validation_share=0, **options)
+    data = training_data(write(folder, [record]), tokenizer, validation_share=0, **options)
     (sample,) = data.training
     return sample
 
@@ -117,7 +118,7 @@ def test_long_samples_are_cut_and_those_without_a_response_left_out_and_both_are
     prompt = len(encoded(tmp_path, {**ALPACA, "output": ""})["input_ids"]) - 1
     records = [{**ALPACA, "output": "Red"}, {**ALPACA, "output": "Green " * 40}, {"text": "A fox."}]
     records.append({**ALPACA, "instruction": "Name " * 200})
-    data = load_training_data(write(tmp_path, records), TOKENIZER, max_length=prompt + 20, validation_share=0)
+    data = training_data(write(tmp_path, records), TOKENIZER, max_length=prompt + 20, validation_share=0)
     assert (len(data.training), data.truncated, data.skipped) == (3, 2, 1)
     assert max(len(sample["input_ids"]) for sample in data.training) == prompt + 20
     cut = next(sample for sample in data.training if len(sample["input_ids"]) == prompt + 20)
@@ -131,13 +132,13 @@ def test_long_samples_are_cut_and_those_without_a_response_left_out_and_both_are
 def test_a_length_without_room_for_any_response_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
     file = write(tmp_path, [ALPACA, ALPACA])
     with pytest.raises(RecoveryError, match=r"leaves 0 samples with a response within 8 tokens.*larger --max-length"):
-        load_training_data(file, TOKENIZER, max_length=8)
+        training_data(file, TOKENIZER, max_length=8)
 
 
 def test_an_empty_response_is_its_end_alone_and_an_unanswered_chat_none_at_all(tmp_path: Path) -> None:
     assert labelled(encoded(tmp_path, {**ALPACA, "output": ""})) == [EOS]
     records = [ALPACA, {"messages": CHAT["messages"][:1]}]
-    data = load_training_data(write(tmp_path, records), TOKENIZER, validation_share=0)
+    data = training_data(write(tmp_path, records), TOKENIZER, validation_share=0)
     assert (len(data.training), data.skipped) == (1, 1)
 
 
@@ -153,7 +154,7 @@ def content(samples: tuple[Sample, ...]) -> list[tuple[int, ...]]:
 
 
 def test_the_held_out_samples_are_not_trained_on() -> None:
-    data = load_training_data(texts(50), TOKENIZER, validation_share=0.1)
+    data = training_data(texts(50), TOKENIZER, validation_share=0.1)
     training, validation = content(data.training), content(data.validation)
     assert (len(training), len(validation)) == (45, 5)
     assert len({*training, *validation}) == 50
@@ -161,13 +162,13 @@ def test_the_held_out_samples_are_not_trained_on() -> None:
 
 @pytest.mark.parametrize(("count", "share", "held"), [(50, 0.001, 1), (2, 0.9, 1), (1, 0.5, 0), (5, 0, 0)])
 def test_at_least_one_is_held_out_and_at_least_one_trained_on(count: int, share: float, held: int) -> None:
-    data = load_training_data(texts(count), TOKENIZER, validation_share=share)
+    data = training_data(texts(count), TOKENIZER, validation_share=share)
     assert (len(data.training), len(data.validation)) == (count - held, held)
 
 
 def test_the_seed_decides_draw_order_and_split() -> None:
     def draw(seed: int) -> TrainingData:
-        return load_training_data(texts(40), TOKENIZER, samples=20, validation_share=0.2, seed=seed)
+        return training_data(texts(40), TOKENIZER, samples=20, validation_share=0.2, seed=seed)
 
     assert draw(1) == draw(1)
     assert content(draw(1).validation) != content(draw(2).validation)
@@ -177,17 +178,17 @@ def test_the_seed_decides_draw_order_and_split() -> None:
 
 def test_more_samples_than_there_are_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RecoveryError, match=r"data\.jsonl holds 1 samples, but --samples 2 were asked for"):
-        load_training_data(write(tmp_path, [ALPACA]), TOKENIZER, samples=2)
+        training_data(write(tmp_path, [ALPACA]), TOKENIZER, samples=2)
     with pytest.raises(CalibrationError, match=r"no data set 'nowhere\.jsonl'"):
-        load_training_data("nowhere.jsonl", TOKENIZER)
+        training_data("nowhere.jsonl", TOKENIZER)
 
 
 # Packing.
 
 
 def test_packed_sequences_are_full_but_the_last_and_keep_every_token_and_label() -> None:
-    apart = load_training_data(texts(20), TOKENIZER, validation_share=0.1)
-    data = load_training_data(texts(20), TOKENIZER, validation_share=0.1, max_length=64, packing=True)
+    apart = training_data(texts(20), TOKENIZER, validation_share=0.1)
+    data = training_data(texts(20), TOKENIZER, validation_share=0.1, max_length=64, packing=True)
     lengths = [len(sample["input_ids"]) for sample in data.training]
     assert set(lengths[:-1]) == {64}
     assert 0 < lengths[-1] <= 64
@@ -203,7 +204,7 @@ def test_packed_sequences_are_full_but_the_last_and_keep_every_token_and_label()
 
 
 def test_no_packed_sample_learns_its_first_token_from_the_one_before() -> None:
-    data = load_training_data(texts(20), TOKENIZER, validation_share=0, max_length=64, packing=True)
+    data = training_data(texts(20), TOKENIZER, validation_share=0, max_length=64, packing=True)
     firsts = [
         label
         for sample in data.training

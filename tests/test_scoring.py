@@ -219,7 +219,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("stored", ["", "-bfloat16"], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["llama-gqa", "gpt2-mha", "falcon-mqa", "gemma2-gqa", "llama-tied"])
 def test_a_model_streamed_from_disk_scores_as_a_loaded_one(name: str, stored: str, folders: Path) -> None:
-    options: dict[str, Any] = {"calibration": CALIBRATION, "dtype": "float32"}
+    options: dict[str, Any] = {"calibration": CALIBRATION, "dtype": "float32", "preset": "paper"}
     loaded = score(folders / f"{name}{stored}", device="cpu", **options)
     streamed = score(folders / f"{name}{stored}", device_map="disk", **options)
     assert_close(streamed.layers, loaded.layers, 1e-6)
@@ -239,9 +239,9 @@ def test_an_offloaded_model_scores_as_one_in_place(name: str) -> None:
 
 def test_the_computation_follows_the_dtype_of_the_checkpoint_unless_told(folders: Path) -> None:
     folder = folders / "llama-gqa-bfloat16"
-    auto = score(folder, calibration=CALIBRATION, device="cpu")
-    narrow = score(folder, calibration=CALIBRATION, device="cpu", dtype="bfloat16")
-    wide = score(folder, calibration=CALIBRATION, device="cpu", dtype="float32")
+    auto = score(folder, calibration=CALIBRATION, preset="paper", device="cpu")
+    narrow = score(folder, calibration=CALIBRATION, preset="paper", device="cpu", dtype="bfloat16")
+    wide = score(folder, calibration=CALIBRATION, preset="paper", device="cpu", dtype="float32")
     assert (auto.settings["dtype"], narrow.settings["dtype"], wide.settings["dtype"]) == (
         "bfloat16", "bfloat16", "float32",
     )  # fmt: skip
@@ -251,7 +251,7 @@ def test_the_computation_follows_the_dtype_of_the_checkpoint_unless_told(folders
 
 
 def test_the_built_in_set_needs_only_a_folder_with_a_tokenizer(folders: Path) -> None:
-    scores = score(folders / "llama-gqa", calibration="builtin", samples=8, device="cpu")
+    scores = score(folders / "llama-gqa", calibration="builtin", samples=8, device="cpu", preset="paper")
     assert scores.calibration["name"] == "builtin"
     assert scores.calibration["samples"] == 8
     assert scores.calibration["max_length"] == 128  # the model's positions
@@ -269,8 +269,8 @@ def test_scoring_changes_neither_files_nor_model(folders: Path) -> None:
         return {file: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
     before = digests()
-    score(folders / "llama-gqa", calibration=CALIBRATION)
-    score(folders / "llama-gqa", calibration=CALIBRATION, device_map="disk")
+    score(folders / "llama-gqa", calibration=CALIBRATION, preset="paper")
+    score(folders / "llama-gqa", calibration=CALIBRATION, preset="paper", device_map="disk")
     assert digests() == before
     tiny = find("llama-gqa")
     model = make_model(tiny)
@@ -306,8 +306,8 @@ def test_no_hooks_are_left_behind() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ["llama-gqa", "gpt2-mha", "falcon-mqa", "gemma2-gqa"])
 def test_cuda_scores_as_the_cpu(name: str, folders: Path) -> None:
-    here = score(folders / name, calibration=UNEVEN, device="cpu")
-    there = score(folders / name, calibration=UNEVEN, device="cuda")
+    here = score(folders / name, calibration=UNEVEN, preset="paper", device="cpu")
+    there = score(folders / name, calibration=UNEVEN, preset="paper", device="cuda")
     assert there.settings["device"] == "cuda"
     assert_close(there.layers, here.layers, 1e-4)
 
@@ -317,7 +317,7 @@ def test_cuda_scores_as_the_cpu(name: str, folders: Path) -> None:
 
 @pytest.fixture(scope="module")
 def scores(folders: Path) -> ImportanceScores:
-    return score(folders / "llama-gqa", calibration=CALIBRATION, device="cpu")
+    return score(folders / "llama-gqa", calibration=CALIBRATION, preset="paper", device="cpu")
 
 
 @pytest.fixture
@@ -343,7 +343,7 @@ def test_scores_survive_their_file(scores: ImportanceScores, file: Path) -> None
 
 def test_the_same_scores_give_the_same_bytes(scores: ImportanceScores, file: Path, folders: Path) -> None:
     scores.save(file.parent / "again")
-    score(folders / "llama-gqa", calibration=CALIBRATION, device="cpu").save(file.parent / "twice")
+    score(folders / "llama-gqa", calibration=CALIBRATION, preset="paper", device="cpu").save(file.parent / "twice")
     ImportanceScores.load(file).save(file.parent / "loaded")
     contents = {(file.parent / name).read_bytes() for name in (file.name, "again", "twice", "loaded")}
     assert len(contents) == 1

@@ -106,7 +106,7 @@ def count(patch: pytest.MonkeyPatch) -> list[str]:
 
         patch.setattr(cells, name, call)
 
-    counted("score_criteria", lambda model, names: ",".join(names))
+    counted("score_criteria", lambda _, criteria, *__: ",".join(one.name for one in criteria))
     counted("apply_plan", lambda model, plan, out: out.name)
     counted("prune", lambda model, out: out.name)
     counted("recover", lambda model, out: out.name)

@@ -57,7 +57,7 @@ def save_dense(folder: Path, model_type: str, *, seed: int = 0, **entries: Any) 
 
 def save_pruned(dense: Path, out: Path, *, heads: float, neurons: float = 0.25) -> Path:
     """Prunes shares of heads and neurons."""
-    plan = make_plan(score(dense, calibration=CALIBRATION), heads_ratio=heads, neurons_ratio=neurons)
+    plan = make_plan(score(dense, calibration=CALIBRATION, preset="paper"), heads_ratio=heads, neurons_ratio=neurons)
     return apply_plan(dense, plan, out).folder
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from amprune.recovery.run import RecoveredModel, recover
 from amprune.settings import RecoverySettings
-from amprune.text.training import Sample
+from amprune.text.training import Sample, TrainingData, load_training_data
 
 TOKENIZER = make_tokenizer()
 SETTINGS = RecoverySettings(
@@ -57,13 +57,15 @@ def settings(**changes: Any) -> RecoverySettings:
     return replace(SETTINGS, **changes)
 
 
-_OPTIONS = ("samples", "teacher", "resume", "keep_epochs", "dtype", "max_shard_size", "overwrite", "progress", "device")
+def training_data(source: Any, tokenizer: Any, **options: Any) -> TrainingData:
+    """Reads a set as `recover` does with these settings."""
+    return load_training_data(RecoverySettings(data=source, **options), tokenizer)
 
 
 def train(model: Path, data: Any, out: Path, **changes: Any) -> RecoveredModel:
-    """Recovers on the CPU; changes are those of the settings and further arguments of `recover`."""
-    options = {name: changes.pop(name) for name in _OPTIONS if name in changes}
-    result = recover(model, out, **{"data": data, "settings": settings(**changes), "device": "cpu", **options})
+    """Recovers on the CPU; changes are those of the settings, and `progress`."""
+    watch = {name: changes.pop(name) for name in ("progress",) if name in changes}
+    result = recover(model, out, settings(**{"data": data, "device": "cpu", **changes}), **watch)
     assert result is not None
     return result
 

@@ -12,7 +12,7 @@ _LICENCES = ("license*", "licence*", "copying*", "notice*", "use_policy*")
 _KINDS: dict[str, tuple[str, ...]] = {
     "": ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "*.gguf", CARD.lower(), *_LICENCES),
     "additional_chat_templates": ("*.jinja",),
-    RECORDS: ("*.json", "*.jsonl", "scores.safetensors", "report.md", "report.html"),
+    RECORDS: ("*.json", "*.jsonl", "recipe.yaml", "scores.safetensors", "report.md", "report.html"),
     f"{RECORDS}/figures": ("*.svg", "*.png"),
 }
 """By folder, the names in lower case of what goes beside the weights."""

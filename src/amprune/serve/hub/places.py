@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from amprune.errors import PushError
 from amprune.model.writer import RECORDS
 from amprune.prove.card import CARD
@@ -39,7 +41,7 @@ def shortened_files(folder: Path, paths: Iterable[str]) -> dict[str, tuple[bytes
 
 def _speaks_of_places(path: str) -> bool:
     """Tells whether a file says how a model was made: card, records and configs, but no vocabulary and no code."""
-    record = path.startswith(f"{RECORDS}/") and path.endswith((".json", ".jsonl", ".md", ".html"))
+    record = path.startswith(f"{RECORDS}/") and path.endswith((".json", ".jsonl", ".yaml", ".md", ".html"))
     return record or path == CARD or ("/" not in path and path.endswith("config.json"))
 
 
@@ -52,6 +54,12 @@ def _read(file: Path) -> str:
 
 def _fields_of(path: str, text: str) -> Iterator[tuple[str, str]]:
     """Yields the strings of a JSON file by field, and those of any other by line."""
+    if path.endswith(".yaml"):
+        try:
+            yield from _strings(yaml.safe_load(text), "")
+        except yaml.YAMLError as error:
+            raise PushError(f"{path} is damaged ({error}); make it again, or remove it") from error
+        return
     if not path.endswith((".json", ".jsonl")):
         yield from ((f"line {number}", line) for number, line in enumerate(text.splitlines(), 1))
         return
