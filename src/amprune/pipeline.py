@@ -21,9 +21,7 @@ from amprune.model.reader import read_checkpoint
 from amprune.model.source import open_source
 from amprune.model.staging import check_output
 from amprune.model.writer import RECORDS, parse_size, write_json
-from amprune.plan.budget import find_budget
-from amprune.plan.depth import find_depth
-from amprune.plan.make import make_plan
+from amprune.plan.make import check_request, make_plan
 from amprune.plan.options import HeadsMode, NeuronMultiple, Only, Order, PlanOptions
 from amprune.plan.target import parse_target
 from amprune.running import Progress, no_progress
@@ -112,7 +110,7 @@ def prune(
     options = with_target(asked, aim, dense, depth=rule.depth)
     speedup = aim.value if aim is not None and aim.kind == "speedup" else None
     if speedup is None:
-        (find_depth if rule.depth else find_budget)(dense.shape, options)
+        check_request(dense.shape, options, depth=rule.depth)
     if bias_compensation:
         check_biases(dense.architecture)
         if not rule.means:

@@ -1,6 +1,6 @@
 """MODEL and plan -> apply_plan -> OUT, refitted where asked for and verified; OUT -> verify."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -85,14 +85,14 @@ def apply_plan(
     check_output(folder, overwrite=overwrite, protected=source.protected)
     dense = read_checkpoint(source.folder)
     check_plan_fits(plan, dense.shape, dense.fingerprint, where=str(model))
-    plan = plan.saying("bias_compensation") if bias_compensation else plan
-    if plan.refits_outputs and refit is None:
+    plan = replace(plan, compensated=plan.compensated or bias_compensation)
+    if plan.refitted and refit is None:
         raise PlanError(
             "the plan asks for its output projections to be refitted, and there is no text to refit them on: give "
-            "--reconstruct and a calibration set (refit), or take reconstruct out of the plan's options"
+            "--reconstruct and a calibration set (refit), or make refitted false in the plan"
         )
-    plan = plan.saying("reconstruct") if refit is not None else plan
-    biases = compensated_biases(dense, plan, scores) if plan.compensates_biases else {}
+    plan = replace(plan, refitted=refit is not None)
+    biases = compensated_biases(dense, plan, scores) if plan.compensated else {}
     with (
         staged_folder(folder, overwrite=overwrite, protected=source.protected) as partial,
         TemporaryDirectory(prefix="amprune-refit-") as spill,
@@ -167,7 +167,7 @@ def verify(
     checkpoint = read_checkpoint(open_source(dense, revision=revision, dtype=dtype).folder)
     check_plan_fits(plan, checkpoint.shape, checkpoint.fingerprint, where=str(dense))
     biases, refitted = recorded_biases(folder, checkpoint, plan), recorded_hashes(folder)
-    if plan.refits_outputs and not (folder / RECORDS / RECONSTRUCTION).is_file():
+    if plan.refitted and not (folder / RECORDS / RECONSTRUCTION).is_file():
         raise VerificationError(
             f"{folder / RECORDS / RECONSTRUCTION} is missing, which says what was refitted; without it nothing can be "
             "held to the dense model"

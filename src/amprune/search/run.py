@@ -16,11 +16,10 @@ from amprune.errors import PlanError
 from amprune.model.loading import loaded_model
 from amprune.model.reader import Checkpoint
 from amprune.plan.artefact import PruningPlan
-from amprune.plan.bytes import target_parameters
 from amprune.plan.heads import Budget
 from amprune.plan.make import make_plan
 from amprune.plan.options import PlanOptions
-from amprune.plan.target import Target
+from amprune.plan.target import Target, target_parameters
 from amprune.running import Progress, no_progress
 from amprune.scoring.scores import ImportanceScores
 from amprune.search.allocation import Refit, allocate, candidates, plan_of
