@@ -21,11 +21,11 @@ from amprune.cut.masking import masked, swapped, whole_tensors
 from amprune.cut.slicing import cuts_by_tensor, prune_model
 from amprune.model.architecture import Architecture, measure_shape
 from amprune.plan.heads import Budget
-from amprune.plan.options import PlanOptions
 from amprune.scoring.weights import random_scores
 from amprune.search import allocation as choice
 from amprune.search.allocation import FINALISTS, MOST, Candidate, allocate, candidates, choose, plan_of
 from amprune.search.damage import Damage, measure_changes
+from amprune.settings import PlanOptions
 
 HELD_OUT = random_samples(11, 30, 3, 30, seed=1)
 GQA, MHA = find("llama-gqa"), find("llama-mha")

@@ -23,6 +23,9 @@ def run(*arguments: object) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
+PAPER = ("--preset", "paper", "--calibration", "builtin", "--samples", 6)
+
+
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "dense"
@@ -34,7 +37,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def scores(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("scores") / "scores.safetensors"
-    code, _, errors = run("score", dense, "-o", file, "--calibration", "builtin", "--samples", 6)
+    code, _, errors = run("score", dense, "-o", file, *PAPER)
     assert code == 0, errors
     return file
 
@@ -67,7 +70,7 @@ def test_inspect(dense: Path) -> None:
 
 def test_stage_by_stage(dense: Path, scores: Path, tmp_path: Path) -> None:
     plan, out = tmp_path / "plan.json", tmp_path / "out"
-    code, output, _ = run("plan", scores, "--ratio", 0.2, "-o", plan, "--json")
+    code, output, _ = run("plan", scores, "--ratio", 0.2, "-o", plan, "--preset", "paper", "--json")
     assert code == 0
     assert abs(json.loads(output)["ratio_actual"] - 0.2) < 0.005
     code, output, _ = run("apply", dense, plan, out, "--max-shard-size", "20KB", "--json")
@@ -80,7 +83,8 @@ def test_stage_by_stage(dense: Path, scores: Path, tmp_path: Path) -> None:
 
 
 def test_a_plan_for_a_number_of_parameters(scores: Path, tmp_path: Path) -> None:
-    code, output, errors = run("plan", scores, "--target-parameters", "60k", "-o", tmp_path / "plan.json", "--json")
+    exact = ("--neuron-multiple", 1, "--target-parameters")
+    code, output, errors = run("plan", scores, *exact, "60k", "-o", tmp_path / "plan.json", "--json")
     assert code == 0, errors
     assert 59_000 < json.loads(output)["shape_after"]["parameters"] <= 60_000
     code, _, errors = run("plan", scores, "--target-parameters", "many", "-o", tmp_path / "other.json")
@@ -93,13 +97,80 @@ def test_a_plan_from_a_refitted_output_is_refitted_again(dense: Path, tmp_path: 
     code, _, errors = run("prune", dense, tmp_path / "a", "--ratio", 0.2, *quick)
     assert code == 0, errors
     plan = tmp_path / "a" / "amprune" / "plan.json"
-    code, _, errors = run("apply", dense, plan, tmp_path / "b")
-    assert code == 1
-    assert "give --reconstruct" in errors
-    code, _, errors = run("apply", dense, plan, tmp_path / "b", "--reconstruct", *quick, "--max-length", 1024)
+    code, _, errors = run("apply", dense, plan, tmp_path / "b", *quick)
     assert code == 0, errors
     files = [tmp_path / name / "model.safetensors" for name in "ab"]
     assert files[0].read_bytes() == files[1].read_bytes()
+    code, _, errors = run("apply", dense, plan, tmp_path / "plain", "--no-reconstruct")
+    assert code == 0, errors
+    assert not (tmp_path / "plain" / "amprune" / "reconstruction.json").exists()
+
+
+@pytest.mark.parametrize("options", [(), PAPER], ids=["best", "paper"])
+def test_the_stages_without_options_make_what_prune_makes(
+    dense: Path, tmp_path: Path, options: tuple[object, ...]
+) -> None:
+    scores, plan = tmp_path / "scores.safetensors", tmp_path / "plan.json"
+    for arguments in (
+        ("score", dense, "-o", scores, *options),
+        ("plan", scores, "-o", plan, "--ratio", 0.2, "--model", dense, *options),
+        ("apply", dense, plan, tmp_path / "stages", "--scores", scores, *options),
+        ("prune", dense, tmp_path / "prune", "--ratio", 0.2, *options),
+    ):
+        code, _, errors = run(*arguments)
+        assert code == 0, errors
+    for name in ("model.safetensors", "config.json", "amprune/plan.json", "amprune/scores.safetensors"):
+        assert (tmp_path / "stages" / name).read_bytes() == (tmp_path / "prune" / name).read_bytes(), name
+    refitted = (tmp_path / "stages" / "amprune" / "reconstruction.json").exists()
+    assert refitted == (not options)
+
+
+def test_a_split_is_not_measured_on_samples_that_were_scored_on(dense: Path, tmp_path: Path) -> None:
+    scores, few = tmp_path / "scores.safetensors", ("--calibration", "builtin", "--samples", 16)
+    assert run("score", dense, "-o", scores, "--no-allocate", *few)[0] == 0
+    plan = ("plan", scores, "-o", tmp_path / "plan.json", "--ratio", 0.2)
+    code, _, errors = run(*plan, "--model", dense, *few)
+    assert code == 1
+    assert "score with --allocate" in errors
+    code, _, errors = run(*plan, "--allocate", *few)
+    assert code == 1
+    assert "give --model" in errors
+    assert run(*plan, "--model", dense, "--no-allocate", *few)[0] == 0
+
+
+def test_a_recipe_makes_the_same_again(dense: Path, tmp_path: Path) -> None:
+    code, _, errors = run("prune", dense, tmp_path / "a", "--ratio", 0.25, "--heads-mode", "within", *PAPER)
+    assert code == 0, errors
+    recipe = tmp_path / "a" / "amprune" / "recipe.yaml"
+    code, _, errors = run("prune", dense, tmp_path / "b", "--recipe", recipe)
+    assert code == 0, errors
+    for name in ("model.safetensors", "config.json", "amprune/plan.json", "amprune/recipe.yaml"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+    code, _, errors = run("prune", dense, tmp_path / "c", "--recipe", recipe, "--ratio", 0.1)
+    assert code == 0, errors
+    assert "ratio: 0.1" in (tmp_path / "c" / "amprune" / "recipe.yaml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("ration: 0.2", "did you mean ratio?"),
+        ("overwrite: true", "unknown option 'overwrite'"),
+        ("ratio: a lot", "ratio is 'a lot', expected"),
+        ("protect_first: 1.5", "protect_first is 1.5, expected"),
+        ("order: upwards", "order is 'upwards', expected one of"),
+        ("prompts_only: 1", "prompts_only is 1, expected"),
+        ("- ratio", "holds a list"),
+        ("ratio: [", "cannot read the recipe"),
+    ],
+)
+def test_recipes_that_are_wrong_are_refused(dense: Path, tmp_path: Path, text: str, problem: str) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text, encoding="utf-8")
+    code, _, errors = run("prune", dense, tmp_path / "out", "--recipe", recipe)
+    assert code == 1
+    assert problem in errors
+    assert str(recipe.name) in errors
 
 
 def test_prune_in_one_go_shows_what_happened(dense: Path, tmp_path: Path) -> None:
@@ -111,6 +182,7 @@ def test_prune_in_one_go_shows_what_happened(dense: Path, tmp_path: Path) -> Non
     assert str(out.name) in output
     assert {path.name for path in (out / "amprune").iterdir()} == {
         "plan.json",
+        "recipe.yaml",
         "reconstruction.json",
         "scores.safetensors",
         "verification.json",
@@ -123,22 +195,21 @@ def test_prune_in_one_go_shows_what_happened(dense: Path, tmp_path: Path) -> Non
 
 
 def test_prune_gives_the_same_as_the_stages(dense: Path, scores: Path, tmp_path: Path) -> None:
-    run("plan", scores, "--ratio", 0.2, "-o", tmp_path / "plan.json")
+    run("plan", scores, "--ratio", 0.2, "-o", tmp_path / "plan.json", "--preset", "paper")
     run("apply", dense, tmp_path / "plan.json", tmp_path / "a", "--scores", scores)
-    paper = ("--preset", "paper", "--calibration", "builtin", "--samples", 6)
-    code, _, errors = run("prune", dense, tmp_path / "b", "--ratio", 0.2, *paper)
+    code, _, errors = run("prune", dense, tmp_path / "b", "--ratio", 0.2, *PAPER)
     assert code == 0, errors
     for name in ("model.safetensors", "config.json", "amprune/scores.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     plans = [json.loads((tmp_path / out / "amprune" / "plan.json").read_text(encoding="utf-8")) for out in "ab"]
-    assert plans[1]["provenance"].pop("preset") == "paper"
+    assert plans[1]["provenance"]["preset"] == "paper"
     assert plans[0] == plans[1]
 
 
 def test_a_tampered_output_is_not_verified(dense: Path, scores: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    run("plan", scores, "--ratio", 0.2, "-o", tmp_path / "plan.json")
+    run("plan", scores, "--ratio", 0.2, "-o", tmp_path / "plan.json", "--preset", "paper")
     run("apply", dense, tmp_path / "plan.json", tmp_path / "out")
     weights = load_file(tmp_path / "out" / "model.safetensors")
     weights["model.layers.1.mlp.down_proj.weight"][0, 0] += 0.5
@@ -219,9 +290,9 @@ def test_prune_by_every_criterion(name: str, dense: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize("name", ["depth", "depth-taylor"])
 def test_blocks_are_scored_planned_removed_and_verified(name: str, dense: Path, tmp_path: Path) -> None:
     scores, plan, out = tmp_path / "scores.safetensors", tmp_path / "plan.json", tmp_path / "out"
-    code, shown, errors = run("score", dense, "-o", scores, "--criterion", name, "--calibration", "builtin")
+    code, shown, errors = run("score", dense, "-o", scores, "--criterion", name, *PAPER)
     assert code == 0, errors
-    assert f"Scored 2 blocks by {name} on 50 samples" in shown
+    assert f"Scored 2 blocks by {name} on 6 samples" in shown
     protect = ("--protect-first", 1, "--protect-last", 0)
     assert run("plan", scores, "--ratio", 0.4, "-o", plan, *protect)[0] == 0
     assert run("apply", dense, plan, out)[0] == 0

@@ -37,13 +37,13 @@ from amprune.model.files import stored_tensors
 from amprune.model.reader import read_checkpoint
 from amprune.plan.artefact import check_plan
 from amprune.plan.depth import find_depth, removable_blocks
-from amprune.plan.options import PlanOptions
 from amprune.prove.card import removal
 from amprune.prove.checks import verify_checkpoint
 from amprune.report.figures_importance import blocks_figure
 from amprune.report.write import write_report
 from amprune.scoring.blocks import block_perplexities
 from amprune.scoring.scores import InputMeans, LayerScores
+from amprune.settings import PlanOptions
 
 ONE_OF_EACH = [
     next(tiny for tiny in ALL if tiny.model_type == kind) for kind in dict.fromkeys(t.model_type for t in ALL)

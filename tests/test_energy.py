@@ -18,7 +18,8 @@ import pytest
 from amprune.errors import EvaluationError, MissingDependencyError
 from amprune.evaluation.energy import MODELLED, Energy, Part, interleaved_energy, measured_energy
 from amprune.evaluation.tracker import part_and_method
-from amprune.evaluation.workload import Costs, Workload, calculator_co2, costs, saving, time_saved
+from amprune.evaluation.workload import Costs, calculator_co2, costs, saving, time_saved
+from amprune.settings import Workload
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "cost.md"
 

@@ -26,11 +26,10 @@ from amprune.model.architecture import measure_shape
 from amprune.model.backends import heads_split
 from amprune.plan.budget import find_budget, largest_ratio, unrounded
 from amprune.plan.heads import Budget, choices_of_all_modes, kept_heads
-from amprune.plan.options import PlanOptions
 from amprune.search import allocation as choice
 from amprune.search.allocation import allocate, candidates, plan_of
 from amprune.search.speedup import find_shapes
-from amprune.settings import PRESETS
+from amprune.settings import PRESETS, PlanOptions
 
 SMOLLM2 = measure_shape(
     {"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
@@ -474,7 +473,7 @@ def test_prune_splits_and_says_so(dense: Path, tmp_path: Path) -> None:
     assert config["intermediate_size"] % 64 == 0
     assert run("verify", out, "--dense", dense)[0] == 0
     code, shown, _ = run("plan", out / "amprune/scores.safetensors", "-o", tmp_path / "p", "--ratio", 0.2,
-                         "--tensor-parallel", 6, "--json")  # fmt: skip
+                         "--tensor-parallel", 6, "--preset", "paper", "--json")  # fmt: skip
     assert code == 0
     assert json.loads(shown)["tensor_parallel"] == json.loads(shown)["neuron_multiple"] == 6
     code, _, errors = run("prune", dense, tmp_path / "no", "--ratio", 0.2, "--tensor-parallel", 5, *arguments)
@@ -487,7 +486,7 @@ def test_prune_splits_and_says_so(dense: Path, tmp_path: Path) -> None:
 
 
 def test_run_takes_both_options(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = ("--ratio", 0.2, "--calibration", "builtin", "--calibration-samples", 4, "--no-reconstruct")
+    arguments = ("--ratio", 0.2, "--calibration", "builtin", "--samples", 4, "--no-reconstruct")
     arguments = (*arguments, "--no-allocate", "--tensor-parallel", 2)
     code, _, errors = run("run", dense, tmp_path / "out", *arguments)
     assert code == 0, errors
@@ -496,8 +495,8 @@ def test_run_takes_both_options(dense: Path, tmp_path: Path, monkeypatch: pytest
     assert plan.options["neuron_multiple"] == 64
     asked: dict[str, Any] = {}
 
-    def stop(*_: Any, **options: Any) -> None:
-        asked.update(options)
+    def stop(_model: Any, _out: Any, settings: Any, **_: Any) -> None:
+        asked.update(vars(settings))
         raise PlanError("enough")
 
     monkeypatch.setattr("amprune.pipeline.prune", stop)

@@ -23,8 +23,8 @@ from amprune.model.architecture import measure_shape
 from amprune.plan.artefact import check_plan
 from amprune.plan.budget import find_budget, largest_ratio
 from amprune.plan.heads import head_choices
-from amprune.plan.options import PlanOptions
 from amprune.scoring.scores import LayerScores
+from amprune.settings import PlanOptions
 
 # Published sizes, written out so that nothing is fetched.
 REAL: dict[str, dict[str, Any]] = {

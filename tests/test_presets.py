@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 
 from amprune import (
     CalibrationSet,
-    PlanError,
     PruningPlan,
     apply_plan,
     draw_calibration,
@@ -78,7 +77,7 @@ def test_the_same_call_gives_the_same_bytes(best: Path, dense: Path, tmp_path: P
 def test_paper_is_the_stages_with_their_own_defaults(dense: Path, tmp_path: Path) -> None:
     texts = [f"### Instruction:\nName {number} colours.\n\n### Response:\nRed." for number in range(60)]
     prune(dense, tmp_path / "paper", ratio=0.2, preset="paper", calibration=texts)
-    scores = score(dense, calibration=texts)
+    scores = score(dense, preset="paper", calibration=texts)
     assert scores.calibration["samples"] == 50
     apply_plan(dense, make_plan(scores, ratio=0.2), tmp_path / "stages", scores=scores)
     files = [tmp_path / name / "model.safetensors" for name in ("paper", "stages")]
@@ -138,11 +137,13 @@ def test_a_speedup_is_timed_and_the_least_damaging_shape_taken(
     assert chosen["damage"]["kl"] == min(c["damage"]["kl"] for c in result.plan.provenance["allocation"]["candidates"])
 
 
-def test_a_plan_that_asks_for_a_refit_gets_one_or_is_refused(best: Path, dense: Path, tmp_path: Path) -> None:
+def test_a_plan_that_asks_for_a_refit_gets_one_unless_told_otherwise(best: Path, dense: Path, tmp_path: Path) -> None:
     plan = plan_in(best)
-    with pytest.raises(PlanError, match="give --reconstruct"):
-        apply_plan(dense, plan, tmp_path / "none")
-    assert not (tmp_path / "none").exists()
+    apply_plan(dense, plan, tmp_path / "plain", reconstruct=False)
+    assert not plan_in(tmp_path / "plain").refitted
+    assert verify(tmp_path / "plain", dense=dense).passed
+    apply_plan(dense, plan, tmp_path / "unasked", **QUICK)
+    assert (tmp_path / "unasked" / "model.safetensors").read_bytes() == (best / "model.safetensors").read_bytes()
     calibration = draw_calibration(dense, "mixed", **QUICK)
     apply_plan(dense, plan, tmp_path / "again", refit=calibration)
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (best / "model.safetensors").read_bytes()

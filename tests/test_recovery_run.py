@@ -17,7 +17,7 @@ from amprune.model.writer import RECORDS
 from amprune.recovery import models
 from amprune.recovery import run as module
 from amprune.recovery.run import measure_epochs, recover
-from amprune.recovery.settings import RecoverySettings
+from amprune.settings import RecoverySettings
 from amprune.text.training import load_training_data
 
 CALIBRATION = CalibrationSet("random", tuple(tuple((i * 7 + j * 13) % VOCABULARY for j in range(20)) for i in range(3)))

@@ -27,7 +27,6 @@ import amprune
 from amprune.errors import ReportError, VerificationError
 from amprune.evaluation.identity import content_hash
 from amprune.evaluation.records import Evaluation, ModelEntry, Record
-from amprune.evaluation.workload import Workload
 from amprune.model.recovered import TrainingLog, read_training_log
 from amprune.model.shape import ModelShape
 from amprune.model.source import open_source
@@ -41,6 +40,7 @@ from amprune.report.numbers import number, percent, probability, scaled, seconds
 from amprune.report.quality import _lines
 from amprune.report.write import ReportFiles, write_report
 from amprune.scoring.scores import ImportanceScores, LayerScores
+from amprune.settings import Workload
 
 DENSE = "smollm2-135m"
 TASKS = {"winogrande": 0.53, "piqa": 0.68, "arc_easy": 0.585, "arc_challenge": 0.29, "hellaswag": 0.43}

@@ -11,17 +11,26 @@ from transformers import AutoModelForCausalLM
 
 import amprune.pipeline
 import amprune.recovery.run
-from amprune import CheckpointError, LatencySettings, RecoverySettings, run
+from amprune import CheckpointError, run
 from amprune.evaluation.records import Evaluation
 
 ARGUMENTS: dict[str, Any] = {
     "ratio": 0.2,
-    "recovery": RecoverySettings(max_steps=2, gradient_accumulation=1, max_length=128, lora_rank=2, logging_steps=1),
+    "calibration": "builtin",
+    "samples": 4,
+    "recover": True,
+    "max_steps": 2,
+    "gradient_accumulation": 1,
+    "training_max_length": 128,
+    "lora_rank": 2,
+    "logging_steps": 1,
     "data": "builtin",
     "training_samples": 100,
-    "measure": True,
-    "pruning": {"calibration": "builtin", "samples": 4},
-    "evaluation": {"measure": ["latency"], "latency": [LatencySettings(new_tokens=4, warmup=1, runs=2)]},
+    "evaluate": True,
+    "measure": ["latency"],
+    "new_tokens": 4,
+    "warmup": 1,
+    "runs": 2,
     "device": "cpu",
 }
 
@@ -84,7 +93,7 @@ def test_it_goes_on_at_the_stage_that_was_running(
 
 
 def test_another_request_does_not_go_on(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = {**ARGUMENTS, "recovery": None, "measure": False}
+    arguments = {**ARGUMENTS, "recover": False, "evaluate": False}
     with monkeypatch.context() as patch:
         patch.setattr(amprune.report.write, "write_report", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):

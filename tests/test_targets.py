@@ -23,11 +23,11 @@ from amprune.model.latency import Latency, LatencySettings
 from amprune.model.reader import read_checkpoint
 from amprune.plan.budget import find_budget
 from amprune.plan.heads import Budget, choices_of_all_modes, kept_heads
-from amprune.plan.options import PlanOptions
 from amprune.plan.target import Target, parse_target, target_parameters
 from amprune.scoring.scores import ImportanceScores
 from amprune.search.speedup import find_shapes
 from amprune.search.timing import SETTINGS, shape_timer
+from amprune.settings import PlanOptions
 
 SMALL = sorted(name for name in CONFIGS if name not in ("Llama-2-7B", "Llama-3-8B", "Phi-2", "Falcon-7B"))
 
@@ -129,9 +129,9 @@ def test_a_size_that_can_be_reached_is_met_exactly_and_one_less_is_not(name: str
         step = shape.neuron_parameters * shape.num_layers
         assert size - step < plan.shape_after.parameters <= size
         assert plan.ratio_target == pytest.approx(1 - size / shape.parameters)
-        assert plan.options["target_parameters"] == size
+        assert plan.provenance["options"]["target_parameters"] == size
         assert make_plan(scores, target_parameters=size - 1).shape_after.parameters < size
-    assert "target_parameters" not in make_plan(scores, ratio=0.1).options
+    assert "target_parameters" not in make_plan(scores, ratio=0.1).provenance["options"]
 
 
 @pytest.mark.parametrize("options", [{"only": "heads"}, {"neurons_ratio": 0.25}, {"heads_ratio": 0.5}], ids=str)
@@ -189,7 +189,7 @@ def test_blocks_take_a_target_too() -> None:
         for target in (size, size + shape.layer_parameters - 1):
             plan = make_plan(scores, target_parameters=target, **free)
             assert plan.shape_after.parameters == size
-        assert plan.options["target_parameters"] == target
+        assert plan.provenance["options"]["target_parameters"] == target
     smallest = shape.parameters - 5 * shape.layer_parameters
     with pytest.raises(PlanError, match=f"at most 5 can go: .*; the smallest reachable is {smallest:,}"):
         make_plan(scores, target_parameters=smallest - 1, **free)
@@ -206,7 +206,7 @@ def test_a_budget_becomes_a_plan_that_says_so() -> None:
     after = plan.shape_after
     assert (after.num_attention_heads, after.num_key_value_heads, after.intermediate_size) == (8, 4, 57)
     assert plan.ratio_target == 0.2
-    recorded = plan.options
+    recorded = plan.provenance["options"]
     assert recorded["heads_mode"] == "within"
     assert make_plan(scores, budget=Budget(**recorded["budget"]), ratio=recorded["ratio"]) == plan
     same = find_budget(scores.shape, PlanOptions(ratio=0.2))

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from amprune.recovery.run import RecoveredModel, recover
-from amprune.recovery.settings import RecoverySettings
+from amprune.settings import RecoverySettings
 from amprune.text.training import Sample
 
 TOKENIZER = make_tokenizer()

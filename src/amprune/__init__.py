@@ -21,7 +21,6 @@ for _library in ("torchao", "torch.utils._pytree", "bitsandbytes"):
 
 if TYPE_CHECKING:
     from amprune.cut.inspection import inspect
-    from amprune.cut.run import PrunedModel, apply_plan, verify
     from amprune.cut.slicing import prune_model
     from amprune.errors import (
         AmpruneError,
@@ -45,37 +44,39 @@ if TYPE_CHECKING:
     from amprune.experiments.run import ExperimentFiles, experiment
     from amprune.model.latency import LatencySettings
     from amprune.model.shape import ModelShape
-    from amprune.pipeline import prune, run
+    from amprune.pipeline import PrunedModel, apply_plan, prune, run, verify
     from amprune.plan.artefact import PruningPlan
     from amprune.plan.make import make_plan
     from amprune.prove.checks import VerificationReport
     from amprune.recovery.run import RecoveredModel, recover
-    from amprune.recovery.settings import RecoverySettings
     from amprune.report.write import write_report
-    from amprune.scoring.run import draw_calibration, score
+    from amprune.scoring.run import score
     from amprune.scoring.scores import ImportanceScores
     from amprune.serve.gguf.run import ExportedGguf, export_gguf
     from amprune.serve.hub.run import PushedModel, push
     from amprune.serve.quantize.run import QuantizedModel, quantize
-    from amprune.text.calibration import CalibrationSet, load_calibration
+    from amprune.settings import EvaluationSettings, PruneSettings, RecoverySettings, RunSettings
+    from amprune.text.calibration import CalibrationSet, draw_calibration, load_calibration
 
 _MODULES = {
     "cut.inspection": ("inspect",),
-    "cut.run": ("PrunedModel", "apply_plan", "verify"),
     "cut.slicing": ("prune_model",),
     "errors": (
         "AmpruneError",
         "CalibrationError",
         "CheckpointError",
         "EvaluationError",
+        "EvaluationSettings",
         "ExportError",
         "MissingDependencyError",
         "PlanError",
         "PushError",
         "QuantizationError",
         "ReconstructionError",
+        "RecipeError",
         "RecoveryError",
         "ReportError",
+        "RunSettings",
         "ScoresError",
         "UnsupportedModelError",
         "VerificationError",
@@ -85,19 +86,19 @@ _MODULES = {
     "experiments.run": ("ExperimentFiles", "experiment"),
     "model.latency": ("LatencySettings",),
     "model.shape": ("ModelShape",),
-    "pipeline": ("prune", "run"),
+    "pipeline": ("PrunedModel", "apply_plan", "prune", "run", "verify"),
     "plan.artefact": ("PruningPlan",),
     "plan.make": ("make_plan",),
     "prove.checks": ("VerificationReport",),
     "recovery.run": ("RecoveredModel", "recover"),
-    "recovery.settings": ("RecoverySettings",),
+    "settings": ("PruneSettings", "RecoverySettings", "EvaluationSettings", "RunSettings"),
     "report.write": ("write_report",),
-    "scoring.run": ("draw_calibration", "score"),
+    "scoring.run": ("score",),
     "scoring.scores": ("ImportanceScores",),
     "serve.gguf.run": ("ExportedGguf", "export_gguf"),
     "serve.hub.run": ("PushedModel", "push"),
     "serve.quantize.run": ("QuantizedModel", "quantize"),
-    "text.calibration": ("CalibrationSet", "load_calibration"),
+    "text.calibration": ("CalibrationSet", "draw_calibration", "load_calibration"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -108,6 +109,7 @@ __all__ = [
     "CheckpointError",
     "Evaluation",
     "EvaluationError",
+    "EvaluationSettings",
     "ExperimentFiles",
     "ExportError",
     "ExportedGguf",
@@ -116,17 +118,20 @@ __all__ = [
     "MissingDependencyError",
     "ModelShape",
     "PlanError",
+    "PruneSettings",
     "PrunedModel",
     "PruningPlan",
     "PushError",
     "PushedModel",
     "QuantizationError",
     "QuantizedModel",
+    "RecipeError",
     "ReconstructionError",
     "RecoveredModel",
     "RecoveryError",
     "RecoverySettings",
     "ReportError",
+    "RunSettings",
     "ScoresError",
     "UnsupportedModelError",
     "VerificationError",

@@ -1,5 +1,5 @@
 """`python -m amprune`."""
 
-from amprune.cli.options import app
+from amprune.cli import app
 
 app()

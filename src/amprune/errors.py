@@ -1,6 +1,7 @@
 """What can go wrong, as exceptions that a caller can tell apart.
 
 AmpruneError
+├── RecipeError              a recipe cannot be read
 ├── UnsupportedModelError    the architecture, or what was asked of it, is not supported
 ├── CheckpointError          a checkpoint cannot be read or written
 ├── CalibrationError         a calibration set cannot be read or is too small
@@ -25,6 +26,10 @@ from collections.abc import Iterable
 
 class AmpruneError(Exception):
     """Base of every error that amprune raises on purpose."""
+
+
+class RecipeError(AmpruneError):
+    """A recipe cannot be read, or has options that there are not."""
 
 
 class UnsupportedModelError(AmpruneError):

@@ -1,192 +1,363 @@
 """Every stage once, in order. START HERE.
 
-    MODEL -> prune -> OUT                      scored, planned, sliced and verified in one process
+    MODEL -> prune -> OUT                      scored, planned, cut and proven, in one process; the model is opened once
     MODEL -> run -> OUT, evaluated, reported   prune, recover, evaluate and report
 
-`stages/` has the stages of pruning one by one, `recovery/` the training, `evaluation/` and `report/` the rest.
+The stages of `prune` alone are `score` (scoring/run.py), `plan_scores`, `apply_plan` and `verify`. Two doors lead from
+here where the preset `best` asks for more: search/run.py measures the split of the budget, cut/refit/ refits weights.
 """
 
 import json
 import logging
 import shutil
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from amprune.cut.biases import check_biases
-from amprune.cut.run import PrunedModel, apply_plan
-from amprune.errors import CheckpointError, PlanError
-from amprune.model.reader import read_checkpoint
-from amprune.model.source import open_source
-from amprune.model.staging import check_output
+from amprune.cut.biases import check_biases, compensated_biases, recorded_biases
+from amprune.cut.refit.record import RECORD as RECONSTRUCTION
+from amprune.cut.refit.record import recorded_hashes
+from amprune.cut.run import cut
+from amprune.cut.slicing import check_plan_fits
+from amprune.errors import CheckpointError, PlanError, VerificationError
+from amprune.model.reader import Checkpoint, open_model, read_checkpoint
+from amprune.model.source import Source, open_source
+from amprune.model.staging import check_output, staged_folder
 from amprune.model.writer import RECORDS, parse_size, write_json
+from amprune.plan.artefact import PruningPlan
 from amprune.plan.make import check_request, make_plan
-from amprune.plan.options import HeadsMode, NeuronMultiple, Only, Order, PlanOptions
-from amprune.plan.target import parse_target
+from amprune.plan.target import parse_target, with_target
+from amprune.prove.card import write_model_card
+from amprune.prove.checks import VerificationReport, read_plan, verify_checkpoint
 from amprune.running import Progress, no_progress
 from amprune.scoring.catalogue import Criterion, find_criterion
-from amprune.scoring.run import PathLike, score
-from amprune.search.run import Computing, plan_on_model, with_target
-from amprune.settings import DEFAULT as DEFAULT_PRESET
-from amprune.settings import Preset, find_preset
-from amprune.text.calibration import CalibrationSet, calibration_for
+from amprune.scoring.run import score_criteria
+from amprune.scoring.scores import ImportanceScores
+from amprune.search.run import plan_on_model
+from amprune.settings import (
+    ApplySettings,
+    EvaluationSettings,
+    PathLike,
+    PlanOptions,
+    PlanSettings,
+    PruneSettings,
+    RecoverySettings,
+    RunSettings,
+    Texts,
+    VerifySettings,
+    part,
+    settle,
+    with_preset,
+    write_recipe,
+)
+from amprune.text.calibration import CalibrationSet, draw
 
 if TYPE_CHECKING:
-    from amprune.recovery.settings import RecoverySettings
+    from amprune.evaluation.records import Evaluation
+    from amprune.recovery.run import RecoveredModel
     from amprune.report.write import ReportFiles
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class PrunedModel:
+    """What `prune` and `apply_plan` return."""
+
+    folder: Path
+    plan: PruningPlan
+    verification: VerificationReport
+    bytes_before: int
+    bytes_after: int
+
+
 def prune(
     model: PathLike,
     out: PathLike,
+    settings: PruneSettings | None = None,
     *,
-    ratio: float | None = None,
-    target: str | None = None,
-    preset: str = DEFAULT_PRESET,
-    criterion: str | None = None,
-    allocate: bool | None = None,
-    reconstruct: bool | None = None,
-    order: Order = "amp",
-    only: Only | None = None,
-    heads_mode: HeadsMode | None = None,
-    heads_ratio: float | None = None,
-    neurons_ratio: float | None = None,
-    neuron_multiple: NeuronMultiple | None = None,
-    head_multiple: int = 1,
-    tensor_parallel: int = 1,
-    protect_first: int = 4,
-    protect_last: int = 2,
-    bias_compensation: bool = False,
-    calibration: PathLike | list[str] | CalibrationSet | None = None,
-    samples: int | None = None,
-    tokens: int | None = None,
-    max_length: int | None = None,
-    prompts_only: bool = False,
-    seed: int = 0,
-    device: str | None = None,
-    dtype: str = "auto",
-    device_map: str | None = None,
-    batch_tokens: int = 4096,
-    max_shard_size: str = "5GB",
-    overwrite: bool = False,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
     progress: Progress = no_progress,
+    **options: Any,
 ) -> PrunedModel:
-    """Scores, plans, slices, refits and verifies a model in one go; the arguments are those of the single stages.
+    """Scores, plans, cuts, refits and verifies a model in one go.
 
     What can fail without the weights (OUT, the ratio, the options) is checked before they are loaded.
 
-    In the place of `ratio`, `target` is `params=100M` or `weight-bytes=4GiB`, the most that may stay, or
-    `speedup=1.25x`, measured on this device. `preset` is `best`, what does least damage, or `paper`, the method as
-    published; it settles what is not given of criterion, calibration, samples, tokens, max_length, `allocate` (choose
-    how much of heads and of neurons goes by the damage on held-out calibration tokens; shares set by hand come first),
-    `reconstruct` (refit the kept output weights on the calibration tokens) and `neuron_multiple` (`best` keeps a
-    multiple that hardware likes, and meets a ratio as nearly as that allows; 1 meets it to within a neuron).
+    Args:
+        model: a Hugging Face folder, a `.gguf` file, an alias or a hub id.
+        out: the folder to write; it appears whole or not at all.
+        settings: what is asked for; `amprune prune --help` and `amprune.settings` say what each option means.
+        progress: told how far it is.
+        options: of `PruneSettings`, such as `ratio=0.2` or `preset="paper"`; they count before `settings`.
 
     Raises:
         AmpruneError: one of its children; nothing is left behind then.
     """
-    settled = find_preset(preset)
-    rule = find_criterion(criterion or settled.criterion)
-    allocate, reconstruct = _settle(
-        rule, settled, allocate=allocate, reconstruct=reconstruct, order=order, bias_compensation=bias_compensation
-    )
-    aim = None if target is None else parse_target(target)
-    source = open_source(model, revision=revision, dtype=dtype)
-    check_output(Path(out).expanduser(), overwrite=overwrite, protected=source.protected)
-    parse_size(max_shard_size)
-    dense = read_checkpoint(source.folder)
-    if neuron_multiple is None:
-        neuron_multiple = 1 if rule.depth else settled.neuron_multiple
-    asked = PlanOptions(
-        ratio=ratio, order=order, only=only, heads_mode=heads_mode, heads_ratio=heads_ratio,
-        neurons_ratio=neurons_ratio, neuron_multiple=neuron_multiple, head_multiple=head_multiple,
-        tensor_parallel=tensor_parallel, protect_first=protect_first, protect_last=protect_last, seed=seed,
-    )  # fmt: skip
-    options = with_target(asked, aim, dense, depth=rule.depth)
-    speedup = aim.value if aim is not None and aim.kind == "speedup" else None
-    if speedup is None:
-        check_request(dense.shape, options, depth=rule.depth)
-    if bias_compensation:
-        check_biases(dense.architecture)
-        if not rule.means:
-            raise PlanError(f"bias compensation needs mean inputs, which the criterion {rule.name} lacks; use flap")
-    drawn = held_out = None
-    if rule.calibrated or allocate or reconstruct:
-        by_hand = (samples, tokens) != (None, None)
-        drawn = calibration_for(
-            dense, calibration if calibration is not None else settled.calibration,
-            samples=samples if by_hand else settled.samples, tokens=tokens if by_hand else settled.tokens,
-            max_length=max_length or settled.max_length, prompts_only=prompts_only, seed=seed,
-            trust_remote_code=trust_remote_code,
-        )  # fmt: skip
-    fit = drawn
-    if drawn is not None and allocate:
-        fit, held_out = drawn.split()
-    scores = score(
-        model, criterion=rule.name, calibration=fit or [], seed=seed, device=device, dtype=dtype,
-        device_map=device_map, batch_tokens=batch_tokens, revision=revision, trust_remote_code=trust_remote_code,
-        progress=progress,
-    )  # fmt: skip
-    if rule.depth:
-        plan = make_plan(scores, **vars(options))
-    else:
-        plan = plan_on_model(
-            dense, scores, options, speedup=speedup, held_out=held_out if allocate else None,
-            refit_on=fit if reconstruct else None, where=Computing(device, dtype, device_map, batch_tokens),
-            progress=progress,
-        )  # fmt: skip
-    plan = replace(plan, provenance={**plan.provenance, "preset": preset})
-    return apply_plan(
-        model, plan, out, scores=scores, bias_compensation=bias_compensation,
-        refit=drawn if reconstruct else None, device=device, batch_tokens=batch_tokens,
-        max_shard_size=max_shard_size, overwrite=overwrite, dtype=dtype, revision=revision,
-        trust_remote_code=trust_remote_code, progress=progress,
-    )  # fmt: skip
+    asked = with_preset(settle(PruneSettings, settings, options))
+    rule = find_criterion(str(asked.criterion))
+    asked = replace(asked, **_what_goes(asked, settle(PruneSettings, settings, options), rule))
+    if asked.target is not None:
+        parse_target(asked.target)
+    source, dense = open_model(model, revision=asked.revision, dtype=asked.dtype)
+    check_output(Path(out).expanduser(), overwrite=asked.overwrite, protected=source.protected)
+    parse_size(asked.max_shard_size)
+    _check_plan_options(dense, asked, rule)
+    samples = None
+    if rule.calibrated or asked.allocate or asked.reconstruct:
+        samples = draw(dense, asked, trust_remote_code=asked.trust_remote_code)
+    fit, held_out = samples.split() if samples is not None and asked.allocate else (samples, None)
+    scores = score_criteria(dense, [rule], fit, asked, seed=asked.seed, progress=progress)[rule.name]
+    plan = _plan(dense, scores, asked, fit=fit, held_out=held_out, progress=progress)
+    refit_on = samples if asked.reconstruct else None
+    return _write(source, dense, plan, Path(out), asked, scores=scores, refit_on=refit_on, progress=progress)
 
 
-def _settle(
-    rule: Criterion,
-    preset: Preset,
+def plan_scores(
+    scores: ImportanceScores | PathLike,
+    settings: PlanSettings | None = None,
     *,
-    allocate: bool | None,
-    reconstruct: bool | None,
-    order: Order,
-    bias_compensation: bool,
-) -> tuple[bool, bool]:
-    """Returns whether to allocate and to reconstruct: as asked, else as the preset says where that has a meaning."""
-    for name, wish in (("allocate", allocate), ("reconstruct", reconstruct)):
-        if wish and (rule.depth or (name == "reconstruct" and bias_compensation)):
+    model: PathLike | None = None,
+    progress: Progress = no_progress,
+    **options: Any,
+) -> PruningPlan:
+    """Makes the plan that `prune` makes of these scores.
+
+    Without the model, heads and neurons lose equal shares of the budget. With it, the split that does the least damage
+    is chosen, as the preset says, on the samples that `score` left out.
+
+    Args:
+        scores: or their file.
+        settings: what is asked for; the preset and the text are those of `score`.
+        model: the one that was scored, by any of its names.
+        progress: told how far it is.
+        options: of `PlanSettings`, such as `ratio=0.2`.
+
+    Raises:
+        PlanError: the ratio or the target is out of reach, needs the model, or the scores are of another model.
+    """
+    if not isinstance(scores, ImportanceScores):
+        scores = ImportanceScores.load(scores)
+    given = settle(PlanSettings, settings, options)
+    rule, asked = find_criterion(scores.criterion), with_preset(given)
+    asked = replace(asked, **_what_goes(asked, given, rule))
+    target = None if asked.target is None else parse_target(asked.target)
+    if model is None:
+        if given.allocate or (target is not None and target.kind != "params"):
+            what = "allocate" if given.allocate else f"the target {asked.target}"
+            raise PlanError(f"{what} is measured on the model, or asks for its files; give --model")
+        plain = _plan_options(asked)
+        if target is not None:
+            plain = replace(plain, target_parameters=int(target.value))
+        return _marked(make_plan(scores, plain), asked)
+    _, dense = open_model(model, revision=asked.revision, dtype=asked.dtype)
+    if scores.fingerprint != dense.fingerprint or scores.shape.differences(dense.shape):
+        raise PlanError(f"the scores are of another model than {model}; score it, and plan from these scores")
+    fit = held_out = None
+    if asked.allocate or asked.reconstruct:
+        fit = draw(dense, asked, trust_remote_code=asked.trust_remote_code)
+    if fit is not None and asked.allocate:
+        fit, held_out = fit.split()
+        if scores.calibration and scores.calibration.get("sha256") != fit.sha256:
+            raise PlanError(
+                f"the scores were computed on other samples ({scores.calibration.get('name')}) than all but the last "
+                f"eighth of {fit.name}, the rest of which the split is to be measured on: give `plan` the calibration "
+                "options of `score`, score with --allocate, or plan with --no-allocate"
+            )
+    return _plan(dense, scores, asked, fit=fit, held_out=held_out, progress=progress)
+
+
+def _what_goes(asked: PlanSettings, given: PlanSettings, rule: Criterion) -> dict[str, Any]:
+    """Returns what depends on the criterion: whether to allocate and to reconstruct, where that has a meaning."""
+    for name in ("allocate", "reconstruct"):
+        if getattr(given, name) and (rule.depth or (name == "reconstruct" and given.bias_compensation)):
             what = f"the criterion {rule.name} removes whole blocks" if rule.depth else "so does bias_compensation"
             raise PlanError(f"{name} makes the best of heads and neurons, but {what}; leave out one of them")
     if rule.depth:
-        return False, False
-    if allocate is None:
-        allocate = preset.allocate and order == "amp"
-    if reconstruct is None:
-        reconstruct = preset.reconstruct and not bias_compensation
-    return allocate, reconstruct
+        multiple = given.neuron_multiple
+        return {"allocate": False, "reconstruct": False, "neuron_multiple": 1 if multiple is None else multiple}
+    allocate = asked.allocate and (given.allocate or asked.order == "amp")
+    return {"allocate": allocate, "reconstruct": asked.reconstruct and not asked.bias_compensation}
+
+
+def _plan_options(asked: PlanSettings) -> PlanOptions:
+    return PlanOptions(**{name: getattr(asked, name) for name in vars(PlanOptions()) if name != "target_parameters"})
+
+
+def _check_plan_options(dense: Checkpoint, asked: PlanSettings, rule: Criterion) -> None:
+    """Refuses what cannot be planned, before the weights are loaded."""
+    options = _numbers(dense, asked, depth=rule.depth)
+    if asked.target is None or parse_target(asked.target).kind != "speedup":
+        check_request(dense.shape, options, depth=rule.depth)
+    if asked.bias_compensation:
+        check_biases(dense.architecture)
+        if not rule.means:
+            raise PlanError(f"bias compensation needs mean inputs, which the criterion {rule.name} lacks; use flap")
+
+
+def _numbers(dense: Checkpoint, asked: PlanSettings, *, depth: bool) -> PlanOptions:
+    target = None if asked.target is None else parse_target(asked.target)
+    return with_target(_plan_options(asked), target, dense, depth=depth)
+
+
+def _plan(
+    dense: Checkpoint,
+    scores: ImportanceScores,
+    asked: PlanSettings,
+    *,
+    fit: CalibrationSet | None,
+    held_out: CalibrationSet | None,
+    progress: Progress,
+) -> PruningPlan:
+    """Makes a plan for an opened model; the split is measured where samples are held out."""
+    depth = scores.blocks is not None
+    options = _numbers(dense, asked, depth=depth)
+    if depth:
+        return _marked(make_plan(scores, options), asked)
+    target = None if asked.target is None else parse_target(asked.target)
+    speedup = target.value if target is not None and target.kind == "speedup" else None
+    plan = plan_on_model(
+        dense, scores, options, asked, speedup=speedup, held_out=held_out,
+        refit_on=fit if asked.reconstruct else None, progress=progress,
+    )  # fmt: skip
+    return _marked(plan, asked)
+
+
+def _marked(plan: PruningPlan, asked: PlanSettings) -> PruningPlan:
+    """Returns the plan with what is to be done to the weights that stay."""
+    return replace(
+        plan,
+        refitted=bool(asked.reconstruct),
+        compensated=asked.bias_compensation,
+        provenance={**plan.provenance, "preset": asked.preset},
+    )
+
+
+def apply_plan(
+    model: PathLike,
+    plan: PruningPlan | PathLike,
+    out: PathLike,
+    settings: ApplySettings | None = None,
+    *,
+    scores: ImportanceScores | None = None,
+    refit: CalibrationSet | None = None,
+    progress: Progress = no_progress,
+    **options: Any,
+) -> PrunedModel:
+    """Cuts a model by a plan, writes it shard by shard, verifies it, and only then gives it its name.
+
+    Args:
+        model: the model that the plan was made for.
+        plan: a plan, or the path of a `plan.json`.
+        out: the folder to write; it appears whole or not at all.
+        settings: what else is asked for. Unless told otherwise, the plan says whether the kept output weights are
+            refitted; the text that they are refitted on is the preset's.
+        scores: kept beside the plan in the output's records; bias compensation needs them, with mean inputs.
+        refit: samples to refit on, in the place of the settings' text.
+        progress: told how far it is.
+        options: of `ApplySettings`, such as `max_shard_size="200MB"`.
+
+    Raises:
+        PlanError: the plan is for another model, there is no bias to compensate with, or nothing that can be refitted.
+        ReconstructionError: the refit has too few tokens, too little memory, or activations that are not finite.
+        ScoresError: the scores hold no mean inputs.
+        CheckpointError: the source cannot be read, or OUT not written.
+        VerificationError: what was written is not the masked dense model; nothing is left.
+    """
+    given = settle(ApplySettings, settings, options)
+    if not isinstance(plan, PruningPlan):
+        plan = PruningPlan.load(plan)
+    source, dense = open_model(model, revision=given.revision, dtype=given.dtype)
+    check_output(Path(out).expanduser(), overwrite=given.overwrite, protected=source.protected)
+    check_plan_fits(plan, dense.shape, dense.fingerprint, where=str(model))
+    refitted = plan.refitted if given.reconstruct is None else given.reconstruct
+    compensated = plan.compensated or given.bias_compensation
+    plan = replace(plan, refitted=refitted or refit is not None, compensated=compensated)
+    asked = replace(with_preset(given), reconstruct=plan.refitted)
+    if plan.refitted and refit is None:
+        refit = draw(dense, asked, trust_remote_code=asked.trust_remote_code)
+    return _write(source, dense, plan, Path(out), asked, scores=scores, refit_on=refit, progress=progress)
+
+
+def _write(
+    source: Source,
+    dense: Checkpoint,
+    plan: PruningPlan,
+    out: Path,
+    asked: ApplySettings,
+    *,
+    scores: ImportanceScores | None,
+    refit_on: CalibrationSet | None,
+    progress: Progress,
+) -> PrunedModel:
+    """Cuts an opened model and proves the result; OUT appears when it is whole."""
+    check_plan_fits(plan, dense.shape, dense.fingerprint, where=str(source.folder))
+    biases = compensated_biases(dense, plan, scores) if plan.compensated else {}
+    folder = out.expanduser()
+    with staged_folder(folder, overwrite=asked.overwrite, protected=source.protected) as partial:
+        cut(dense, plan, partial, asked, biases=biases, refit_on=refit_on, progress=progress)
+        report = verify_checkpoint(
+            partial, dense, plan, biases=biases, refitted=recorded_hashes(partial),
+            trust_remote_code=asked.trust_remote_code, progress=progress,
+        )  # fmt: skip
+        report.require()
+        records = partial / RECORDS
+        plan.save(records / "plan.json")
+        if scores is not None:
+            scores.save(records / "scores.safetensors")
+        write_json(records / "verification.json", report.to_dict())
+        command = "prune" if isinstance(asked, PruneSettings) else "apply"
+        write_recipe(records / "recipe.yaml", command, asked)
+        write_model_card(partial, plan, report, source=source)
+    return PrunedModel(folder, plan, report, dense.bytes, read_checkpoint(folder).bytes)
+
+
+def verify(
+    out: PathLike,
+    *,
+    dense: PathLike,
+    settings: VerifySettings | None = None,
+    progress: Progress = no_progress,
+    **options: Any,
+) -> VerificationReport:
+    """Verifies a written checkpoint against the dense model by the plan that it carries.
+
+    Returns the report whether or not every check passed; `report.require()` raises when one did not.
+
+    Args:
+        out: what `prune`, `apply_plan` or `recover` wrote.
+        dense: the model that OUT was made from.
+        settings: how the dense model is opened.
+        progress: told how far it is.
+        options: of `VerifySettings`, such as `revision="main"`.
+
+    Raises:
+        VerificationError: OUT carries no plan, or not the record of a refit that the plan tells of.
+        PlanError: `dense` is not the model that OUT was made from.
+        CheckpointError: one of the two cannot be read.
+    """
+    asked, folder = settle(VerifySettings, settings, options), Path(out).expanduser()
+    plan = read_plan(folder)
+    _, checkpoint = open_model(dense, revision=asked.revision, dtype=asked.dtype)
+    check_plan_fits(plan, checkpoint.shape, checkpoint.fingerprint, where=str(dense))
+    biases, refitted = recorded_biases(folder, checkpoint, plan), recorded_hashes(folder)
+    if plan.refitted and not (folder / RECORDS / RECONSTRUCTION).is_file():
+        raise VerificationError(
+            f"{folder / RECORDS / RECONSTRUCTION} is missing, which says what was refitted; without it nothing can be "
+            "held to the dense model"
+        )
+    return verify_checkpoint(
+        folder, checkpoint, plan, biases=biases, refitted=refitted, trust_remote_code=asked.trust_remote_code,
+        progress=progress,
+    )  # fmt: skip
 
 
 def run(
     model: PathLike,
     out: PathLike,
+    settings: RunSettings | None = None,
     *,
-    ratio: float | None = None,
-    recovery: "RecoverySettings | None" = None,
-    distil: bool = False,
-    data: PathLike = "alpaca",
-    training_samples: int | None = None,
-    measure: bool = False,
-    pruning: Mapping[str, Any] | None = None,
-    evaluation: Mapping[str, Any] | None = None,
-    device: str | None = None,
-    overwrite: bool = False,
     progress: Progress = no_progress,
+    **options: Any,
 ) -> "ReportFiles":
     """Prunes a model, recovers and measures it when asked to, and draws the report; goes on where it was interrupted.
 
@@ -196,17 +367,10 @@ def run(
     Args:
         model: a Hugging Face folder, a `.gguf` file, an alias or a hub id.
         out: the folder to write; report and figures lie in its folder `amprune/`.
-        ratio: share of all parameters to remove; left out where `pruning` has a target.
-        recovery: trains after pruning.
-        distil: the dense model teaches.
-        data: for recovery, as in `recover`.
-        training_samples: of `data`; None for all.
-        measure: evaluates dense, pruned and recovered model.
-        pruning: further arguments of `prune`.
-        evaluation: further arguments of `evaluate`.
-        device: of every stage.
-        overwrite: replace an OUT that is a checkpoint.
+        settings: what is asked for, of all stages.
         progress: told how far it is.
+        options: of `RunSettings`: those of `prune`, `recover` and `evaluate` by their names, and `recover=True`,
+            `evaluate=True` and `distil=True` for these stages.
 
     Raises:
         AmpruneError: one of its children, from the stage that failed; what was finished stays.
@@ -216,34 +380,69 @@ def run(
     from amprune.recovery.run import recover
     from amprune.report.write import write_report
 
-    folder = Path(out).expanduser()
-    pruned = folder.with_name(f"{folder.name}.pruned") if recovery is not None else folder
-    request = {
-        "model": str(model), "ratio": ratio, "recovery": asdict(recovery) if recovery else None, "distil": distil,
-        "data": str(data), "training_samples": training_samples, "pruning": {**(pruning or {})},
-    }  # fmt: skip
-    state = _begin(open_source(model).protected, {folder, pruned}, folder, request, overwrite=overwrite)
-    replace = overwrite or state.resumed  # what an interrupted run of the same request has written, it may replace
+    asked, folder = settle(RunSettings, settings, options), Path(out).expanduser()
+    pruned = folder.with_name(f"{folder.name}.pruned") if asked.recover else folder
+    state = _begin(
+        open_source(model).protected, {folder, pruned}, folder, _request(model, asked), overwrite=asked.overwrite
+    )
+    replaced = asked.overwrite or state.resumed  # what an interrupted run of the same request has written
     if "prune" not in state.done:
-        prune(model, pruned, ratio=ratio, device=device, overwrite=replace, progress=progress, **(pruning or {}))
+        prune(model, pruned, replace(part(PruneSettings, asked), overwrite=replaced), progress=progress)
         state.finish("prune")
-    if recovery is not None and "recover" not in state.done:
+    if asked.recover and "recover" not in state.done:
         training = folder.with_name(f"{folder.name}.training")
         recover(
-            pruned, folder, data=data, samples=training_samples, settings=recovery,
-            teacher=model if distil else None, resume=state.resumed and training.exists(), device=device,
-            overwrite=replace, progress=progress,
+            pruned, folder, _recovery(asked), teacher=model if asked.distil else asked.teacher,
+            resume=state.resumed and training.exists(), overwrite=replaced, progress=progress,
         )  # fmt: skip
         state.finish("recover")
-    if measure:
+    if asked.evaluate:
         between = [f"{folder.name}, not recovered={pruned}"] if pruned != folder else []
-        place, options = folder / RECORDS / "evaluation.json", evaluation or {}
-        evaluate([f"dense={model}", *between, folder], place, device=device, progress=progress, **options)
+        measured = replace(part(EvaluationSettings, asked), batch_size=asked.evaluation_batch_size)
+        place = folder / RECORDS / "evaluation.json"
+        evaluate([f"dense={model}", *between, folder], place, measured, progress=progress)
+    write_recipe(folder / RECORDS / "recipe.yaml", "run", asked)
     files = write_report(folder)
     state.file.unlink()
     if pruned != folder:
         shutil.rmtree(pruned)
     return files
+
+
+def _recovery(asked: RunSettings) -> RecoverySettings:
+    return replace(part(RecoverySettings, asked), samples=asked.training_samples, max_length=asked.training_max_length)
+
+
+def _request(model: PathLike, asked: RunSettings) -> dict[str, Any]:
+    """Returns what has to be the same for a run to be gone on with: what decides the models."""
+    request = {"model": str(model), **asdict(part(PruneSettings, asked)), "recover": asked.recover}
+    if asked.recover:
+        request |= {**asdict(_recovery(asked)), "distil": asked.distil}
+    return {name: value for name, value in request.items() if name not in ("overwrite", "resume")}
+
+
+def measure_epochs(
+    pruned: PathLike, result: "RecoveredModel", settings: Texts, *, progress: Progress = no_progress
+) -> "Evaluation":
+    """Measures the pruned model and that of every epoch (section IV-G) into OUT's `amprune/evaluation.json`.
+
+    The folders of the epochs, the last of which is OUT once more, are removed then.
+
+    Raises:
+        EvaluationError: the data cannot be read.
+    """
+    from amprune.evaluation.run import evaluate
+
+    out = result.folder
+    named = [f"{path.name.rpartition('.')[2]}={path}" for path in result.epochs[:-1]]
+    found = evaluate(
+        [f"pruned={pruned}", *named, f"{out.name}={out}"], out / RECORDS / "evaluation.json",
+        measure=("perplexity", "zero_shot"), data_dir=settings.data_dir, limit=settings.limit,
+        windows=settings.windows, device=getattr(settings, "device", None), progress=progress,
+    )  # fmt: skip
+    for path in result.epochs:
+        shutil.rmtree(path)
+    return found
 
 
 @dataclass(frozen=True)

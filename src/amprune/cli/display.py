@@ -19,9 +19,9 @@ from amprune.running import Advance
 
 if TYPE_CHECKING:
     from amprune.cut.inspection import Inspection
-    from amprune.cut.run import PrunedModel
     from amprune.evaluation.records import Evaluation
     from amprune.experiments.run import ExperimentFiles
+    from amprune.pipeline import PrunedModel
     from amprune.plan.artefact import PruningPlan
     from amprune.prove.checks import VerificationReport
     from amprune.recovery.run import RecoveredModel
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from amprune.report.write import ReportFiles
     from amprune.scoring.scores import ImportanceScores
     from amprune.serve.gguf.run import ExportedGguf
+    from amprune.serve.hub.run import PushedModel
     from amprune.serve.quantize.run import QuantizedModel
 
 stdout, stderr = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False)
@@ -404,3 +405,21 @@ def show_experiment(files: "ExperimentFiles") -> None:
     stdout.print(
         f"Report in {files.report.html} and {files.report.markdown}; {files.record} is the record", markup=False
     )
+
+
+def show_push(result: "PushedModel") -> None:
+    """Says what went, or what would go file by file."""
+    sent, terms = result.url is not None, result.terms
+    visible = {True: "private", False: "public", None: "public unless its owner's default is private"}[result.private]
+    where = f"{result.repo} ({visible}), branch {result.revision or 'main'}"
+    lines = [f"Pushed to {result.url}, commit {result.commit}"] if sent else [f"Would go to {where}:"]
+    if not sent:
+        lines += [f"{size:>16,}  {path}" for path, size in result.files.items()]
+    lines.append(
+        f"{f'{where}: ' if sent else ''}{len(result.files)} files, {result.bytes / 1e6:,.1f} MB; licence "
+        f"{terms.license or 'not named'}, base model {', '.join(terms.base_model) or 'not named'}"
+    )
+    lines += [f"Not among them: {', '.join(result.left_out)}"] if result.left_out else []
+    lines += [f"Removed there, of an earlier model: {', '.join(result.removed)}"] if result.removed else []
+    lines += [] if sent else ["Nothing was sent."]
+    stdout.print("\n".join(lines), markup=False)

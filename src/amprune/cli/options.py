@@ -1,18 +1,23 @@
-"""Arguments and options that commands share, and the application that they belong to."""
+"""The application, and how a function becomes a command: the fields of its settings become its options."""
 
+import inspect
+import types
+from collections.abc import Callable
+from dataclasses import Field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import typer
 
 from amprune import __version__
-from amprune.cli.display import stdout
+from amprune.cli.display import emit, reported, stdout
+from amprune.errors import EvaluationError
+from amprune.settings import read_recipe, settle
 
 app = typer.Typer(
     name="amprune",
     help="Make open language models smaller and faster by removing attention heads and MLP neurons (AMP).",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -21,101 +26,23 @@ Model = Annotated[
     str, typer.Argument(help="Hugging Face folder, hub id, .gguf file, or smollm2-135m.", metavar="MODEL")
 ]
 Out = Annotated[Path, typer.Argument(help="Folder to write; appears whole or not at all.", metavar="OUT")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let a tokenizer's own code run.")]
-Dtype = Annotated[
-    Literal["auto", "float32", "bfloat16", "float16"],
-    typer.Option(help="Dtype of the computation; a GGUF file is dequantised to it (auto: bfloat16)."),
-]
-GgufDtype = Annotated[
-    Literal["auto", "float32", "bfloat16", "float16"],
-    typer.Option("--dtype", help="Dtype that a GGUF file is dequantised to (auto: bfloat16); others keep theirs."),
-]
-_SETS = "alpaca (from the hub), mixed, builtin, or a .json, .jsonl, .parquet or .txt file"
-Calibration = Annotated[str, typer.Option(help=f"{_SETS}.")]
-PresetCalibration = Annotated[str | None, typer.Option("--calibration", help=f"{_SETS} (default: the preset's).")]
-Samples = Annotated[
-    int | None, typer.Option(help="Calibration samples, drawn at random (default: 50, or by --tokens).")
-]
-Tokens = Annotated[int | None, typer.Option(help="Draw calibration samples until there are as many tokens.")]
-MaxLength = Annotated[int, typer.Option(help="Tokens kept of each sample.")]
-PresetMaxLength = Annotated[
-    int | None, typer.Option("--max-length", help="Tokens kept of each sample (default: the preset's).")
-]
-PresetOption = Annotated[
-    str,
-    typer.Option(
-        "--preset",
-        help="best: what does least damage (refits kept weights, shares out the budget by measuring); paper: AMP as "
-        "published.",
-    ),
-]
-Target = Annotated[
-    str | None,
-    typer.Option(help="In the place of a ratio: params=100M, weight-bytes=4GiB (at most), or speedup=1.25x (timed)."),
-]
-Allocate = Annotated[
-    bool | None,
-    typer.Option(help="Choose how much of heads and neurons goes by measuring the damage (default: the preset's)."),
-]
-Reconstruct = Annotated[
-    bool | None,
-    typer.Option(help="Refit kept output weights in closed form, no training (default: the preset's)."),
-]
-PromptsOnly = Annotated[bool, typer.Option("--prompts-only", help="Leave out the responses.")]
-Seed = Annotated[int, typer.Option(help="Seed of the draw and of the random order.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 (default: cuda where there is one).")]
-DeviceMap = Annotated[
-    str | None, typer.Option(help="auto: spread a large model over devices, memory, disk; disk: stream each layer.")
-]
-BatchTokens = Annotated[int, typer.Option(help="Most tokens in a batch; changes no score.")]
-Ratio = Annotated[float | None, typer.Option(help="Share of all parameters to remove, such as 0.2.")]
-_CRITERIA = (
-    "amp, amp-l2, amp-weighted, activation-l2, wanda-sp, flap, taylor, magnitude, random, reversed; depth and "
-    "depth-taylor remove whole blocks"
+Result = tuple[dict[str, Any], Callable[[], None]] | tuple[dict[str, Any], Callable[[], None], Callable[[], object]]
+"""What a command returns: what `--json` prints, a function that prints it for people, and what is done then."""
+
+_NUMBERS = {int: "whole numbers such as 1 or 1,8,32", float: "shares such as 0.2 or 0.1,0.2"}
+_OWN = inspect.Parameter.KEYWORD_ONLY
+_CONTEXT = inspect.Parameter("context", _OWN, annotation=typer.Context)
+_RECIPE = inspect.Parameter(
+    "recipe", _OWN, default=None,
+    annotation=Annotated[Path | None, typer.Option(help="YAML file of options, such as OUT/amprune/recipe.yaml.")],
+)  # fmt: skip
+_JSON = inspect.Parameter(
+    "as_json", _OWN, default=False,
+    annotation=Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.")],
+)  # fmt: skip
+_DEBUG = inspect.Parameter(
+    "debug", _OWN, default=False, annotation=Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 )
-CriterionOption = Annotated[str, typer.Option("--criterion", help=f"{_CRITERIA}.")]
-PresetCriterion = Annotated[str | None, typer.Option("--criterion", help=f"{_CRITERIA} (default: the preset's).")]
-ProtectFirst = Annotated[int, typer.Option(help="Of depth pruning: this many first blocks stay.")]
-ProtectLast = Annotated[int, typer.Option(help="Of depth pruning: this many last blocks stay.")]
-BiasCompensation = Annotated[
-    bool,
-    typer.Option(
-        "--bias-compensation", help="Let existing biases make up for the mean of what is removed (criterion flap)."
-    ),
-]
-OrderOption = Annotated[
-    Literal["amp", "reversed", "random"],
-    typer.Option(help="Remove the least important, the most important, or a random draw."),
-]
-OnlyOption = Annotated[Literal["heads", "neurons"] | None, typer.Option(help="Remove heads alone or neurons alone.")]
-HeadsModeOption = Annotated[
-    Literal["groups", "within"] | None,
-    typer.Option(help="Remove key-value heads with their readers, or query heads within every group."),
-]
-HeadsRatio = Annotated[float | None, typer.Option(help="Share of heads to remove, by hand.")]
-NeuronsRatio = Annotated[float | None, typer.Option(help="Share of neurons to remove, by hand.")]
-NeuronMultiple = Annotated[int, typer.Option(help="Keep a multiple of this many neurons (64, 128, 256).")]
-PresetNeuronMultiple = Annotated[
-    int | None,
-    typer.Option(
-        "--neuron-multiple",
-        help="Keep a multiple of this many neurons; 1 meets the ratio exactly (default: the preset's; best: 64, or 256 "
-        "where that costs at most 0.25 % of the parameters).",
-    ),
-]
-HeadMultiple = Annotated[int, typer.Option(help="Keep a multiple of this many heads.")]
-TensorParallel = Annotated[
-    int, typer.Option(help="Keep heads and neurons that a server can split over this many devices (vLLM's rule).")
-]
-MaxShardSize = Annotated[str, typer.Option(help="Largest weight file, such as 200MB; peak memory follows it.")]
-DataDir = Annotated[Path | None, typer.Option(help="Folder with wikitext2/ and tasks/, instead of the hub.")]
-Texts = Annotated[list[Path] | None, typer.Option(help="Text file for perplexity, instead of WikiText-2; repeatable.")]
-Limit = Annotated[int | None, typer.Option(help="Only the first items of each task.")]
-Windows = Annotated[int | None, typer.Option(help="Only the first windows of the text.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a checkpoint.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 
 def _print_version(value: bool) -> None:
@@ -133,11 +60,99 @@ def main(
     """Make open language models smaller and faster by removing attention heads and MLP neurons (AMP)."""
 
 
-def options_of(arguments: dict[str, Any], *others: str) -> dict[str, Any]:
-    """Picks what goes to the library function of the same words: all but the command line's own arguments."""
-    return {name: value for name, value in arguments.items() if name not in ("as_json", "debug", *others)}
+def command(
+    name: str,
+    *,
+    recipe: bool = False,
+    kept: Callable[[Any], Path] | None = None,
+    again: str = "",
+    otherwise: str = "nothing was left behind",
+) -> Callable[[Callable[..., Result | None]], Callable[..., Result | None]]:
+    """Makes a command of a function with arguments of its own, `settings` (a dataclass of options) among them.
+
+    `--json` and `--debug` come to the options, and with `recipe` `--recipe`; what is given on the command line counts
+    before what the recipe says. `kept(out)` is where an interrupted command keeps what it has; see `reported`.
+    """
+
+    def made(function: Callable[..., Result | None]) -> Callable[..., Result | None]:
+        own = dict(inspect.signature(function).parameters)
+        kind: Any = own.pop("settings").annotation if "settings" in own else None
+        hints = {} if kind is None else get_type_hints(kind)
+        options = {} if kind is None else {one.name: _option(one, hints[one.name]) for one in _in_order(kind)}
+
+        def run(**values: Any) -> None:
+            arguments = {name: values[name] for name in own}
+            place = None if kept is None else kept(next(values[name] for name in ("out", "output") if name in own))
+            with reported(values["debug"], kept=place, again=again, otherwise=otherwise):
+                if kind is not None:
+                    source = values["context"].get_parameter_source
+                    given = [name for name in options if source(name).name != "DEFAULT"]
+                    read = {name: _value(options[name], hints[name], values[name]) for name in given}
+                    start = read_recipe(kind, values["recipe"]) if values.get("recipe") else None
+                    arguments["settings"] = settle(kind, start, read)
+                if (found := function(**arguments)) is not None:
+                    emit(found[0], values["as_json"], found[1])
+                    for finish in found[2:]:
+                        finish()
+
+        added = [one.replace(kind=_OWN) for one in own.values()]
+        every = [*added, *options.values(), *([_RECIPE] if recipe else []), _JSON, _DEBUG, _CONTEXT]
+        run.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]  # of which Typer reads the options
+        run.__annotations__ = {one.name: one.annotation for one in every}
+        run.__doc__ = function.__doc__
+        app.command(name)(run)
+        return function
+
+    return made
 
 
-def words(text: str) -> list[str]:
-    """Reads `one,two`."""
-    return [word.strip() for word in text.split(",") if word.strip()]
+def _in_order(kind: Any) -> list[Field[Any]]:
+    """Lists the fields of settings, those of the outermost class first, as a person would read them."""
+    names = [name for part in kind.__mro__ for name in vars(part).get("__annotations__", {})]
+    known = {one.name: one for one in fields(kind)}
+    return [known[name] for name in dict.fromkeys(names)]
+
+
+def _option(one: Field[Any], hint: Any) -> inspect.Parameter:
+    """Makes of a field the parameter of which Typer makes an option."""
+    more: Any = one.metadata
+    default: Any = one.default
+    kind, item = more.get("type") or _without_none(hint), _item(hint)
+    if item is not None:
+        kind, default = (list[str], None) if more.get("many") else (str, default and ",".join(map(str, default)))
+    flags = more["flags"] or ((f"--{one.name.replace('_', '-')}",) if kind is bool and default is False else ())
+    if default is None:
+        kind = kind | None
+    found = typer.Option(*flags, help=more["help"], metavar=more.get("metavar"))
+    return inspect.Parameter(one.name, _OWN, default=default, annotation=Annotated[kind, found])
+
+
+def _without_none(hint: Any) -> Any:
+    """Returns the type of an option that may be left out."""
+    if get_origin(hint) in (Union, types.UnionType) and type(None) in get_args(hint):
+        return Union[tuple(one for one in get_args(hint) if one is not type(None))]  # noqa: UP007
+    return hint
+
+
+def _item(hint: Any) -> Any:
+    """Returns the type of the values of an option that holds several, else None."""
+    hint = _without_none(hint)
+    return get_args(hint)[0] if get_origin(hint) is tuple else None
+
+
+def _value(option: inspect.Parameter, hint: Any, value: Any) -> Any:
+    """Reads the values of an option that holds several: `1,8`, or the flag given again and again."""
+    if (item := _item(hint)) is None or value is None:
+        return value
+    several = isinstance(value, list)
+    if several and item not in _NUMBERS:  # a path may hold a comma
+        return tuple(value)
+    texts = value if several else [value]
+    parts = [part.strip() for text in texts for part in text.split(",") if part.strip()]
+    if item not in _NUMBERS:
+        return tuple(parts)
+    try:
+        return tuple(item(part) for part in parts)
+    except ValueError:
+        flag = next(iter(option.annotation.__metadata__[0].param_decls), f"--{option.name.replace('_', '-')}")
+        raise EvaluationError(f"{flag} is {', '.join(texts)!r}, expected {_NUMBERS[item]}") from None

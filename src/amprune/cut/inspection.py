@@ -14,7 +14,7 @@ from amprune.model.source import open_source
 from amprune.plan.budget import largest_ratio
 from amprune.plan.depth import removable_blocks
 from amprune.plan.heads import head_choices
-from amprune.plan.options import PlanOptions
+from amprune.settings import PlanOptions
 
 
 @dataclass(frozen=True)

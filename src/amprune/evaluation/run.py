@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -27,19 +27,24 @@ from amprune.evaluation.figures import (
 )
 from amprune.evaluation.guards import halve_until_it_fits, nan_refused, out_of_memory
 from amprune.evaluation.identity import Subject, open_subjects
-from amprune.evaluation.perplexity import SEQUENCE_LENGTH, check_windows
+from amprune.evaluation.perplexity import check_windows
 from amprune.evaluation.records import Evaluation
 from amprune.evaluation.session import Session, device_name, open_session
-from amprune.evaluation.zero_shot import TASKS, open_tasks
+from amprune.evaluation.zero_shot import open_tasks
 from amprune.model.architecture import quiet_transformers
-from amprune.model.latency import Latency, LatencySettings, Timed, check_positions, generation_run, measure_latency
+from amprune.model.latency import (
+    Latency,
+    LatencySettings,
+    Timed,
+    check_positions,
+    generation_run,
+    latency_cases,
+    measure_latency,
+)
 from amprune.model.llama_cpp import LlamaCppModel, llama_cpp_model
 from amprune.model.loading import default_device, input_device, load_tokenizer, loaded_model
 from amprune.running import Progress, no_progress
-
-Measurement = Literal["perplexity", "zero_shot", "latency", "energy"]
-MEASUREMENTS: tuple[Measurement, ...] = ("perplexity", "zero_shot", "latency", "energy")
-PathLike = str | os.PathLike[str]
+from amprune.settings import MEASUREMENTS, EvaluationSettings, PathLike, settle
 
 
 @dataclass(frozen=True)
@@ -62,26 +67,11 @@ class _JointJob:
 def evaluate(
     models: PathLike | Sequence[PathLike],
     output: PathLike = "evaluation.json",
+    settings: EvaluationSettings | None = None,
     *,
-    measure: Sequence[Measurement] = MEASUREMENTS,
-    data_dir: PathLike | None = None,
-    texts: Sequence[PathLike] = (),
-    split: Literal["test", "validation"] = "test",
-    sequence_length: int = SEQUENCE_LENGTH,
-    windows: int | None = None,
-    tasks: Sequence[str] = TASKS,
-    limit: int | None = None,
-    num_fewshot: int | None = None,
-    batch_size: int = 32,
-    latency: Sequence[LatencySettings] = (LatencySettings(),),
-    energy_seconds: float = 10.0,
-    country: str = "USA",
-    device: str | None = None,
-    dtype: str = "auto",
-    device_map: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
+    latency: Sequence[LatencySettings] | None = None,
     progress: Progress = no_progress,
+    **options: Any,
 ) -> Evaluation:
     """Measures models into one `evaluation.json`; sizes are always counted.
 
@@ -91,30 +81,23 @@ def evaluate(
     Args:
         models: MODEL or NAME=MODEL each; the first is the baseline of comparisons.
         output: read when it is there, and written.
-        measure: any of perplexity, zero_shot, latency and energy.
-        data_dir: holds `wikitext2/` and `tasks/`; None fetches from the hub.
-        texts: files to take perplexity on instead of WikiText-2.
-        split: of WikiText-2: test, or validation for tuning.
-        sequence_length: tokens a window of perplexity.
-        windows: only the first this many windows.
-        tasks: of lm-evaluation-harness.
-        limit: only the first this many items of each task.
-        num_fewshot: examples before each question; None is what the task says, 0 where it says nothing.
-        batch_size: sequences at a time for tasks; halved when memory runs out.
-        latency: the cases to time, the models interleaved; energy is measured on the first.
-        energy_seconds: how long each of five blocks of generating is, whose energy is measured.
-        country: three letters, for the energy meter's own estimate of CO2.
-        device: cpu, cuda, cuda:1; the default is cuda where there is one.
-        dtype: of the computation; auto is that of the checkpoint.
-        device_map: `auto` spreads a large model over devices and memory; `disk` streams it.
-        revision: of hub ids.
-        trust_remote_code: lets a tokenizer's own code run; model code never does.
+        settings: what is measured, on what.
+        latency: the cases to time, in the place of the settings'; energy is measured on the first.
         progress: told how far it is.
+        options: of `EvaluationSettings`, such as `measure=["perplexity"]`.
 
     Raises:
         EvaluationError: data or settings are wrong, logits are NaN, or the file holds another model under a name.
         CheckpointError: one of the models is none, or lacks a tokenizer.
     """
+    asked = settle(EvaluationSettings, settings, options)
+    measure, texts, tasks, data_dir = asked.measure, asked.texts, asked.tasks, asked.data_dir
+    limit, batch_size, num_fewshot = asked.limit, asked.batch_size, asked.num_fewshot
+    sequence_length, windows, split = asked.sequence_length, asked.windows, asked.split
+    energy_seconds, country = asked.energy_seconds, asked.country
+    device, dtype, device_map = asked.device, asked.dtype, asked.device_map
+    revision, trust_remote_code = asked.revision, asked.trust_remote_code
+    latency = latency_cases(asked) if latency is None else latency
     folder = None if data_dir is None else Path(data_dir).expanduser()
     _check(measure, texts, tasks, limit, batch_size, latency)
     jobs, data = list[_Job](), []
@@ -125,8 +108,8 @@ def evaluate(
         jobs += [_Job(text.name, partial(windowed, text=text)) for text in found]
         data += [text.sha256 for text in found]
     if "zero_shot" in measure:
-        asked = partial(zero_shot_figures, limit=limit, num_fewshot=num_fewshot, batch_size=batch_size)
-        jobs += [_Job(task.name, partial(asked, task=task)) for task in opened]
+        of_task = partial(zero_shot_figures, limit=limit, num_fewshot=num_fewshot, batch_size=batch_size)
+        jobs += [_Job(task.name, partial(of_task, task=task)) for task in opened]
         data += [task.data.sha256 if task.data else task.name for task in opened]
     given = [models] if isinstance(models, str | os.PathLike) else list(models)
     subjects = open_subjects(given, revision=revision, dtype=dtype, progress=progress)

@@ -3,49 +3,25 @@
 import math
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
-from typing import Literal, get_args
 
 from amprune.errors import EvaluationError
+from amprune.settings import Workload
 
-Billing = Literal["exact", "started"]
 
+def check_workload(workload: Workload) -> Workload:
+    """Refuses figures that no workload has.
 
-@dataclass(frozen=True)
-class Workload:
-    """Tokens to generate every day, and what the device that generates them costs.
-
-    The sources of the defaults stand in docs/cost.md; what is called assumed there is no measurement.
+    Raises:
+        EvaluationError: one is not finite, not positive, or of no known kind.
     """
-
-    tokens_per_day: float = 1_000_000
-    """Assumed."""
-    days: float = 30
-    """Assumed: a month."""
-    price_per_hour: float = 0.30
-    """Of the device. Assumed; RTX 3090 cards were offered for 0.18 to 0.39 USD an hour in 2026. 0 where it is owned."""
-    currency: str = "USD"
-    grid_intensity: float = 0.432
-    """kg of CO2 equivalent per kWh: average of the OECD in 2014, what the ML CO2 Impact calculator (Lacoste et al.,
-    2019) takes unless told otherwise."""
-    device_power: float = 350.0
-    """W. Board power of an RTX 3090, in the hardware table of the same calculator; drawn in full while it computes."""
-    billing: Billing = "exact"
-    """`exact`: the time that is used; `started`: every hour of a day that is begun, as for a machine that is rented
-    anew each day."""
-
-    def __post_init__(self) -> None:
-        """Refuses figures that no workload has.
-
-        Raises:
-            EvaluationError: one is not finite, not positive, or of no known kind.
-        """
-        for name in ("tokens_per_day", "days", "device_power"):
-            _require(name, getattr(self, name), positive=True)
-        for name in ("price_per_hour", "grid_intensity"):
-            _require(name, getattr(self, name), positive=False)
-        if self.billing not in get_args(Billing):
-            expected = " or ".join(map(repr, get_args(Billing)))
-            raise EvaluationError(f"billing is {self.billing!r}, expected {expected}")
+    for name in ("tokens_per_day", "days", "device_power"):
+        _require(name, getattr(workload, name), positive=True)
+    for name in ("price_per_hour", "grid_intensity"):
+        _require(name, getattr(workload, name), positive=False)
+    if workload.billing not in (allowed := ("exact", "started")):
+        expected = " or ".join(map(repr, allowed))
+        raise EvaluationError(f"billing is {workload.billing!r}, expected {expected}")
+    return workload
 
 
 @dataclass(frozen=True)

@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from amprune.cut.refit.record import RECORD
-from amprune.cut.run import apply_plan
 from amprune.errors import AmpruneError, EvaluationError, ScoresError, reason
 from amprune.evaluation.guards import out_of_memory
 from amprune.evaluation.identity import content_hash
 from amprune.evaluation.records import Evaluation
-from amprune.evaluation.run import Measurement, evaluate
+from amprune.evaluation.run import evaluate
 from amprune.experiments.recipes import Cell
 from amprune.experiments.settings import Settings
 from amprune.model.files import read_json
+from amprune.model.reader import open_model
 from amprune.model.writer import RECORDS
-from amprune.pipeline import prune
+from amprune.pipeline import apply_plan, prune
 from amprune.plan.artefact import PruningPlan
 from amprune.plan.make import make_plan
 from amprune.recovery.run import recover
@@ -27,7 +27,8 @@ from amprune.running import Progress, release_memory
 from amprune.scoring.catalogue import CRITERIA
 from amprune.scoring.run import score_criteria
 from amprune.scoring.scores import ImportanceScores
-from amprune.settings import find_preset
+from amprune.settings import PRESETS, Measurement, RecoverySettings, ScoreSettings, with_preset
+from amprune.text.calibration import draw
 from amprune.text.records import read_records
 
 EVALUATION, SCORES, MODELS = "evaluation.json", "scores", "models"
@@ -121,16 +122,16 @@ def score_cells(bench: Bench, cells: Sequence[Cell]) -> tuple[dict[str, AmpruneE
 
 def _score(bench: Bench, names: Sequence[str]) -> dict[str, ImportanceScores]:
     settings = bench.settings
-    return score_criteria(
-        bench.model,
-        names,
-        calibration=settings.calibration,
-        samples=settings.samples,
-        seed=settings.seed,
-        device=settings.device,
-        dtype=settings.dtype,
-        progress=bench.progress,
-    )
+    asked = with_preset(
+        ScoreSettings(
+            preset="paper", calibration=settings.calibration, samples=settings.samples, seed=settings.seed,
+            device=settings.device, dtype=settings.dtype,  # type: ignore[arg-type]
+        )
+    )  # fmt: skip
+    _, dense = open_model(bench.model, dtype=settings.dtype)
+    criteria = [CRITERIA[name] for name in names]
+    samples = draw(dense, asked) if any(one.calibrated for one in criteria) else None
+    return score_criteria(dense, criteria, samples, asked, seed=settings.seed, progress=bench.progress)
 
 
 def _is_scored(file: Path) -> bool:
@@ -167,9 +168,9 @@ def make_model(bench: Bench, cell: Cell) -> None:
         recover(
             pruned,
             end,
+            RecoverySettings(**vars(settings.recovery)),
             data=settings.data,
             samples=settings.training_samples,
-            settings=settings.recovery,
             resume=end.with_name(f"{end.name}.training").is_dir(),
             keep_epochs=cell.epoch is not None,
             device=settings.device,
@@ -184,7 +185,7 @@ def _prune_whole(bench: Bench, cell: Cell, preset: str) -> None:
 
     The ratio is met exactly, as by the criteria beside it: methods are compared under one budget.
     """
-    settings, own = bench.settings, find_preset(preset)
+    settings, own = bench.settings, PRESETS[preset]
     samples, tokens = None, None
     if settings.preset_samples is not None:
         samples, tokens = min(settings.preset_samples, len(read_records(own.calibration)[1])), own.tokens

@@ -10,7 +10,7 @@ from typing import Any
 from amprune.errors import EvaluationError, guess
 from amprune.experiments.recipes import RECIPES
 from amprune.experiments.settings import TRAINING, Settings
-from amprune.recovery.settings import RecoverySettings
+from amprune.settings import Training
 
 FORMAT = "amprune configuration 1"
 _KEYS = ("format", "about", "model", "settings", "recovery", "experiments")
@@ -77,7 +77,7 @@ def _read(name: str, text: str) -> Configuration:
     _check_names(name, content, _KEYS)
     common = _object(name, "settings", content.get("settings", {}))
     training = _object(name, "recovery", content.get("recovery", {}))
-    _check_names(f"recovery of {name}", training, [field.name for field in fields(RecoverySettings)])
+    _check_names(f"recovery of {name}", training, [field.name for field in fields(Training)])
     experiments = _object(name, "experiments", content.get("experiments"))
     _check_names(f"experiments of {name}", experiments, list(RECIPES))
     found = {}

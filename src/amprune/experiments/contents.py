@@ -12,9 +12,9 @@ from amprune.experiments.recipes import BEST, DENSE, Cell, Recipe
 from amprune.experiments.results import ModelResults, Results
 from amprune.experiments.settings import Settings
 from amprune.experiments.tables import Shown
-from amprune.recovery.settings import RecoverySettings
 from amprune.report.blocks import Block, Bullets, Contents, Section, Text
 from amprune.report.drawing import colours_of
+from amprune.settings import Training
 
 _SECTIONS: Mapping[str, Callable[[Shown], list[Section]]] = {
     "table1": sections.table1,
@@ -136,7 +136,7 @@ def _training(recipe: Recipe, settings: Settings) -> str:
     )
 
 
-def _method(recovery: RecoverySettings) -> str:
+def _method(recovery: Training) -> str:
     return "full fine-tuning" if recovery.full else f"LoRA of rank {recovery.lora_rank}"
 
 

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 
 from amprune.errors import EvaluationError, ScoresError, guess
 from amprune.evaluation.identity import names_of
-from amprune.evaluation.run import Measurement
-from amprune.plan.options import Only, Order
 from amprune.scoring.catalogue import CRITERIA
+from amprune.settings import Measurement, Only, Order
 
 DENSE = "dense"
 QUALITY: tuple[Measurement, ...] = ("perplexity", "zero_shot")

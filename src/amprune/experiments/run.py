@@ -1,6 +1,5 @@
 """Every cell of an experiment once, in order; finished ones are kept. START HERE in this folder."""
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -24,13 +23,12 @@ from amprune.experiments.folder import alone_in, begin
 from amprune.experiments.opening import models_of, open_benches
 from amprune.experiments.recipes import Cell, find_recipe
 from amprune.experiments.results import CellResult, ModelResults, Results
-from amprune.experiments.settings import make_cells, make_settings
+from amprune.experiments.settings import given_of, make_cells, make_settings
 from amprune.experiments.tables import figures_of
 from amprune.model.latency import LatencySettings
 from amprune.report.write import ReportFiles, write_contents
 from amprune.running import Progress, no_progress
-
-PathLike = str | os.PathLike[str]
+from amprune.settings import ExperimentSettings, PathLike, settle
 
 
 @dataclass(frozen=True)
@@ -52,34 +50,11 @@ def experiment(
     name: str,
     models: PathLike | Sequence[PathLike] = (),
     output: PathLike = "experiment",
+    settings: ExperimentSettings | None = None,
     *,
-    config: PathLike | None = None,
-    ratios: Sequence[float] | None = None,
-    methods: Sequence[str] | None = None,
-    checkpoints: Sequence[str] | None = None,
-    calibration: PathLike | None = None,
-    samples: int | None = None,
-    seed: int | None = None,
-    data_dir: PathLike | None = None,
-    texts: Sequence[PathLike] | None = None,
-    tasks: Sequence[str] | None = None,
-    limit: int | None = None,
-    windows: int | None = None,
-    sequence_length: int | None = None,
-    recover: bool | None = None,
-    epochs: float | None = None,
-    max_steps: int | None = None,
-    gradient_accumulation: int | None = None,
-    data: PathLike | None = None,
-    training_samples: int | None = None,
     latency: Sequence[LatencySettings] | None = None,
-    energy_seconds: float | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
-    quick: bool = False,
-    keep: bool = False,
-    overwrite: bool = False,
     progress: Progress = no_progress,
+    **options: Any,
 ) -> ExperimentFiles:
     """Runs one of the paper's experiments on models, and draws its tables and figures.
 
@@ -91,68 +66,29 @@ def experiment(
         name: table1, table2, table3, figure1, speedup, epochs or cost.
         models: a Hugging Face folder, a `.gguf` file, an alias or a hub id each; in place of the configuration's.
         output: the folder to write.
-        config: settings that ship, such as llama-2-7b, or a JSON file.
-        ratios: shares of all parameters to remove.
-        methods: of table1, figure1 and speedup; `best`, the preset, or any of `amprune.scoring.catalogue.CRITERIA`.
-        checkpoints: of table1: NAME=PATH of models that other tools made, a row each.
-        calibration: `alpaca`, `mixed`, `builtin` or a file, the same for all methods but `best`, which has its own.
-        samples: of it; where given, the most that `best` draws of its own, too.
-        seed: of the draw, the random order and the training.
-        data_dir: holds `wikitext2/` and `tasks/`; None fetches from the hub.
-        texts: files to take perplexity on instead of WikiText-2.
-        tasks: of lm-evaluation-harness; an empty sequence for none.
-        limit: only the first this many items of each task.
-        windows: only the first this many windows.
-        sequence_length: tokens a window of perplexity.
-        recover: train every pruned model, all the same way.
-        epochs: of the training.
-        max_steps: of the training, in place of epochs.
-        gradient_accumulation: forward passes an optimizer step.
-        data: to train on: `alpaca`, `builtin` or a file.
-        training_samples: of it; None for all.
-        latency: cases to time.
-        energy_seconds: how long each of five blocks of generating is, whose energy is measured.
-        device: cpu, cuda, cuda:1; the default is cuda where there is one.
-        dtype: of every computation; auto is that of the checkpoint.
-        quick: few samples, questions, windows and runs; the result says so.
-        keep: leave the pruned models on disk.
-        overwrite: remove what another request of an experiment has written into `output`.
+        settings: what else is asked for. `samples`, where given, are the most that `best` draws of its own set, too.
+        latency: cases to time, in the place of the settings'.
         progress: told how far it is.
+        options: of `ExperimentSettings`, such as `ratios=(0.1, 0.2)` or `quick=True`.
 
     Raises:
         AmpruneError: the request makes no sense. A cell that fails raises nothing: it is recorded, and the rest goes
             on; see `ExperimentFiles.failed`.
     """
-    given: dict[str, Any] = {
-        "ratios": ratios, "methods": methods, "checkpoints": checkpoints, "calibration": _text(calibration),
-        "samples": samples, "seed": seed, "data_dir": _absolute(data_dir), "tasks": tasks, "limit": limit,
-        "texts": None if texts is None else [_absolute(text) for text in texts],
-        "windows": windows, "sequence_length": sequence_length, "recover": recover, "epochs": epochs,
-        "max_steps": max_steps, "gradient_accumulation": gradient_accumulation, "data": _text(data),
-        "training_samples": training_samples, "latency": latency, "energy_seconds": energy_seconds, "device": device,
-        "dtype": dtype,
-    }  # fmt: skip
-    recipe = find_recipe(name)
-    configuration = None if config is None else load_configuration(str(config))
-    settings = make_settings(
-        recipe, given, configured=configuration.settings_of(name) if configuration else {}, quick=quick
-    )
-    cells, folder = make_cells(recipe, settings), Path(output).expanduser()
-    benches = open_benches(models_of(models, configuration), folder, recipe, settings, progress=progress)
+    asked, recipe = settle(ExperimentSettings, settings, options), find_recipe(name)
+    configuration = None if asked.config is None else load_configuration(asked.config)
+    chosen = make_settings(
+        recipe, given_of(asked, recipe, latency), quick=asked.quick,
+        configured=configuration.settings_of(name) if configuration else {},
+    )  # fmt: skip
+    cells, folder = make_cells(recipe, chosen), Path(output).expanduser()
+    benches = open_benches(models_of(models, configuration), folder, recipe, chosen, progress=progress)
     with alone_in(folder):
-        results = begin(folder, recipe, settings, benches, overwrite=overwrite)
+        results = begin(folder, recipe, chosen, benches, overwrite=asked.overwrite)
         for bench, found in zip(benches, results.models, strict=True):
-            _run_model(bench, cells, found, results, together=recipe.together, keep=keep)
-        contents = experiment_contents(recipe, settings, cells, results)
+            _run_model(bench, cells, found, results, together=recipe.together, keep=asked.keep)
+        contents = experiment_contents(recipe, chosen, cells, results)
         return ExperimentFiles(results.path, write_contents(folder, contents), results)
-
-
-def _text(value: PathLike | None) -> str | None:
-    return None if value is None else str(value)
-
-
-def _absolute(place: PathLike | None) -> str | None:
-    return None if place is None else str(Path(place).expanduser().resolve())
 
 
 def _run_model(

@@ -8,7 +8,7 @@ from amprune.experiments.recipes import DENSE, Cell, percentage
 from amprune.experiments.tables import Column, Shown, columns_of, difference_table, quality_table
 from amprune.report.blocks import Block, Bullets, Picture, Section, Text
 from amprune.report.numbers import number
-from amprune.settings import find_preset
+from amprune.settings import PRESETS
 
 _DIFFERENCES = (
     "Differences are taken window by window and question by question, so that their errors are smaller than those of "
@@ -78,7 +78,7 @@ def _own_sets(shown: Shown, cells: Sequence[Cell]) -> list[Text]:
     drawn = {cell.preset: found["tokens"] for cell in cells if cell.preset and (found := shown.calibration(cell))}
     return [
         Text(
-            f"{preset}: preset of amprune, calibrated on its own {find_preset(preset).calibration} set"
+            f"{preset}: preset of amprune, calibrated on its own {PRESETS[preset].calibration} set"
             + (f", {drawn[preset]:,} tokens." if preset in drawn else ".")
         )
         for preset in dict.fromkeys(cell.preset for cell in cells if cell.preset)

@@ -8,16 +8,18 @@ from typing import Any
 
 from amprune.errors import EvaluationError, PlanError
 from amprune.evaluation.perplexity import SEQUENCE_LENGTH
-from amprune.evaluation.zero_shot import TASKS
 from amprune.experiments.recipes import BEST, Cell, Choices, Recipe, check_method
 from amprune.model.latency import LatencySettings
-from amprune.recovery.settings import RecoverySettings
+from amprune.recovery.training import check_training
+from amprune.settings import TASKS, ExperimentSettings, PathLike, Training
 
 _QUICK: Mapping[str, Any] = {"samples": 20, "limit": 40, "windows": 8, "training_samples": 64, "energy_seconds": 2.0}
 _QUICK_TRAINING: Mapping[str, Any] = {"gradient_accumulation": 4}
 _QUICK_LATENCY: Mapping[str, Any] = {"new_tokens": 32, "warmup": 2, "runs": 5}
+_OF_THE_RUN = ("config", "quick", "keep", "overwrite")
+_CASES = ("latency_batch", "prompt_tokens", "mode", "new_tokens", "warmup", "runs")
 TRAINING = ("epochs", "max_steps", "gradient_accumulation")
-"""Fields of `RecoverySettings` that may be given one by one."""
+"""Fields of `Training` that may be given one by one."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Settings:
     limit: int | None = None
     windows: int | None = None
     sequence_length: int = SEQUENCE_LENGTH
-    recovery: RecoverySettings | None = None
+    recovery: Training | None = None
     data: str = "alpaca"
     training_samples: int | None = None
     latency: tuple[LatencySettings, ...] = (LatencySettings(),)
@@ -57,13 +59,38 @@ class Settings:
         return {**found, "sha256": digests}
 
 
+def given_of(asked: ExperimentSettings, recipe: Recipe, latency: Sequence[LatencySettings] | None) -> dict[str, Any]:
+    """Returns the options that were given, by the names of `make_settings`, with paths that hold from anywhere."""
+    given = {name: value for name, value in vars(asked).items() if name not in _OF_THE_RUN and value is not None}
+    cases = {name: given.pop(name) for name in _CASES if name in given}
+    if latency is not None:
+        given["latency"] = tuple(latency)
+    elif cases:
+        given["latency"] = latency_cases(
+            recipe, quick=asked.quick, batches=cases.pop("latency_batch", None),
+            prompts=cases.pop("prompt_tokens", None), modes=cases.pop("mode", None), **cases,
+        )  # fmt: skip
+    for name in ("calibration", "data"):
+        if name in given:
+            given[name] = str(given[name])
+    if "data_dir" in given:
+        given["data_dir"] = _absolute(given["data_dir"])
+    if "texts" in given:
+        given["texts"] = [_absolute(text) for text in given["texts"]]
+    return given
+
+
+def _absolute(place: PathLike) -> str:
+    return str(Path(place).expanduser().resolve())
+
+
 def make_settings(recipe: Recipe, given: Mapping[str, Any], *, configured: Mapping[str, Any], quick: bool) -> Settings:
     """Puts settings together: what is given counts before what --quick shrinks, that before a configuration.
 
     Args:
         recipe: whose defaults count last.
         given: fields of `Settings`, and `recover`, `epochs`, `max_steps`, `gradient_accumulation`; None is not given.
-        configured: the same of a configuration, and `recovery`, fields of `RecoverySettings`.
+        configured: the same of a configuration, and `recovery`, fields of `Training`.
         quick: fewer questions, windows, samples and runs.
 
     Raises:
@@ -138,9 +165,9 @@ def latency_cases(
     )
 
 
-def _recovery(recipe: Recipe, training: Mapping[str, Any], settings: Settings) -> RecoverySettings:
-    found = RecoverySettings(**{"epochs": recipe.epochs, "seed": settings.seed, **training})
-    found.check()
+def _recovery(recipe: Recipe, training: Mapping[str, Any], settings: Settings) -> Training:
+    found = Training(**{"epochs": recipe.epochs, "seed": settings.seed, **training})
+    check_training(found)
     if recipe.name == "epochs" and (found.max_steps is not None or not float(found.epochs).is_integer()):
         raise EvaluationError(
             "the experiment epochs measures after every epoch; give whole --epochs and no --max-steps"

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from amprune.evaluation.workload import Workload
 from amprune.experiments.figures import Point, lines_figure
 from amprune.experiments.recipes import DENSE, Cell, percentage
 from amprune.experiments.tables import Shown
@@ -12,6 +11,7 @@ from amprune.report.inputs import Inputs, Subject
 from amprune.report.measures import Measure, change, find_measures, ideal_speedup
 from amprune.report.numbers import MISSING, percent, times
 from amprune.report.speed import latency_section, resources_section, speedup_words, workload_section
+from amprune.settings import Workload
 
 
 def speedup(shown: Shown) -> list[Section]:

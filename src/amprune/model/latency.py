@@ -17,6 +17,7 @@ from amprune.model.llama_cpp import LlamaCppModel
 from amprune.model.loading import input_device, vocabulary_size
 from amprune.model.stored import weight_bytes
 from amprune.running import Progress, no_progress, release_memory
+from amprune.settings import EvaluationSettings
 
 Mode = Literal["eager", "compile", "llama.cpp"]
 Timed = PreTrainedModel | LlamaCppModel
@@ -59,6 +60,17 @@ class LatencySettings:
     def to_dict(self) -> dict[str, Any]:
         """Returns the settings but for the seed."""
         return {name: value for name, value in asdict(self).items() if name != "seed"}
+
+
+def latency_cases(settings: EvaluationSettings) -> tuple[LatencySettings, ...]:
+    """Returns every combination of the modes, batch sizes and prompt lengths that are asked for."""
+    common: dict[str, Any] = {name: getattr(settings, name) for name in ("new_tokens", "warmup", "runs", "seed")}
+    return tuple(
+        LatencySettings(batch_size=batch, prompt_tokens=prompt, mode=mode, **common)  # type: ignore[arg-type]
+        for mode in settings.mode
+        for batch in settings.latency_batch
+        for prompt in settings.prompt_tokens
+    )
 
 
 @dataclass

@@ -24,6 +24,8 @@ from amprune.model.files import (
 )
 from amprune.model.quantized import refuse_quantized
 from amprune.model.shape import ModelShape
+from amprune.model.source import Source, open_source
+from amprune.settings import PathLike
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +121,12 @@ class Checkpoint(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._stored)
+
+
+def open_model(model: PathLike, *, revision: str | None = None, dtype: str = "auto") -> tuple[Source, Checkpoint]:
+    """Finds MODEL, see `open_source`, and opens its folder, see `read_checkpoint`."""
+    source = open_source(model, revision=revision, dtype=dtype)
+    return source, read_checkpoint(source.folder)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:

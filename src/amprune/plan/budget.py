@@ -9,15 +9,8 @@ from itertools import product
 from amprune.errors import PlanError
 from amprune.model.shape import ModelShape
 from amprune.plan.heads import Budget, HeadChoices, choices_of_all_modes, head_choices, kept_heads, usable_heads
-from amprune.plan.options import (
-    SLACK,
-    PlanOptions,
-    check_options,
-    heads_stay,
-    multiples,
-    narrower,
-    smallest_multiple,
-)
+from amprune.plan.options import SLACK, check_options, heads_stay, multiples, narrower, smallest_multiple
+from amprune.settings import PlanOptions
 
 
 def find_budget(shape: ModelShape, options: PlanOptions) -> Budget:

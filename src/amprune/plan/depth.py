@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from amprune.errors import PlanError
 from amprune.model.shape import ModelShape
 from amprune.plan.budget import asked_ratio, rounded_down, rounded_up
-from amprune.plan.options import PlanOptions, check_options
+from amprune.plan.options import check_options
+from amprune.settings import PlanOptions
 
 if TYPE_CHECKING:
     from amprune.scoring.scores import Scores

@@ -15,7 +15,8 @@ from typing import TypeVar
 from amprune.errors import PlanError
 from amprune.model.backends import heads_split
 from amprune.model.shape import ModelShape
-from amprune.plan.options import HeadsMode, PlanOptions, check_ratio, check_target, check_units, heads_stay
+from amprune.plan.options import check_ratio, check_target, check_units, heads_stay
+from amprune.settings import HeadsMode, PlanOptions
 
 _Item = TypeVar("_Item")
 

@@ -11,83 +11,38 @@ from amprune.plan.artefact import LayerPlan, PruningPlan, check_plan
 from amprune.plan.budget import asked_ratio, find_budget
 from amprune.plan.depth import find_depth, removed_blocks
 from amprune.plan.heads import Budget, check_budget
-from amprune.plan.options import HeadsMode, NeuronMultiple, Only, Order, PlanOptions, applied_multiple, recorded
+from amprune.plan.options import applied_multiple, recorded
+from amprune.settings import Order, PlanOptions, settle
 
 if TYPE_CHECKING:  # numbers in a row serve as scores; numpy need not be there
     from amprune.scoring.scores import ImportanceScores, LayerScores, Scores
 
 
 def make_plan(
-    scores: "ImportanceScores",
-    *,
-    ratio: float | None = None,
-    target_parameters: int | None = None,
-    order: Order = "amp",
-    only: Only | None = None,
-    heads_mode: HeadsMode | None = None,
-    heads_ratio: float | None = None,
-    neurons_ratio: float | None = None,
-    neuron_multiple: NeuronMultiple = 1,
-    head_multiple: int = 1,
-    tensor_parallel: int = 1,
-    seed: int = 0,
-    protect_first: int = 4,
-    protect_last: int = 2,
-    budget: Budget | None = None,
+    scores: "ImportanceScores", settings: PlanOptions | None = None, *, budget: Budget | None = None, **single: Any
 ) -> PruningPlan:
     """Chooses the units to keep so that the model loses `ratio` of its parameters.
 
     Attention and MLPs both lose the share `ratio * P / (A + M)`: heads are rounded to whole units (down for key-value
-    groups, of which there are few), neurons make up the exact rest.
-
-    Scores of whole decoder blocks remove as many blocks as come nearest to the ratio, and nothing of those that stay;
-    of the options they take `ratio`, `order`, `seed` and what is protected.
+    groups, of which there are few), neurons make up the exact rest. Scores of whole decoder blocks remove as many
+    blocks as come nearest to the ratio, and nothing of those that stay.
 
     Args:
         scores: of the model to be pruned.
-        ratio: `1 - Q/P`, in (0, 1); left out when both shares are given.
-        target_parameters: in the place of a ratio, the most parameters that may stay; never exceeded, and met to within
-            one neuron (one `neuron_multiple`) per layer.
-        order: `amp` removes the least important, `reversed` the most important, `random` a seeded draw.
-        only: remove heads alone or neurons alone (the paper's ablation).
-        heads_mode: `groups` removes key-value heads with their readers; `within` removes as many query heads in every
-            group. The default is groups, and within for multi-query attention.
-        heads_ratio: share of the heads to remove, set by hand; neurons make up the rest of `ratio`.
-        neurons_ratio: share of the neurons to remove, set by hand; heads come as near to `ratio` as they can. With
-            both shares set, they alone decide, and `ratio` must be left out.
-        neuron_multiple: keep a multiple of this many neurons; `hardware` settles it by the size of the layer: 256 where
-            that costs at most 0.25 % of the parameters, else 64, and less in layers that are too narrow. The provenance
-            says which.
-        head_multiple: keep a multiple of this many key-value heads (query heads when `within`).
-        tensor_parallel: keep heads and neurons that so many devices can share out by vLLM's rule: query heads and
-            neurons are multiples of it, key-value heads, too, or one of its divisors. The heads that a plan by depth
-            keeps have to suit.
-        seed: of the random order.
-        protect_first: blocks at the start that stay, where whole blocks are removed; the default is that of Shortened
+        settings: what is asked for. A share of heads or of neurons that is set by hand leaves the rest of the ratio to
+            the other; with both, they alone decide, and the ratio must be left out. The `neuron_multiple` "hardware"
+            is settled by the size of the layer: 256 where that costs at most 0.25 % of the parameters, else 64, and
+            less in layers that are too narrow. Blocks that are protected unless told otherwise are those of Shortened
             LLaMA (arXiv 2402.02834).
-        protect_last: the same at the end.
-        budget: the numbers of units to keep, such as an allocation has chosen; the other options then say what was
-            asked for, and in which order units go.
+        budget: the numbers of units to keep, such as an allocation has chosen; the settings then say what was asked
+            for, and in which order units go.
+        single: options of `PlanOptions`, such as `ratio=0.2`.
 
     Raises:
         PlanError: the ratio is out of reach (says the nearest) or removes nothing, options contradict each other, or
             the family's heads cannot be removed, or no number of heads can be split over the devices.
     """
-    options = PlanOptions(
-        ratio=ratio,
-        target_parameters=target_parameters,
-        order=order,
-        only=only,
-        heads_mode=heads_mode,
-        heads_ratio=heads_ratio,
-        neurons_ratio=neurons_ratio,
-        neuron_multiple=neuron_multiple,
-        head_multiple=head_multiple,
-        tensor_parallel=tensor_parallel,
-        seed=seed,
-        protect_first=protect_first,
-        protect_last=protect_last,
-    )
+    options = settle(PlanOptions, settings, single)
     if scores.blocks is None:
         return _by_width(scores, options, budget)
     if budget is not None:

@@ -1,43 +1,21 @@
 """What a user may ask of a plan, what of it is refused, and of which multiple the number of neurons is then."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from math import lcm
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from amprune.errors import PlanError
 from amprune.model.backends import GGUF_SUPER_BLOCK, TILE, reason_not_split
 from amprune.model.shape import ModelShape
+from amprune.settings import HeadsMode, Only, Order, PlanOptions
 
-Order = Literal["amp", "reversed", "random"]
-Only = Literal["heads", "neurons"]
-HeadsMode = Literal["groups", "within"]
-NeuronMultiple = int | Literal["hardware"]
 OF_DEPTH = ("ratio", "target_parameters", "order", "seed", "protect_first", "protect_last", "tensor_parallel")
 """Options that mean something where whole blocks are removed; `protect_*` mean nothing elsewhere."""
 SLACK = 0.0025
 """Share of the parameters by which a ratio may be missed for the sake of a multiple wider than the usual one."""
 _FEWEST = 4
 """Usual multiples that a layer should have: of a narrower one the ratio would be a matter of luck."""
-
-
-@dataclass(frozen=True)
-class PlanOptions:
-    """What a user may ask of a plan; `make_plan` documents each."""
-
-    ratio: float | None = None
-    target_parameters: int | None = None
-    order: Order = "amp"
-    only: Only | None = None
-    heads_mode: HeadsMode | None = None
-    heads_ratio: float | None = None
-    neurons_ratio: float | None = None
-    neuron_multiple: NeuronMultiple = 1
-    head_multiple: int = 1
-    tensor_parallel: int = 1
-    seed: int = 0
-    protect_first: int = 4
-    protect_last: int = 2
 
 
 def check_options(shape: ModelShape, options: PlanOptions, *, depth: bool = False) -> None:

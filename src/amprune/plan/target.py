@@ -4,14 +4,15 @@ Parameters and bytes of weights become the most parameters that may stay.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import TYPE_CHECKING, Literal, cast, get_args
 
 from amprune.errors import PlanError, guess
 from amprune.plan.budget import largest_ratio
 from amprune.plan.heads import usable_heads
-from amprune.plan.options import PlanOptions, check_units, smallest_multiple
+from amprune.plan.options import check_units, smallest_multiple
+from amprune.settings import PlanOptions
 
 if TYPE_CHECKING:
     from amprune.model.reader import Checkpoint
@@ -67,6 +68,25 @@ def parse_target(text: str) -> Target:
     if value <= 1 if kind == "speedup" else value < 1:
         raise PlanError(f"the target {text!r} asks for {amount}, expected {_ACCEPTED[kind]}")
     return Target(kind, value)
+
+
+def with_target(options: PlanOptions, target: Target | None, dense: "Checkpoint", *, depth: bool) -> PlanOptions:
+    """Returns the options with a target of parameters or bytes as the most parameters that may stay.
+
+    A speedup is searched for, see `search/`: the options stay as they are then.
+
+    Raises:
+        PlanError: the target is out of reach, stands beside a ratio, or asks for a speedup of whole blocks.
+    """
+    if target is None:
+        return options
+    if options.ratio is not None:
+        raise PlanError(f"a ratio of {options.ratio} and the target {target} both say how much goes; give one of them")
+    if target.kind == "speedup":
+        if depth:
+            raise PlanError("a speedup is searched for in numbers of heads and neurons; give depth pruning a ratio")
+        return options
+    return replace(options, target_parameters=target_parameters(target, dense, options, depth=depth))
 
 
 def target_parameters(target: Target, checkpoint: "Checkpoint", options: PlanOptions, *, depth: bool = False) -> int:

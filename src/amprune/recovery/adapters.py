@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from amprune.errors import RecoveryError, reason
 from amprune.model.architecture import quiet_transformers
 from amprune.model.reader import Checkpoint
-from amprune.recovery.settings import RecoverySettings
+from amprune.settings import Training
 
 _PREFIX, _DOWN, _UP = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 
@@ -44,7 +44,7 @@ class Update:
         return self.scale * (inputs @ down.T) @ up.T
 
 
-def with_adapters(model: Any, settings: RecoverySettings) -> Any:
+def with_adapters(model: Any, settings: Training) -> Any:
     """Freezes a model and puts an adapter, in float32, on every linear layer but the language-model head."""
     config = LoraConfig(
         r=settings.lora_rank,

@@ -18,31 +18,32 @@ from amprune.model.loading import loaded_model
 from amprune.model.reader import Checkpoint, read_checkpoint
 from amprune.model.source import Source
 from amprune.recovery.adapters import enable_gradient_checkpointing, with_adapters
-from amprune.recovery.settings import RecoverySettings
+from amprune.settings import RecoverySettings
 
 logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def trainable_model(folder: Path, settings: RecoverySettings, *, dtype: str, device: str | None) -> Iterator[Any]:
+def trainable_model(folder: Path, settings: RecoverySettings) -> Iterator[Any]:
     """Loads the model to train, with its adapter unless it is trained in full."""
     if settings.load_in_4bit:
         yield with_adapters(_in_four_bits(folder), settings)
         return
-    with loaded_model(folder, dtype=_training_dtype(folder, settings, dtype, device), device="cpu") as model:
+    with loaded_model(folder, dtype=_training_dtype(folder, settings), device="cpu") as model:
         model.config.use_cache = False
         if settings.gradient_checkpointing:
             enable_gradient_checkpointing(model)
         yield model if settings.full else with_adapters(model, settings)
 
 
-def _training_dtype(folder: Path, settings: RecoverySettings, dtype: str, device: str | None) -> str:
+def _training_dtype(folder: Path, settings: RecoverySettings) -> str:
     """Full fine-tuning keeps its weights in float32; float16 would overflow, and is never trained in."""
     if settings.full:
         return "float32"
+    dtype = settings.dtype
     stored = str(read_checkpoint(folder).dtype).removeprefix("torch.") if dtype == "auto" else dtype
     if stored in ("float16", "bfloat16"):
-        wanted = "bfloat16" if bfloat16_works(device) else "float32"
+        wanted = "bfloat16" if bfloat16_works(settings.device) else "float32"
         if stored != wanted:
             logger.info("training in %s in place of %s", wanted, stored)
         return wanted
@@ -55,13 +56,14 @@ def bfloat16_works(device: str | None) -> bool:
     return torch.cuda.is_bf16_supported() if on_cuda else True
 
 
-def check_device(device: str | None, settings: RecoverySettings) -> None:
+def check_device(settings: RecoverySettings) -> None:
     """Refuses what this machine cannot train on.
 
     Raises:
         RecoveryError: no such device.
         MissingDependencyError: four bits without bitsandbytes.
     """
+    device = settings.device
     if device not in (None, "cpu", "cuda", "cuda:0"):
         raise RecoveryError(
             f"--device is {device!r}, expected cpu or cuda; choose one of several by CUDA_VISIBLE_DEVICES, or train on "

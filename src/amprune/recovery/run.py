@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,8 @@ from accelerate import PartialState
 from amprune import __version__
 from amprune.cut.refit.record import RECORD as RECONSTRUCTION
 from amprune.errors import RecoveryError
-from amprune.evaluation.records import Evaluation
-from amprune.evaluation.run import evaluate
 from amprune.model.loading import load_tokenizer
-from amprune.model.reader import Checkpoint, read_checkpoint
+from amprune.model.reader import Checkpoint, open_model
 from amprune.model.recovered import LOG, RECORD
 from amprune.model.source import Source, open_source
 from amprune.model.staging import check_output, staged_folder
@@ -39,13 +37,12 @@ from amprune.recovery.runs import (
     steps_done,
     write_log,
 )
-from amprune.recovery.settings import RecoverySettings
-from amprune.recovery.training import total_steps, train
+from amprune.recovery.training import check_training, total_steps, train
 from amprune.running import Progress, no_progress, release_memory
+from amprune.settings import PathLike, RecoverySettings, Training, part, settle, write_recipe
 from amprune.text.training import TrainingData, load_training_data
 
 logger = logging.getLogger(__name__)
-PathLike = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -64,20 +61,10 @@ class RecoveredModel:
 def recover(
     model: PathLike,
     out: PathLike,
-    *,
-    data: PathLike | Sequence[str] = "alpaca",
-    samples: int | None = None,
     settings: RecoverySettings | None = None,
-    teacher: PathLike | None = None,
-    resume: bool = False,
-    keep_epochs: bool = False,
-    device: str | None = None,
-    dtype: str = "auto",
-    max_shard_size: str = "5GB",
-    overwrite: bool = False,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
+    *,
     progress: Progress = no_progress,
+    **options: Any,
 ) -> RecoveredModel | None:
     """Recovers a pruned model by fine-tuning (Algorithm 1, line 9) and writes an ordinary checkpoint.
 
@@ -87,69 +74,55 @@ def recover(
     Args:
         model: a pruned checkpoint; a dense one is allowed.
         out: the folder to write; it appears whole or not at all.
-        data: `alpaca`, `builtin`, a file, or a list of texts.
-        samples: how many to draw; None for all.
-        settings: the paper's recipe unless told otherwise.
-        teacher: the dense model; its next-token distributions become part of the loss.
-        resume: go on from the last checkpoint of an interrupted run.
-        keep_epochs: write the merged model of every epoch, too, as `OUT.epoch-1` and so on.
-        device: cpu or cuda; under `accelerate launch` its own configuration decides.
-        dtype: of the frozen weights while training; auto is the checkpoint's, but never float16.
-        max_shard_size: such as 200MB or 5GB.
-        overwrite: replace an OUT that is a checkpoint.
-        revision: of a hub id.
-        trust_remote_code: lets a tokenizer's own code run; model code never does.
+        settings: the paper's recipe unless told otherwise. Weights that are frozen while training are of `dtype`: auto
+            is the checkpoint's, but never float16.
         progress: told how far it is.
+        options: of `RecoverySettings`, such as `epochs=1` or `data="builtin"`; they count before `settings`.
 
     Raises:
         RecoveryError: settings or data make no sense, a loss is not finite, or the merged model differs.
         CheckpointError: the model cannot be read, or OUT not written.
     """
-    chosen = settings or RecoverySettings()
-    chosen.check()
-    check_device(device, chosen)
-    parse_size(max_shard_size)
-    source = open_source(model, revision=revision, dtype=dtype)
+    asked = settle(RecoverySettings, settings, options)
+    check_training(asked)
+    check_device(asked)
+    parse_size(asked.max_shard_size)
+    source, base = open_model(model, revision=asked.revision, dtype=asked.dtype)
     folder = Path(out).expanduser()
     if _is_first():
-        check_output(folder, overwrite=overwrite, protected=source.protected)
-        for number in range(1, math.ceil(chosen.epochs) + 1 if keep_epochs else 1):
+        check_output(folder, overwrite=asked.overwrite, protected=source.protected)
+        for number in range(1, math.ceil(asked.epochs) + 1 if asked.keep_epochs else 1):
             place = folder.with_name(f"{folder.name}.epoch-{number}")
-            check_output(place, overwrite=overwrite or resume, protected=source.protected)
-    base = read_checkpoint(source.folder)
-    dense = open_source(teacher, dtype=dtype) if teacher is not None else None
+            check_output(place, overwrite=asked.overwrite or asked.resume, protected=source.protected)
+    dense = open_source(asked.teacher, dtype=asked.dtype) if asked.teacher is not None else None
     check_teacher(dense, base)
-    tokenizer = _tokenizer(source, trust_remote_code=trust_remote_code)
+    tokenizer = _tokenizer(source, trust_remote_code=asked.trust_remote_code)
     watch = progress if _is_first() else no_progress
-    found = load_training_data(
-        data, tokenizer, samples=samples, max_length=_length(chosen, base), packing=chosen.packing,
-        validation_share=chosen.validation_share, seed=chosen.seed, progress=watch,
-    )  # fmt: skip
-    _check_batch(found, chosen)
-    _tell(source)
+    length = min(asked.max_length, base.positions or asked.max_length)
+    found = load_training_data(asked, tokenizer, max_length=length, progress=watch)
+    _check_batch(found, asked)
+    if not (source.folder / RECORDS / "plan.json").is_file() and _is_first():
+        logger.info("%s was not pruned by amprune; it is trained as it is", source.name)
     request = {
-        "model": base.fingerprint, "data": found.to_dict(), "settings": chosen.to_dict(), "dtype": dtype,
-        "teacher": str(teacher) if teacher is not None else None, "keep_epochs": keep_epochs,
-        "processes": _processes(),
+        "model": base.fingerprint, "data": found.to_dict(), "settings": asdict(part(Training, asked)),
+        "dtype": asked.dtype, "teacher": str(asked.teacher) if asked.teacher is not None else None,
+        "keep_epochs": asked.keep_epochs, "processes": _processes(),
     }  # fmt: skip
     training = folder.with_name(f"{folder.name}.training")
     if _is_first():
-        begin_run(training, request, resume=resume, overwrite=overwrite)
-    _wait_for_everyone(device)
+        begin_run(training, request, resume=asked.resume, overwrite=asked.overwrite)
+    _wait_for_everyone(asked.device)
     with nothing_left(training) if _is_first() else nullcontext():
-        trained = _trained(
-            source, dense, tokenizer, found, chosen, training,
-            device=device, dtype=dtype, each_epoch=keep_epochs, progress=watch,
-        )  # fmt: skip
+        trained = _trained(source, dense, tokenizer, found, asked, training, progress=watch)
     if not _is_first():
         return None
     log = tuple(read_log(training / LOG))
-    write = partial(_write, source, base, request, log, max_shard_size=max_shard_size, progress=progress)
+    write = partial(_write, source, base, request, log, asked, progress=progress)
     epochs = []
-    for epoch in kept_epochs(training) if keep_epochs else ():
+    for epoch in kept_epochs(training) if asked.keep_epochs else ():
         epochs.append(folder.with_name(f"{folder.name}.{epoch.name}"))
         write(epoch, epochs[-1], overwrite=True)
-    record = write(trained, folder, overwrite=overwrite)
+    record = write(trained, folder, overwrite=asked.overwrite)
     shutil.rmtree(training)
     return RecoveredModel(folder, log, record, tuple(epochs))
 
@@ -179,16 +152,7 @@ def _tokenizer(source: Source, *, trust_remote_code: bool) -> Any:
     return tokenizer
 
 
-def _length(settings: RecoverySettings, base: Checkpoint) -> int:
-    return min(settings.max_length, base.positions or settings.max_length)
-
-
-def _tell(source: Source) -> None:
-    if not (source.folder / RECORDS / "plan.json").is_file() and _is_first():
-        logger.info("%s was not pruned by amprune; it is trained as it is", source.name)
-
-
-def _check_batch(data: TrainingData, settings: RecoverySettings) -> None:
+def _check_batch(data: TrainingData, settings: Training) -> None:
     batch = settings.batch_size * _processes()
     if len(data.training) < batch:
         raise RecoveryError(
@@ -205,9 +169,6 @@ def _trained(
     settings: RecoverySettings,
     training: Path,
     *,
-    device: str | None,
-    dtype: str,
-    each_epoch: bool,
     progress: Progress,
 ) -> Path:
     """Trains, unless an interrupted run had come to its end; returns the checkpoint of the last step."""
@@ -216,14 +177,14 @@ def _trained(
         return start
     transformers.set_seed(settings.seed)
     with (
-        trainable_model(source.folder, settings, dtype=dtype, device=device) as model,
-        teaching_model(dense, dtype=dtype) as teacher,
+        trainable_model(source.folder, settings) as model,
+        teaching_model(dense, dtype=settings.dtype) as teacher,
         progress("Training", total_steps(data, settings, processes=_processes())) as advance,
     ):
         advance(steps_done(start) if start is not None else 0)
         trainer = train(
             model, tokenizer, data, settings, training,
-            teacher=teacher, device=device, resume_from=start, each_epoch=each_epoch, advance=advance,
+            teacher=teacher, resume_from=start, advance=advance,
         )  # fmt: skip
         trainer.accelerator.wait_for_everyone()
         del trainer
@@ -238,20 +199,21 @@ def _write(
     base: Checkpoint,
     request: dict[str, Any],
     log: Sequence[dict[str, Any]],
+    settings: RecoverySettings,
     trained: Path,
     place: Path,
     *,
     overwrite: bool,
-    max_shard_size: str,
     progress: Progress,
 ) -> dict[str, Any]:
     """Writes a merged checkpoint, with what was trained until then as its record; returns the record."""
     steps = steps_done(trained)
     log = [entry for entry in log if entry["step"] <= steps]
     with staged_folder(place, overwrite=overwrite, protected=source.protected) as staged:
-        rounding = write_recovered(base, trained, staged, max_shard_size=max_shard_size, progress=progress)
+        rounding = write_recovered(base, trained, staged, max_shard_size=settings.max_shard_size, progress=progress)
         record = _record(request, source, steps, log, rounding)
         _write_records(source, staged, log, record)
+        write_recipe(staged / RECORDS / "recipe.yaml", "recover", settings)
     return record
 
 
@@ -279,37 +241,3 @@ def _write_records(source: Source, folder: Path, log: Sequence[dict[str, Any]], 
     write_json(folder / RECORDS / RECORD, record)
     write_log(folder / RECORDS / LOG, log)
     write_recovered_card(folder, source=source)
-
-
-def measure_epochs(
-    pruned: PathLike,
-    result: RecoveredModel,
-    *,
-    data_dir: PathLike | None = None,
-    limit: int | None = None,
-    windows: int | None = None,
-    device: str | None = None,
-    progress: Progress = no_progress,
-) -> Evaluation:
-    """Measures the pruned model and that of every epoch (section IV-G) into OUT's `amprune/evaluation.json`.
-
-    The folders of the epochs, the last of which is OUT once more, are removed then.
-
-    Raises:
-        EvaluationError: the data cannot be read.
-    """
-    out = result.folder
-    named = [f"{path.name.rpartition('.')[2]}={path}" for path in result.epochs[:-1]]
-    found = evaluate(
-        [f"pruned={pruned}", *named, f"{out.name}={out}"],
-        out / RECORDS / "evaluation.json",
-        measure=("perplexity", "zero_shot"),
-        data_dir=data_dir,
-        limit=limit,
-        windows=windows,
-        device=device,
-        progress=progress,
-    )
-    for path in result.epochs:
-        shutil.rmtree(path)
-    return found

@@ -30,8 +30,8 @@ from amprune.model.recovered import LOG
 from amprune.recovery.distillation import divergence, teacher_hidden
 from amprune.recovery.models import bfloat16_works
 from amprune.recovery.runs import EPOCHS, cut_log, last_checkpoint, steps_done, where_to_go_on
-from amprune.recovery.settings import RecoverySettings
 from amprune.running import Advance
+from amprune.settings import RecoverySettings, Training
 from amprune.text.training import IGNORED, Sample, TrainingData
 
 _CHUNK = 512
@@ -45,14 +45,12 @@ def train(
     folder: Path,
     *,
     teacher: PreTrainedModel | None = None,
-    device: str | None = None,
     resume_from: Path | None = None,
-    each_epoch: bool = False,
     advance: Advance | None = None,
 ) -> Trainer:
     """Trains a model, with checkpoints and the log in `folder`, and returns the Trainer.
 
-    With `each_epoch`, the weights of every epoch are kept in `folder/epochs`.
+    Where epochs are kept, the weights of each are in `folder/epochs`.
 
     Raises:
         RecoveryError: a loss is not finite, or the disk is full; says where the last good checkpoint is.
@@ -61,7 +59,7 @@ def train(
         settings=settings,
         teacher=teacher,
         model=model,
-        args=_arguments(settings, folder, data, device, anew=resume_from is None),
+        args=_arguments(settings, folder, data, anew=resume_from is None),
         train_dataset=[_masked(sample) for sample in data.training],
         eval_dataset=[_masked(sample) for sample in data.validation] or None,
         data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED),
@@ -71,7 +69,7 @@ def train(
     trainer.remove_callback(PrinterCallback)
     with quiet_transformers(), _disk_errors(folder):
         trainer.add_callback(_Log(folder / LOG, trainer, resume_from, advance))
-        if each_epoch:
+        if settings.keep_epochs:
             trainer.add_callback(_EachEpoch(trainer, folder / EPOCHS))
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     trainer.check_weights()
@@ -97,7 +95,33 @@ def _masked(sample: Sample) -> Sample:
     return {**sample, "attention_mask": [1] * len(sample["input_ids"])}
 
 
-def total_steps(data: TrainingData, settings: RecoverySettings, *, processes: int = 1) -> int:
+def check_training(settings: Training) -> None:
+    """Raises RecoveryError for what cannot be trained with."""
+    least = {"lora_rank": 1, "batch_size": 1, "gradient_accumulation": 1, "max_length": 2, "save_steps": 1,
+             "logging_steps": 1}  # fmt: skip
+    for name, smallest in least.items():
+        if getattr(settings, name) < smallest:
+            raise RecoveryError(f"{_flag(name)} is {getattr(settings, name)}, expected {smallest} or more")
+    for name in ("lora_alpha", "learning_rate", "epochs", "temperature"):
+        if not 0 < getattr(settings, name) < float("inf"):
+            raise RecoveryError(f"{_flag(name)} is {getattr(settings, name)}, expected a positive number")
+    for name in ("lora_dropout", "validation_share", "teacher_weight"):
+        value, whole = getattr(settings, name), name == "teacher_weight"
+        if not (0 <= value < 1 or (whole and value == 1)):
+            expected = "0 to 1" if whole else "0 or more and below 1"
+            raise RecoveryError(f"{_flag(name)} is {value}, expected {expected}")
+    for name in ("max_steps", "validation_steps"):
+        if (value := getattr(settings, name)) is not None and value < 1:
+            raise RecoveryError(f"{_flag(name)} is {value}, expected 1 or more")
+    if settings.full and settings.load_in_4bit:
+        raise RecoveryError("weights in four bits cannot be trained in full; leave out --full or --load-in-4bit")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def total_steps(data: TrainingData, settings: Training, *, processes: int = 1) -> int:
     """Returns how many optimizer steps a run takes."""
     if settings.max_steps is not None:
         return settings.max_steps
@@ -105,9 +129,8 @@ def total_steps(data: TrainingData, settings: RecoverySettings, *, processes: in
     return math.ceil(settings.epochs * max(1, math.ceil(batches / settings.gradient_accumulation)))
 
 
-def _arguments(
-    settings: RecoverySettings, folder: Path, data: TrainingData, device: str | None, *, anew: bool
-) -> TrainingArguments:
+def _arguments(settings: RecoverySettings, folder: Path, data: TrainingData, *, anew: bool) -> TrainingArguments:
+    device = settings.device
     steps = total_steps(data, settings, processes=int(os.environ.get("WORLD_SIZE", "1")))
     arguments = TrainingArguments(
         output_dir=str(folder),

@@ -1,6 +1,5 @@
 """From what was read to what is shown: title, summary, sections."""
 
-from amprune.evaluation.workload import Workload
 from amprune.report.blocks import Bullets, Contents, Section, Table, Text, Tile, TileGroup, drop_empty_columns
 from amprune.report.drawing import colours_of
 from amprune.report.importance import importance_section
@@ -13,6 +12,7 @@ from amprune.report.reconstruction import reconstruction_section
 from amprune.report.sizes import removed, size_section
 from amprune.report.speed import amount, latency_section, resources_section, rise, workload_section
 from amprune.report.training import recovery_section
+from amprune.settings import Workload
 
 _TILED = 3
 """Models that get a summary of their own; more of them are read in the table."""

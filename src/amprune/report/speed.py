@@ -1,7 +1,7 @@
 """Latency, memory, energy and what a workload costs: tables, figures and what they say."""
 
 from amprune.evaluation.records import Record
-from amprune.evaluation.workload import Costs, Workload, costs, saving, time_saved
+from amprune.evaluation.workload import Costs, costs, saving, time_saved
 from amprune.report.blocks import Block, Bullets, Picture, Section, Table, Text, drop_empty_columns
 from amprune.report.drawing import style
 from amprune.report.figures_measured import latency_figure
@@ -17,6 +17,7 @@ from amprune.report.measures import (
     tokens_per_second,
 )
 from amprune.report.numbers import MISSING, number, percent, scaled, seconds, times
+from amprune.settings import Workload
 
 _MEDIANS = (
     "Times are medians over the runs. A speedup is the median over pairs of runs in the same round, with its quartiles "

@@ -10,13 +10,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from markupsafe import Markup, escape
 
 from amprune import __version__
 from amprune.errors import ReportError
-from amprune.evaluation.workload import Workload
+from amprune.evaluation.workload import check_workload
 from amprune.model.writer import RECORDS
 from amprune.prove.card import CARD, escaped
 from amprune.report.blocks import Bullets, Contents, Section
@@ -26,6 +27,7 @@ from amprune.report.drawing import to_png, to_svg
 from amprune.report.inputs import Inputs, read_inputs
 from amprune.report.provenance import LIMITS, MADE, UNMEASURED
 from amprune.report.training import RECOVERY
+from amprune.settings import ReportSettings, Workload, part, settle
 
 _MARKER = "<!-- drawn by amprune report -->"
 _GENERATOR = '<meta name="generator" content="amprune'
@@ -48,10 +50,8 @@ class ReportFiles:
 
 def write_report(
     folder: str | os.PathLike[str],
-    *,
-    baseline: str | None = None,
-    workload: Workload | None = None,
-    evaluation: str | os.PathLike[str] | None = None,
+    settings: ReportSettings | None = None,
+    **options: Any,
 ) -> ReportFiles:
     """Draws the report of a pruned or recovered checkpoint, or of a folder with an `evaluation.json`.
 
@@ -60,16 +60,15 @@ def write_report(
 
     Args:
         folder: a checkpoint that amprune pruned, or a folder with an `evaluation.json`.
-        baseline: the model that others are compared with; the default is the first of the evaluation.
-        workload: what costs are drawn for.
-        evaluation: read in place of the folder's own.
+        settings: what is compared with what, and the workload that costs are drawn for.
+        options: of `ReportSettings`, such as `baseline="dense"`.
 
     Raises:
         ReportError: there is nothing to draw from, it is damaged, or the files cannot be written; none is then.
     """
-    place = Path(folder).expanduser()
-    inputs = read_inputs(place, baseline=baseline, evaluation=evaluation)
-    contents = make_contents(inputs, workload=workload or Workload())
+    asked, place = settle(ReportSettings, settings, options), Path(folder).expanduser()
+    inputs = read_inputs(place, baseline=asked.baseline, evaluation=asked.evaluation)
+    contents = make_contents(inputs, workload=check_workload(part(Workload, asked)))
     card = _card(place, inputs, contents, [*_NAMES, *([_FIGURES] if contents.pictures else [])])
     beside = {} if card is None else {place / CARD: card.encode()}
     files = write_contents(inputs.output, contents, beside=beside)

@@ -17,10 +17,10 @@ from amprune.plan.artefact import PruningPlan
 from amprune.plan.budget import find_budget, matching_neurons, unrounded
 from amprune.plan.heads import Budget, choices_of_all_modes, evenly, kept_heads
 from amprune.plan.make import make_plan
-from amprune.plan.options import PlanOptions
 from amprune.running import Progress, no_progress
 from amprune.scoring.scores import ImportanceScores
 from amprune.search.damage import CHUNK, Damage, measure_changes
+from amprune.settings import PlanOptions
 from amprune.text.calibration import CalibrationSet
 
 logger = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ def allocate(
     splits = tuple(budgets) if budgets is not None else candidates(scores.shape, options)
     equal = {budget: budget if budgets is not None else unrounded(scores.shape, budget, options) for budget in splits}
     exact = replace(options, neuron_multiple=1, tensor_parallel=1)
-    plans = {budget: make_plan(scores, budget=equal[budget], **vars(exact)) for budget in splits}
+    plans = {budget: make_plan(scores, exact, budget=equal[budget]) for budget in splits}
     measure = partial(measure_changes, model, samples=held_out, batch_tokens=batch_tokens, progress=progress)
     found: dict[Budget, Damage] = {}
     dense = Damage(0.0, 0.0)
@@ -179,7 +179,7 @@ def _by_damage(candidate: Candidate) -> tuple[float, int, int]:
 
 def plan_of(scores: ImportanceScores, allocation: Allocation, options: PlanOptions) -> PruningPlan:
     """Returns the plan of the chosen candidate; its provenance holds the whole table."""
-    plan = make_plan(scores, budget=allocation.chosen.budget, **vars(options))
+    plan = make_plan(scores, options, budget=allocation.chosen.budget)
     return replace(plan, provenance={**plan.provenance, "allocation": allocation.to_dict()})
 
 

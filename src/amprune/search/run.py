@@ -5,26 +5,24 @@ Scores and a ratio alone make a plan without the model: see `plan/`.
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 
 from amprune.cut.refit.run import reconstruct
-from amprune.errors import PlanError
 from amprune.model.loading import loaded_model
 from amprune.model.reader import Checkpoint
 from amprune.plan.artefact import PruningPlan
 from amprune.plan.heads import Budget
 from amprune.plan.make import make_plan
-from amprune.plan.options import PlanOptions
-from amprune.plan.target import Target, target_parameters
 from amprune.running import Progress, no_progress
 from amprune.scoring.scores import ImportanceScores
 from amprune.search.allocation import Refit, allocate, candidates, plan_of
 from amprune.search.speedup import SpeedupSearch, find_shapes
 from amprune.search.timing import shape_timer
+from amprune.settings import Compute, PlanOptions
 from amprune.text.calibration import CalibrationSet
 
 logger = logging.getLogger(__name__)
@@ -33,65 +31,28 @@ _REFIT_TOKENS = 8192
 """Of the refits by which candidates are compared; enough to tell them apart."""
 
 
-@dataclass(frozen=True)
-class Computing:
-    """Where and how a model computes; `loaded_model` documents each."""
-
-    device: str | None = None
-    dtype: str = "auto"
-    device_map: str | None = None
-    batch_tokens: int = 4096
-
-
-def with_target(options: PlanOptions, target: Target | None, dense: Checkpoint, *, depth: bool) -> PlanOptions:
-    """Returns the options with a target of parameters or bytes as the most parameters that may stay.
-
-    Raises:
-        PlanError: the target is out of reach, stands beside a ratio, or asks for a speedup of whole blocks.
-    """
-    if target is None:
-        return options
-    if options.ratio is not None:
-        raise PlanError(f"a ratio of {options.ratio} and the target {target} both say how much goes; give one of them")
-    if target.kind == "speedup":
-        if depth:
-            raise PlanError("a speedup is searched for in numbers of heads and neurons; give depth pruning a ratio")
-        return options
-    return replace(options, target_parameters=target_parameters(target, dense, options, depth=depth))
-
-
 def plan_on_model(
     dense: Checkpoint,
     scores: ImportanceScores,
     options: PlanOptions,
+    where: Compute,
     *,
     speedup: float | None = None,
     held_out: CalibrationSet | None = None,
     refit_on: CalibrationSet | None = None,
-    where: Computing = Computing(),
     progress: Progress = no_progress,
 ) -> PruningPlan:
     """Makes a plan whose split between heads and neurons is chosen by measuring.
 
-    Args:
-        dense: the checkpoint that was scored.
-        scores: of its heads and neurons.
-        options: what is asked of the plan.
-        speedup: in the place of a ratio; shapes with random weights are timed on this device until one reaches it.
-        held_out: samples that were not scored on; the split that does the least damage on them is chosen. None: equal
-            shares, or of the shapes that reach the speedup the largest.
-        refit_on: splits that are near to each other are compared with their weights refitted on these samples.
-        where: device and dtype.
-        progress: told how far it is.
-
-    Raises:
-        PlanError: the budget or the speedup is out of reach.
-        AmpruneError: the model cannot be loaded, or gives values that are not finite.
+    In the place of a ratio, a `speedup` times shapes with random weights on this device until one reaches it. Of the
+    splits, that which does the least damage on the samples `held_out`, which were not scored on, is chosen; without
+    them equal shares, or of the shapes that reach the speedup the largest. Splits that are near to each other are
+    compared with their weights refitted on `refit_on`.
     """
     search = None if speedup is None else _search(dense, options, speedup, where, progress)
     splits = candidates(dense.shape, options) if search is None else search.budgets
     if held_out is None or len(splits) == 1:
-        plan = _largest(scores, options, splits) if search else make_plan(scores, **vars(options))
+        plan = _largest(scores, options, splits) if search else make_plan(scores, options)
     else:
         with (
             loaded_model(dense.folder, dtype=where.dtype, device=where.device, device_map=where.device_map) as model,
@@ -111,12 +72,12 @@ def plan_on_model(
 
 
 def _largest(scores: ImportanceScores, options: PlanOptions, splits: Sequence[Budget]) -> PruningPlan:
-    plans = [make_plan(scores, budget=budget, **vars(options)) for budget in splits]
+    plans = [make_plan(scores, options, budget=budget) for budget in splits]
     return max(plans, key=lambda plan: plan.shape_after.parameters)
 
 
 def _search(
-    dense: Checkpoint, options: PlanOptions, speedup: float, where: Computing, progress: Progress
+    dense: Checkpoint, options: PlanOptions, speedup: float, where: Compute, progress: Progress
 ) -> SpeedupSearch:
     dtype = dense.computed_in(where.dtype)
     with shape_timer(dense.config, dense.architecture, device=where.device, dtype=dtype, progress=progress) as timing:
@@ -124,13 +85,10 @@ def _search(
         return find_shapes(dense.shape, speedup, options, timing.speedup)
 
 
-def _refit(dense: Checkpoint, samples: CalibrationSet, spill: Path, where: Computing) -> Refit:
+def _refit(dense: Checkpoint, samples: CalibrationSet, spill: Path, where: Compute) -> Refit:
     few = samples.first(_REFIT_TOKENS)
 
     def refit(plan: PruningPlan) -> Mapping[str, torch.Tensor]:
-        fitted = reconstruct(
-            dense, plan, few, spill, device=where.device, dtype=where.dtype, batch_tokens=where.batch_tokens
-        )
-        return fitted.tensors
+        return reconstruct(dense, plan, few, spill, where).tensors
 
     return refit

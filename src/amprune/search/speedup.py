@@ -9,7 +9,8 @@ from amprune.errors import PlanError
 from amprune.model.shape import ModelShape
 from amprune.plan.budget import find_budget
 from amprune.plan.heads import Budget, choices_of_all_modes, evenly, kept_heads
-from amprune.plan.options import PlanOptions, multiples
+from amprune.plan.options import multiples
+from amprune.settings import PlanOptions
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,6 @@
 import hashlib
 import json
 import logging
-import os
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,8 @@ from typing import Any
 
 from amprune.errors import CalibrationError, ScoresError
 from amprune.model.loading import load_tokenizer
-from amprune.model.reader import Checkpoint
+from amprune.model.reader import Checkpoint, open_model
+from amprune.settings import ApplySettings, Drawing, PathLike, part, settle, with_preset
 from amprune.text.records import read_records, render
 
 logger = logging.getLogger(__name__)
@@ -71,29 +71,21 @@ class CalibrationSet:
 
 
 def load_calibration(
-    source: str | os.PathLike[str] | Sequence[str],
-    tokenizer: Any,
-    *,
-    samples: int | None = None,
-    tokens: int | None = None,
-    max_length: int = 512,
-    prompts_only: bool = False,
-    seed: int = 0,
+    source: PathLike | Sequence[str], tokenizer: Any, settings: Drawing | None = None, **options: Any
 ) -> CalibrationSet:
     """Draws a seeded random sample of a set and tokenises it.
 
     Args:
         source: `alpaca`, `mixed`, `builtin`, a .json, .jsonl, .parquet or .txt file, or a sequence of texts.
         tokenizer: the model's own, as transformers loads it.
-        samples: how many to draw, without replacement; None: 50, or as many as `tokens` asks for.
-        tokens: draw no more samples once there are as many tokens.
-        max_length: tokens kept of each sample.
-        prompts_only: leave out the response, as the released code of the paper does.
-        seed: of the draw.
+        settings: how much is drawn; without samples and tokens it is 50 samples, of at most 512 tokens each.
+        options: of `Drawing`, such as `samples=20`.
 
     Raises:
         CalibrationError: the set cannot be read, is malformed, or holds fewer samples.
     """
+    asked = settle(Drawing, settings, options)
+    samples, tokens, max_length = asked.samples, asked.tokens, 512 if asked.max_length is None else asked.max_length
     for name, value in (("samples", samples), ("tokens", tokens), ("max_length", max_length)):
         if value is not None and value < 1:
             raise CalibrationError(f"{name} is {value}, expected at least 1")
@@ -105,14 +97,14 @@ def load_calibration(
         raise CalibrationError(
             f"{name} holds {len(records)} samples, but {samples} were asked for; give {smaller}a larger set"
         )
-    drawn = random.Random(seed).sample(records, len(records) if samples is None else samples)
+    drawn = random.Random(asked.seed).sample(records, len(records) if samples is None else samples)
     places = ((f"{name}, {place}", record) for place, record in drawn)
     encoded = (
-        _encode(tokenizer, _text(record, tokenizer, where, prompts_only=prompts_only), max_length, where)
+        _encode(tokenizer, _text(record, tokenizer, where, prompts_only=asked.prompts_only), max_length, where)
         for where, record in places
     )
     kept = tuple(encoded if tokens is None else _until(encoded, tokens))
-    return CalibrationSet(name=name, samples=kept, seed=seed, max_length=max_length, prompts_only=prompts_only)
+    return CalibrationSet(name, kept, asked.seed, max_length, asked.prompts_only)
 
 
 def _until(samples: Iterable[tuple[int, ...]], tokens: int) -> Iterator[tuple[int, ...]]:
@@ -124,25 +116,9 @@ def _until(samples: Iterable[tuple[int, ...]], tokens: int) -> Iterator[tuple[in
             return
 
 
-def calibration_for(
-    checkpoint: Checkpoint,
-    source: str | os.PathLike[str] | Sequence[str] | CalibrationSet,
-    *,
-    samples: int | None = None,
-    tokens: int | None = None,
-    max_length: int = 512,
-    prompts_only: bool = False,
-    seed: int = 0,
-    trust_remote_code: bool = False,
-) -> CalibrationSet:
-    """Draws a set for a model, by its own tokenizer and no longer than its positions; a set stays as it is.
-
-    Raises:
-        CalibrationError: as in `load_calibration`.
-        CheckpointError: the model has no tokenizer.
-        ScoresError: a sample of a set is longer than the model's positions.
-    """
-    positions = checkpoint.positions
+def draw(dense: Checkpoint, settings: Drawing, *, trust_remote_code: bool = False) -> CalibrationSet:
+    """Draws a set for a model, by its own tokenizer and no longer than its positions; a set stays as it is."""
+    positions, source = dense.positions, settings.calibration
     if isinstance(source, CalibrationSet):
         longest = max(map(len, source.samples), default=0)
         if positions is not None and longest > positions:
@@ -151,18 +127,37 @@ def calibration_for(
                 "samples"
             )
         return source
-    if positions is not None and positions < max_length:
-        logger.info("samples are cut at %d tokens, the model's positions, instead of %d", positions, max_length)
-        max_length = positions
-    return load_calibration(
-        source,
-        load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code),
-        samples=samples,
-        tokens=tokens,
-        max_length=max_length,
-        prompts_only=prompts_only,
-        seed=seed,
-    )
+    if positions is not None and settings.max_length is not None and positions < settings.max_length:
+        logger.info(
+            "samples are cut at %d tokens, the model's positions, instead of %d", positions, settings.max_length
+        )
+        settings = replace(settings, max_length=positions)
+    tokenizer = load_tokenizer(dense.folder, trust_remote_code=trust_remote_code)
+    return load_calibration(source, tokenizer, part(Drawing, settings))
+
+
+def draw_calibration(
+    model: PathLike,
+    calibration: PathLike | Sequence[str] | None = None,
+    settings: ApplySettings | None = None,
+    **options: Any,
+) -> CalibrationSet:
+    """Draws the calibration samples of a model, to score on, to refit on, or both.
+
+    Args:
+        model: a Hugging Face folder, a `.gguf` file, an alias or a hub id, whose tokenizer is used.
+        calibration: `alpaca`, `mixed`, `builtin`, a file, or a list of texts; None is the preset's.
+        settings: how much is drawn; what is left open, the preset says.
+        options: of `ApplySettings`, such as `samples=50`.
+
+    Raises:
+        CalibrationError: the set cannot be read, is malformed, or holds fewer samples.
+        CheckpointError: the model cannot be opened, or has no tokenizer.
+    """
+    given = {} if calibration is None else {"calibration": calibration}
+    asked = with_preset(settle(ApplySettings, settings, {**options, **given}))
+    _, dense = open_model(model, revision=asked.revision, dtype=asked.dtype)
+    return draw(dense, asked, trust_remote_code=asked.trust_remote_code)
 
 
 def _text(record: Mapping[str, Any], tokenizer: Any, where: str, *, prompts_only: bool) -> tuple[str, bool]:

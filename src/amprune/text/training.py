@@ -1,7 +1,6 @@
 """Instructions with responses as token ids and labels: the loss is on the response alone."""
 
 import logging
-import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import Any
 
 from amprune.errors import CalibrationError, RecoveryError
 from amprune.running import Progress, no_progress
+from amprune.settings import RecoverySettings
 from amprune.text.records import read_records, render
 
 logger = logging.getLogger(__name__)
@@ -45,14 +45,10 @@ class TrainingData:
 
 
 def load_training_data(
-    source: str | os.PathLike[str] | Sequence[str],
+    settings: RecoverySettings,
     tokenizer: Any,
     *,
-    samples: int | None = None,
-    max_length: int = 512,
-    packing: bool = False,
-    validation_share: float = 0.02,
-    seed: int = 0,
+    max_length: int | None = None,
     progress: Progress = no_progress,
 ) -> TrainingData:
     """Reads, draws, tokenises and splits a set.
@@ -60,22 +56,12 @@ def load_training_data(
     Prompt and response are one text when they are tokenised, with an end-of-sequence token after it, so that no second
     start token stands in the middle. Labels are the tokens of the response; of plain text, all.
 
-    Args:
-        source: `alpaca`, `builtin`, a .json, .jsonl, .parquet or .txt file, or a sequence of texts.
-        tokenizer: the model's own.
-        samples: how many to draw with `seed`; None for all.
-        max_length: tokens kept of each sample.
-        packing: join training samples into sequences of `max_length` tokens.
-        validation_share: held out, at least one sample unless it is 0.
-        seed: of the draw and the split.
-        progress: told how far it is.
-
-    Raises:
-        CalibrationError: the set cannot be read or is malformed.
-        RecoveryError: too few samples, or none with a response token left.
+    `max_length` takes the place of the settings' where the model has fewer positions. Of the share that is held out for
+    validation, at least one sample is, unless it is 0.
     """
-    name, records = read_records(source, option="--data")
-    drawn = random.Random(seed).sample(records, len(records))
+    samples, max_length = settings.samples, max_length or settings.max_length
+    name, records = read_records(settings.data, option="--data")
+    drawn = random.Random(settings.seed).sample(records, len(records))
     if samples is not None:
         if not 1 <= samples <= len(records):
             raise RecoveryError(f"{name} holds {len(records)} samples, but --samples {samples} were asked for")
@@ -91,14 +77,14 @@ def load_training_data(
             advance(1)
     skipped = len(drawn) - len(kept)
     _tell(name, len(drawn), truncated, skipped, max_length)
-    held = min(len(kept) - 1, max(1, round(len(kept) * validation_share))) if validation_share else 0
+    held = min(len(kept) - 1, max(1, round(len(kept) * settings.validation_share))) if settings.validation_share else 0
     if len(kept) - max(held, 0) < 1:
         raise RecoveryError(
             f"{name} leaves {len(kept)} samples with a response within {max_length} tokens; training needs one, and "
             "one more for the validation loss: give more samples or a larger --max-length"
         )
     training = kept[held:]
-    packed = _packed(training, max_length) if packing else training
+    packed = _packed(training, max_length) if settings.packing else training
     return TrainingData(name, tuple(packed), tuple(kept[:held]), truncated, skipped)
 
 

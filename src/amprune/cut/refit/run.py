@@ -19,6 +19,7 @@ from amprune.model.loading import default_device
 from amprune.model.reader import Checkpoint
 from amprune.plan.artefact import PruningPlan
 from amprune.running import Progress, binary, free_memory, no_progress
+from amprune.settings import Compute
 from amprune.text.calibration import HELD_OUT, CalibrationSet
 
 logger = logging.getLogger(__name__)
@@ -67,10 +68,8 @@ def reconstruct(
     plan: PruningPlan,
     calibration: CalibrationSet,
     folder: Path,
+    where: Compute,
     *,
-    device: str | None = None,
-    dtype: str = "auto",
-    batch_tokens: int = 4096,
     progress: Progress = no_progress,
 ) -> Reconstruction:
     """Refits the kept columns of every output projection, so that each layer gives what it gave before.
@@ -79,24 +78,13 @@ def reconstruct(
     calibration tokens, layer by layer; H' are inputs in the already pruned and refitted model, T what the dense model
     has there. The ridge is chosen on held-out tokens, an eighth; where none lowers their error, a projection stays.
 
-    Args:
-        dense: the checkpoint that the plan is for.
-        plan: what to keep.
-        calibration: samples, joined and cut into rows of up to 512 tokens.
-        folder: to keep the refitted tensors in until they are written.
-        device: cpu, cuda, cuda:1; the default is cuda where there is one.
-        dtype: of the computation; auto is that of the checkpoint.
-        batch_tokens: most tokens of a batch.
-        progress: told how far it is.
-
-    Raises:
-        ReconstructionError: too few tokens, too little memory, or activations that are not finite.
-        PlanError: the plan removes whole blocks, or has its biases compensate.
+    Samples are joined and cut into rows of up to 512 tokens; `folder` keeps the refitted tensors until they are
+    written.
     """
     _check_plan(plan)
     rows = packed(calibration, longest=min(ROW, dense.positions or ROW), eos=_eos(dense))
     held_out = len(rows) // HELD_OUT
-    place, kind = torch.device(device or default_device()), dense.computed_in(dtype)
+    place, kind = torch.device(where.device or default_device()), dense.computed_in(where.dtype)
     width = max(plan.shape_after.intermediate_size, plan.shape_after.num_attention_heads * plan.shape_after.head_dim)
     moments_dtype = _moments_dtype(dense, rows, width, kind, place)
     if (fitted := rows[:-held_out].numel()) < width:
@@ -104,7 +92,7 @@ def reconstruct(
             "the refit of a projection of %d inputs sees %d tokens; more than twice as many as inputs are needed to "
             "settle it, and until then the ridge holds it near its weights: give more --samples", width, fitted
         )  # fmt: skip
-    size = max(1, batch_tokens // rows.shape[1])
+    size = max(1, where.batch_tokens // rows.shape[1])
     parts = (rows[:-held_out], rows[-held_out:])
     batches = [batch for part in parts for batch in torch.split(part, size)]
     tensors, layers = _Spilled(folder), []

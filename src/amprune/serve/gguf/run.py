@@ -20,6 +20,7 @@ from amprune.running import Progress, no_progress
 from amprune.serve.gguf.check import TokenCheck, check_sizes, check_tokens
 from amprune.serve.gguf.convert import CONVERTED, GgufType, convert, quantise
 from amprune.serve.gguf.families import as_known, check_family
+from amprune.settings import ExportSettings, settle
 
 logger = logging.getLogger(__name__)
 _OWN: dict[torch.dtype, GgufType] = {torch.float16: "f16", torch.bfloat16: "bf16"}
@@ -62,14 +63,10 @@ class ExportedGguf:
 def export_gguf(
     model: str | Path,
     out: str | Path,
+    settings: ExportSettings | None = None,
     *,
-    type: str = "auto",
-    llama_cpp: str | Path | None = None,
-    check: bool = True,
-    overwrite: bool = False,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
     progress: Progress = no_progress,
+    **options: Any,
 ) -> ExportedGguf:
     """Writes a model as one GGUF file, by llama.cpp's own converter and quantiser, and lets llama.cpp prove it.
 
@@ -80,13 +77,10 @@ def export_gguf(
     Args:
         model: a Hugging Face folder, a hub id, a `.gguf` file or an alias.
         out: the `.gguf` file to write; it appears whole or not at all.
-        type: f32, f16, bf16, q8_0, q4_0, q4_k_m; auto is the checkpoint's own.
-        llama_cpp: folder of a llama.cpp checkout or release, in the place of PATH.
-        check: run the file in llama.cpp, where xllamacpp is installed.
-        overwrite: replace an OUT that is a file.
-        revision: of a hub id.
-        trust_remote_code: the converter runs code that MODEL's tokenizer carries; without it such a MODEL is refused.
+        settings: what is written. The converter runs code that MODEL's tokenizer carries, with `trust_remote_code`;
+            without it such a MODEL is refused.
         progress: told how far it is.
+        options: of `ExportSettings`, such as `type="q4_k_m"`.
 
     Raises:
         MissingDependencyError: llama.cpp's converter, or the quantiser that the type needs, is not there.
@@ -94,12 +88,14 @@ def export_gguf(
         ExportError: a program failed, or what it wrote is not the model.
         CheckpointError: MODEL cannot be read, or OUT not written.
     """
-    place, directory = Path(out).expanduser(), None if llama_cpp is None else Path(llama_cpp)
+    asked = settle(ExportSettings, settings, options)
+    type, check, overwrite, trust_remote_code = asked.type, asked.check, asked.overwrite, asked.trust_remote_code
+    place, directory = Path(out).expanduser(), None if asked.llama_cpp is None else Path(asked.llama_cpp)
     if type != "auto" and type not in get_args(GgufType):
         raise ExportError(f"unknown type {type!r}; the types are auto, {', '.join(get_args(GgufType))}")
     if place.suffix.lower() != ".gguf":
         raise ExportError(f"OUT {place} does not end in .gguf, by which programs know such a file")
-    source = open_source(model, revision=revision)
+    source = open_source(model, revision=asked.revision)
     check_file(place, overwrite=overwrite, protected=source.protected)
     _check_source(source, trust_remote_code=trust_remote_code)
     checkpoint = read_checkpoint(source.folder)

@@ -14,6 +14,7 @@ from amprune.serve.hub.checks import Terms, check_card, check_folder, check_name
 from amprune.serve.hub.contents import what_goes
 from amprune.serve.hub.places import shortened_files
 from amprune.serve.hub.repository import check_repository, commit, find_repository, make_repository
+from amprune.settings import PushSettings, settle
 
 logger = logging.getLogger(__name__)
 PathLike = str | os.PathLike[str]
@@ -64,13 +65,10 @@ class PushedModel:
 def push(
     out: PathLike,
     repo: str,
+    settings: PushSettings | None = None,
     *,
-    private: bool = False,
-    revision: str | None = None,
-    message: str | None = None,
-    overwrite: bool = False,
-    dry_run: bool = False,
     client: HfApi | None = None,
+    **options: Any,
 ) -> PushedModel:
     """Commits a checkpoint that amprune wrote to a repository of the hub, which is made where it is missing.
 
@@ -80,19 +78,17 @@ def push(
     Args:
         out: a verified or recovered checkpoint.
         repo: owner/name, or a name of the user's own.
-        private: of a repository that is made; a public one that exists is refused.
-        revision: the branch; made from main where it is missing. None is main.
-        message: of the commit.
-        overwrite: commit also onto a repository that holds another model.
-        dry_run: only say what would go; asks the hub nothing.
+        settings: branch, message, and what is allowed.
         client: talks to the hub; None is huggingface_hub's own, with its login.
+        options: of `PushSettings`, such as `private=True`.
 
     Raises:
         PushError: OUT is not fit to be shared, the hub refuses or cannot be reached, or the repository holds another
             model; nothing was committed then.
         CheckpointError: a weight file of OUT is missing, truncated or does not fit its config.
     """
-    folder = Path(out).expanduser()
+    asked, folder = settle(PushSettings, settings, options), Path(out).expanduser()
+    private, revision, overwrite = asked.private, asked.revision, asked.overwrite
     check_name(repo)
     check_folder(folder)
     paths, left_out = what_goes(folder)
@@ -110,13 +106,13 @@ def push(
         concerns=concerns(terms, paths),
     )
     _tell(found)
-    if dry_run:
+    if asked.dry_run:
         return found
     client = client or HfApi(library_name="amprune", library_version=__version__)
     target = find_repository(client, repo, revision=revision)
     check_repository(client, target, folder, private=private, overwrite=overwrite)
     target = make_repository(client, target, private=private, revision=revision)
-    text = message or f"Model made by amprune {__version__}"
+    text = asked.message or f"Model made by amprune {__version__}"
     made, removed = commit(client, target, list(contents.items()), message=text, revision=revision)
     return replace(
         found,

@@ -25,8 +25,9 @@ from amprune.model.writer import RECORDS, parse_size, write_json
 from amprune.prove.card import write_quantized_card
 from amprune.running import Progress, no_progress
 from amprune.serve.quantize.check import Findings, check_quantized
-from amprune.serve.quantize.schemes import QuantizationType, Scheme, find_scheme, settle_group_size, split_layers
+from amprune.serve.quantize.schemes import Scheme, find_scheme, settle_group_size, split_layers
 from amprune.serve.quantize.write import write_quantized
+from amprune.settings import QuantizeSettings, settle
 
 PathLike = str | os.PathLike[str]
 _CARRIED = ("plan.json", "scores.safetensors", RECONSTRUCTION, RECOVERY, LOG)
@@ -49,15 +50,10 @@ class QuantizedModel:
 def quantize(
     model: PathLike,
     out: PathLike,
+    settings: QuantizeSettings | None = None,
     *,
-    type: QuantizationType = "int8",
-    group_size: int | None = None,
-    device: str | None = None,
-    max_shard_size: str = "5GB",
-    overwrite: bool = False,
-    dtype: str = "auto",
-    revision: str | None = None,
     progress: Progress = no_progress,
+    **options: Any,
 ) -> QuantizedModel:
     """Quantises the linear layers of a model, without calibration, and proves that stock transformers runs the result.
 
@@ -67,14 +63,9 @@ def quantize(
     Args:
         model: a Hugging Face folder, a `.gguf` file (dequantised first), an alias or a hub id.
         out: the folder to write; it appears whole or not at all.
-        type: `int8`, a scale for each output, by torchao; or `int4`, NF4 in groups, by bitsandbytes.
-        group_size: of int4: weights of a row that share a scale; None is 64, or 32 where 64 does not divide every row.
-        device: that the result is loaded on; the default is cuda where there is one.
-        max_shard_size: such as 200MB or 5GB.
-        overwrite: replace an OUT that is a checkpoint.
-        dtype: that a GGUF file is dequantised to; other checkpoints keep theirs.
-        revision: of a hub id.
+        settings: the type, and how OUT is written.
         progress: told how far it is.
+        options: of `QuantizeSettings`, such as `type="int4"`.
 
     Raises:
         QuantizationError: the type or the group size does not fit the model, or the result is not what it should be.
@@ -82,20 +73,22 @@ def quantize(
         UnsupportedModelError: the architecture is not supported, or the model is quantised already.
         CheckpointError: the model cannot be read, or OUT not written.
     """
+    asked = settle(QuantizeSettings, settings, options)
+    type, max_shard_size, overwrite = asked.type, asked.max_shard_size, asked.overwrite
     scheme = find_scheme(type)
     require_library(scheme.library, f"type {type}")
-    source, folder = open_source(model, revision=revision, dtype=dtype), Path(out).expanduser()
+    source, folder = open_source(model, revision=asked.revision, dtype=asked.dtype), Path(out).expanduser()
     check_output(folder, overwrite=overwrite, protected=source.protected)
     parse_size(max_shard_size)
     base = read_checkpoint(source.folder)
     shapes, skipped = split_layers(base)
-    group = settle_group_size(group_size, shapes, scheme)
+    group = settle_group_size(asked.group_size, shapes, scheme)
     with staged_folder(folder, overwrite=overwrite, protected=source.protected) as partial:
         parts = write_quantized(
             base, partial, scheme, shapes,
             skipped=skipped, group_size=group, max_shard_size=max_shard_size, progress=progress,
         )  # fmt: skip
-        found = check_quantized(base, partial, parts, scheme, device=device, progress=progress)
+        found = check_quantized(base, partial, parts, scheme, device=asked.device, progress=progress)
         quantized = sum(map(math.prod, shapes.values()))
         record = _record(source.name, base, partial, scheme, found, quantized=quantized, group_size=group)
         for name in _CARRIED:
