@@ -270,7 +270,7 @@ def test_the_choice_is_recorded_and_becomes_a_plan() -> None:
     assert chosen["damage"] == {"kl": found.chosen.kl, "loss": found.chosen.damage.loss}
     again = make_plan(scores, budget=Budget(**chosen["budget"]), ratio=0.15, order="reversed")
     assert again.layers == plan.layers
-    assert again.provenance["options"] == plan.provenance["options"]
+    assert again.options == plan.options
 
 
 def test_a_clear_winner_is_not_refitted(monkeypatch: pytest.MonkeyPatch) -> None:

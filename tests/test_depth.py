@@ -249,7 +249,7 @@ def test_the_lowest_unprotected_blocks_go() -> None:
     assert after.parameters == before.parameters - 2 * before.layer_parameters
     assert plan.ratio_actual == pytest.approx(share(before, 2))
     assert describe(config_of(deep(find("llama-gqa"), 9))).shape == after
-    assert plan.provenance["options"] == {
+    assert plan.options == {
         "ratio": share(before, 2), "order": "amp", "seed": 0, "protect_first": 4, "protect_last": 2,
     }  # fmt: skip
 
@@ -330,7 +330,7 @@ def test_heads_and_neurons_know_no_protected_blocks(name: str) -> None:
     scores = ImportanceScores((units, units), shape_of(2), "f" * 64, "amp", {}, {})
     with pytest.raises(PlanError, match=f"{name} is 0, but no block is removed by scores of heads and neurons"):
         make_plan(scores, ratio=0.2, **{name: 0})
-    assert "protect_first" not in make_plan(scores, ratio=0.2).provenance["options"]
+    assert "protect_first" not in make_plan(scores, ratio=0.2).options
 
 
 def test_a_family_whose_blocks_know_their_index_is_refused() -> None:

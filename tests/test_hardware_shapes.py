@@ -108,7 +108,7 @@ def test_the_plan_says_which_multiple_it_has(name: str, ratio: float, neurons: i
     scores = scores_of(SMOLLM2) if name == "SmolLM2" else fake_scores(name)
     plan = make_plan(scores, ratio=ratio, neuron_multiple="hardware", only="neurons")
     assert kept(plan)[2] == neurons
-    assert plan.provenance["options"]["neuron_multiple"] == multiple
+    assert plan.options["neuron_multiple"] == multiple
     assert plan.ratio_target == ratio
     again = make_plan(scores, ratio=ratio, neuron_multiple=multiple, only="neurons")
     assert again == plan
@@ -145,14 +145,14 @@ def test_narrow_layers_have_at_least_four_multiples(width: int) -> None:
     assert budget.neurons % usual(width) == 0
     assert abs(budget.neurons - width / 2) <= usual(width) / 2
     plan = make_plan(scores_of(shape), neurons_ratio=0.5, only="neurons", neuron_multiple="hardware")
-    assert plan.provenance["options"]["neuron_multiple"] == usual(width)
+    assert plan.options["neuron_multiple"] == usual(width)
 
 
 @pytest.mark.parametrize("asked", [{"ratio": 0.01}, {"ratio": 0.004}], ids=str)
 def test_what_would_remove_nothing_gets_a_narrower_multiple(asked: dict[str, Any]) -> None:
     for shape in (SMOLLM2, shape_of("llama-gqa"), shape_of("gpt2-mha")):
         plan = make_plan(scores_of(shape), **asked, neuron_multiple="hardware")
-        multiple = plan.provenance["options"]["neuron_multiple"]
+        multiple = plan.options["neuron_multiple"]
         assert 0 < plan.ratio_actual <= plan.ratio_target + multiple / 2 * step(shape) + 1e-9
         assert multiple < usual(shape.intermediate_size)
         assert plan.shape_after.intermediate_size % multiple == 0
@@ -195,7 +195,7 @@ def test_best_has_multiples_of_64_and_one_by_hand_or_the_paper_does_not(dense: P
     best = prune(dense, tmp_path / "best", **quick)
     assert best.verification.passed
     assert best.plan.shape_after.intermediate_size % 64 == 0
-    assert best.plan.provenance["options"]["neuron_multiple"] == 64
+    assert best.plan.options["neuron_multiple"] == 64
     table = best.plan.provenance["allocation"]["candidates"]
     assert len(table) > 2
     assert {one["budget"]["neurons"] % 64 for one in table} == {0}
@@ -203,7 +203,7 @@ def test_best_has_multiples_of_64_and_one_by_hand_or_the_paper_does_not(dense: P
         plan = prune(dense, tmp_path / f"{multiple}", **quick, allocate=False, neuron_multiple=multiple).plan
         assert plan.shape_after.intermediate_size % multiple == 0
         assert abs(plan.ratio_actual - 0.2) <= multiple / 2 * step(plan.shape_before) + 1e-9
-        assert plan.provenance["options"]["neuron_multiple"] == multiple
+        assert plan.options["neuron_multiple"] == multiple
     paper = prune(dense, tmp_path / "paper", **QUICK, ratio=0.2, preset="paper").plan
     assert abs(paper.ratio_actual - 0.2) <= step(paper.shape_before) / 2 + 5e-5
 
@@ -331,11 +331,11 @@ def test_what_is_kept_can_be_shared_out(
 def test_the_plan_says_over_how_many_devices_and_of_which_multiple_neurons_are() -> None:
     plan = make_plan(scores_of(SMOLLM2), ratio=0.2, neuron_multiple=64, tensor_parallel=3)
     assert kept(plan)[:2] == (9, 3)
-    assert plan.provenance["options"]["tensor_parallel"] == 3
-    assert plan.provenance["options"]["neuron_multiple"] == 192
+    assert plan.options["tensor_parallel"] == 3
+    assert plan.options["neuron_multiple"] == 192
     assert plan.shape_after.intermediate_size % 192 == 0
     assert make_plan(scores_of(SMOLLM2), ratio=0.2, neuron_multiple=192, tensor_parallel=3) == plan
-    assert "tensor_parallel" not in make_plan(scores_of(SMOLLM2), ratio=0.2).provenance["options"]
+    assert "tensor_parallel" not in make_plan(scores_of(SMOLLM2), ratio=0.2).options
 
 
 @pytest.mark.parametrize(
@@ -360,7 +360,7 @@ def test_heads_go_until_the_rest_can_be_split(devices: int, options: dict[str, A
 def test_where_no_number_of_groups_can_be_split_heads_go_within_groups() -> None:
     plan = make_plan(fake_scores("llama-gqa"), ratio=0.25, tensor_parallel=8)
     assert kept(plan)[:2] == (8, 4)
-    assert plan.provenance["options"]["heads_mode"] == "within"
+    assert plan.options["heads_mode"] == "within"
     with pytest.raises(PlanError, match="can be split over tensor_parallel=8 devices with heads_mode=groups"):
         make_plan(fake_scores("llama-gqa"), ratio=0.25, tensor_parallel=8, heads_mode="groups")
 
@@ -445,7 +445,7 @@ def test_blocks_go_where_the_dense_counts_suit_the_devices() -> None:
     options: dict[str, Any] = {"ratio": 1.1 * shape.layer_parameters / shape.parameters, "protect_first": 0}
     plan = make_plan(scores, **options, tensor_parallel=3)
     assert plan.shape_after.num_layers == 7
-    assert plan.provenance["options"]["tensor_parallel"] == 3
+    assert plan.options["tensor_parallel"] == 3
     with pytest.raises(
         PlanError, match="tensor_parallel is 2, but blocks that stay keep their units: 9 query and 3 key"
     ):
@@ -491,8 +491,8 @@ def test_run_takes_both_options(dense: Path, tmp_path: Path, monkeypatch: pytest
     code, _, errors = run("run", dense, tmp_path / "out", *arguments)
     assert code == 0, errors
     plan = PruningPlan.load(tmp_path / "out" / "amprune" / "plan.json")
-    assert plan.provenance["options"]["tensor_parallel"] == 2
-    assert plan.provenance["options"]["neuron_multiple"] == 64
+    assert plan.options["tensor_parallel"] == 2
+    assert plan.options["neuron_multiple"] == 64
     asked: dict[str, Any] = {}
 
     def stop(_model: Any, _out: Any, settings: Any, **_: Any) -> None:

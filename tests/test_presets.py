@@ -52,7 +52,7 @@ def test_best_allocates_refits_and_says_so(best: Path, dense: Path) -> None:
     assert plan.provenance["criterion"] == "activation-l2"
     assert plan.provenance["calibration"]["name"] == "mixed"
     assert len(plan.provenance["allocation"]["candidates"]) > 2
-    assert plan.refits_outputs
+    assert plan.refitted
     record = json.loads((best / "amprune" / "reconstruction.json").read_text(encoding="utf-8"))
     assert len(record["layers"]) == plan.shape_before.num_layers
     assert record["sha256"]
@@ -91,16 +91,16 @@ def test_shares_by_hand_and_single_switches_come_before_the_preset(dense: Path, 
     plan = plan_in(tmp_path / "only")
     assert "allocation" not in plan.provenance
     assert plan.shape_after.num_attention_heads == plan.shape_before.num_attention_heads
-    assert not plan.refits_outputs
+    assert not plan.refitted
     prune(dense, tmp_path / "random", ratio=0.2, criterion="random", allocate=False, **QUICK)
-    assert plan_in(tmp_path / "random").refits_outputs  # text for the refit alone
+    assert plan_in(tmp_path / "random").refitted  # text for the refit alone
 
 
 def test_depth_pruning_under_the_preset_neither_allocates_nor_refits(dense: Path, tmp_path: Path) -> None:
     prune(dense, tmp_path / "out", ratio=0.4, criterion="depth", protect_first=0, protect_last=0, tokens=300)
     plan = plan_in(tmp_path / "out")
     assert plan.shape_after.num_layers == 1
-    assert not plan.refits_outputs
+    assert not plan.refitted
 
 
 def test_the_first_two_targets_are_met_exactly(dense: Path, tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_a_speedup_is_timed_and_the_least_damaging_shape_taken(
 def test_a_plan_that_asks_for_a_refit_gets_one_unless_told_otherwise(best: Path, dense: Path, tmp_path: Path) -> None:
     plan = plan_in(best)
     apply_plan(dense, plan, tmp_path / "plain", reconstruct=False)
-    assert not plan_in(tmp_path / "plain").refits_outputs
+    assert not plan_in(tmp_path / "plain").refitted
     assert verify(tmp_path / "plain", dense=dense).passed
     apply_plan(dense, plan, tmp_path / "unasked", **QUICK)
     assert (tmp_path / "unasked" / "model.safetensors").read_bytes() == (best / "model.safetensors").read_bytes()
@@ -208,4 +208,4 @@ def test_a_model_larger_than_memory_is_allocated_and_refitted(dense: Path, tmp_p
     result = prune(dense, tmp_path / "out", ratio=0.2, device_map=device_map, **QUICK)
     assert result.verification.passed
     assert result.plan.provenance["allocation"]["candidates"]
-    assert result.plan.refits_outputs
+    assert result.plan.refitted

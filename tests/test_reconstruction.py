@@ -461,7 +461,7 @@ def test_whole_blocks_cannot_be_made_up_for(tmp_path: Path) -> None:
 
 def test_biases_are_not_compensated_twice(tmp_path: Path) -> None:
     tiny = find("llama-biases")
-    plan = replace(harsh(tiny), provenance={"options": {"bias_compensation": True}})
+    plan = replace(harsh(tiny), compensated=True)
     save_model(tiny, tmp_path / "dense")
     with pytest.raises(PlanError, match="leave out bias_compensation"):
         refit_of(make_model(tiny), plan, tmp_path)

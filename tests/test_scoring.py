@@ -412,7 +412,7 @@ DAMAGED: dict[str, tuple[Callable[[Parts], None], str]] = {
     "nan": (_tensor("layers.1.neurons", _with(np.nan)), r"layers\.1\.neurons holds values that are not finite"),
     "infinity": (_tensor("layers.0.heads", _with(np.inf)), r"layers\.0\.heads holds values that are not finite"),
     "format": (_entry("format", 2), r"is no score file of amprune \(format 1\)"),
-    "shape null": (_entry("shape", None), "the field shape of its metadata is missing"),
+    "shape null": (_entry("shape", None), "metadata: shape is null, expected an object; score again"),
     "another width": (
         _entry("intermediate_size", 79, of="shape"),
         r"layers\.0\.neurons is .*\(80,\), expected .*\(79,\)",
@@ -422,12 +422,18 @@ DAMAGED: dict[str, tuple[Callable[[Parts], None], str]] = {
         "parameters is 87792, but heads and neurons, or blocks, alone have",
     ),
     "float16": (_tensor("layers.0.heads", lambda t: t.astype(np.float16)), r"layers\.0\.heads is float16"),
-    "no layers": (_entry("num_layers", 0, of="shape"), "'num_layers' is 0"),
-    "shape with text": (_entry("hidden_size", "48", of="shape"), "'hidden_size' is '48'"),
-    "fingerprint": (_entry("fingerprint", None), "the field fingerprint of its metadata"),
-    "criterion": (_entry("criterion", 3), "the field criterion of its metadata"),
-    "calibration": (_entry("calibration", [1]), "the field calibration of its metadata"),
-    "settings": (_entry("settings", "none"), "the field settings of its metadata"),
+    "no layers": (
+        _entry("num_layers", 0, of="shape"),
+        "metadata: shape: num_layers is 0, expected a whole number of",
+    ),
+    "shape with text": (
+        _entry("hidden_size", "48", of="shape"),
+        'hidden_size is "48", expected a whole number of at',
+    ),
+    "fingerprint": (_entry("fingerprint", None), "metadata: fingerprint is null, expected text"),
+    "criterion": (_entry("criterion", 3), "metadata: criterion is 3, expected text"),
+    "calibration": (_entry("calibration", [1]), r"metadata: calibration is \[1\], expected an object"),
+    "settings": (_entry("settings", "none"), 'metadata: settings is "none", expected an object'),
 }
 
 

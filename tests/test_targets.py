@@ -22,9 +22,8 @@ from amprune.errors import EvaluationError
 from amprune.model.latency import Latency, LatencySettings
 from amprune.model.reader import read_checkpoint
 from amprune.plan.budget import find_budget
-from amprune.plan.bytes import target_parameters
 from amprune.plan.heads import Budget, choices_of_all_modes, kept_heads
-from amprune.plan.target import Target, parse_target
+from amprune.plan.target import Target, parse_target, target_parameters
 from amprune.scoring.scores import ImportanceScores
 from amprune.search.speedup import find_shapes
 from amprune.search.timing import SETTINGS, shape_timer

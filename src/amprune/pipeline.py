@@ -25,11 +25,8 @@ from amprune.model.source import Source, open_source
 from amprune.model.staging import check_output, staged_folder
 from amprune.model.writer import RECORDS, parse_size, write_json
 from amprune.plan.artefact import PruningPlan
-from amprune.plan.budget import find_budget
-from amprune.plan.bytes import with_target
-from amprune.plan.depth import find_depth
-from amprune.plan.make import make_plan
-from amprune.plan.target import parse_target
+from amprune.plan.make import check_request, make_plan
+from amprune.plan.target import parse_target, with_target
 from amprune.prove.card import write_model_card
 from amprune.prove.checks import VerificationReport, read_plan, verify_checkpoint
 from amprune.running import Progress, no_progress
@@ -190,7 +187,7 @@ def _check_plan_options(dense: Checkpoint, asked: PlanSettings, rule: Criterion)
     """Refuses what cannot be planned, before the weights are loaded."""
     options = _numbers(dense, asked, depth=rule.depth)
     if asked.target is None or parse_target(asked.target).kind != "speedup":
-        (find_depth if rule.depth else find_budget)(dense.shape, options)
+        check_request(dense.shape, options, depth=rule.depth)
     if asked.bias_compensation:
         check_biases(dense.architecture)
         if not rule.means:
@@ -227,9 +224,12 @@ def _plan(
 
 def _marked(plan: PruningPlan, asked: PlanSettings) -> PruningPlan:
     """Returns the plan with what is to be done to the weights that stay."""
-    plan = plan.saying("reconstruct") if asked.reconstruct else plan
-    plan = plan.saying("bias_compensation") if asked.bias_compensation else plan
-    return replace(plan, provenance={**plan.provenance, "preset": asked.preset})
+    return replace(
+        plan,
+        refitted=bool(asked.reconstruct),
+        compensated=asked.bias_compensation,
+        provenance={**plan.provenance, "preset": asked.preset},
+    )
 
 
 def apply_plan(
@@ -269,12 +269,11 @@ def apply_plan(
     source, dense = open_model(model, revision=given.revision, dtype=given.dtype)
     check_output(Path(out).expanduser(), overwrite=given.overwrite, protected=source.protected)
     check_plan_fits(plan, dense.shape, dense.fingerprint, where=str(model))
-    plan = plan.saying("bias_compensation") if given.bias_compensation else plan
-    wanted = plan.refits_outputs if given.reconstruct is None else given.reconstruct
-    if (wanted or refit is not None) and not plan.refits_outputs:
-        plan = plan.saying("reconstruct")
-    asked = replace(with_preset(given), reconstruct=plan.refits_outputs)
-    if plan.refits_outputs and refit is None:
+    refitted = plan.refitted if given.reconstruct is None else given.reconstruct
+    compensated = plan.compensated or given.bias_compensation
+    plan = replace(plan, refitted=refitted or refit is not None, compensated=compensated)
+    asked = replace(with_preset(given), reconstruct=plan.refitted)
+    if plan.refitted and refit is None:
         refit = draw(dense, asked, trust_remote_code=asked.trust_remote_code)
     return _write(source, dense, plan, Path(out), asked, scores=scores, refit_on=refit, progress=progress)
 
@@ -292,7 +291,7 @@ def _write(
 ) -> PrunedModel:
     """Cuts an opened model and proves the result; OUT appears when it is whole."""
     check_plan_fits(plan, dense.shape, dense.fingerprint, where=str(source.folder))
-    biases = compensated_biases(dense, plan, scores) if plan.compensates_biases else {}
+    biases = compensated_biases(dense, plan, scores) if plan.compensated else {}
     folder = out.expanduser()
     with staged_folder(folder, overwrite=asked.overwrite, protected=source.protected) as partial:
         cut(dense, plan, partial, asked, biases=biases, refit_on=refit_on, progress=progress)
@@ -341,7 +340,7 @@ def verify(
     _, checkpoint = open_model(dense, revision=asked.revision, dtype=asked.dtype)
     check_plan_fits(plan, checkpoint.shape, checkpoint.fingerprint, where=str(dense))
     biases, refitted = recorded_biases(folder, checkpoint, plan), recorded_hashes(folder)
-    if plan.refits_outputs and not (folder / RECORDS / RECONSTRUCTION).is_file():
+    if plan.refitted and not (folder / RECORDS / RECONSTRUCTION).is_file():
         raise VerificationError(
             f"{folder / RECORDS / RECONSTRUCTION} is missing, which says what was refitted; without it nothing can be "
             "held to the dense model"

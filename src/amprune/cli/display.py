@@ -96,14 +96,9 @@ def plan_summary(plan: "PruningPlan") -> dict[str, Any]:
         "ratio_actual": plan.ratio_actual,
         "shape_before": plan.shape_before.to_dict(),
         "shape_after": plan.shape_after.to_dict(),
-        **{name: value for name, value in _options(plan).items() if name in ("neuron_multiple", "tensor_parallel")},
+        **{name: value for name, value in plan.options.items() if name in ("neuron_multiple", "tensor_parallel")},
         **{name: plan.provenance[name] for name in ("preset", "allocation", "speedup") if name in plan.provenance},
     }
-
-
-def _options(plan: "PruningPlan") -> dict[str, Any]:
-    options = plan.provenance.get("options")
-    return options if isinstance(options, dict) else {}
 
 
 def result_summary(result: "PrunedModel") -> dict[str, Any]:
@@ -147,13 +142,13 @@ def show_plan(plan: "PruningPlan", title: str, sizes: tuple[int, int] | None = N
     stdout.print(table)
     if abs(plan.ratio_actual - plan.ratio_target) > 5e-4:
         stdout.print(f"Asked for {plan.ratio_target:.2%}; {_nearest(plan)}")
-    if (devices := _options(plan).get("tensor_parallel", 1)) != 1:
+    if (devices := plan.options.get("tensor_parallel", 1)) != 1:
         stdout.print(f"Heads and neurons can be split over {devices} devices (tensor parallelism).")
 
 
 def _nearest(plan: "PruningPlan") -> str:
     """Says what came of a ratio that was not met, and how it can be."""
-    options, found = _options(plan), f"{plan.ratio_actual:.2%}"
+    options, found = plan.options, f"{plan.ratio_actual:.2%}"
     multiple, neurons = options.get("neuron_multiple", 1), plan.shape_after.intermediate_size
     if multiple == 1 or options.get("neurons_ratio") is not None or neurons == plan.shape_before.intermediate_size:
         return f"the nearest with these options is {found}."

@@ -88,7 +88,7 @@ def recorded_biases(folder: Path, dense: Checkpoint, plan: PruningPlan) -> dict[
         VerificationError: the scores are missing.
         AmpruneError: as in `compensated_biases`, or the scores are damaged.
     """
-    if not plan.compensates_biases:
+    if not plan.compensated:
         return {}
     path = folder / RECORDS / "scores.safetensors"
     if not path.is_file():

@@ -190,11 +190,11 @@ def prune_model(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
         PlanError: the plan is for another model, or asks for bias compensation or a refit.
         UnsupportedModelError: the architecture is not supported.
     """
-    if plan.compensates_biases or plan.refits_outputs:
-        what = "bias compensation" if plan.compensates_biases else "a refit"
+    if plan.compensated or plan.refitted:
+        what = "bias compensation" if plan.compensated else "a refit"
         raise PlanError(
-            f"the plan asks for {what}, which needs a checkpoint on disk; use apply_plan, or take it out of the plan's "
-            "options"
+            f"the plan asks for {what}, which needs a checkpoint on disk; use apply_plan, or make "
+            f"{'compensated' if plan.compensated else 'refitted'} false in the plan"
         )
     raw = model.config.to_dict()
     architecture = describe(raw, where=type(model).__name__)

@@ -145,7 +145,7 @@ def _pruned(plan: PruningPlan) -> dict[str, Any]:
         "ratio_actual": plan.ratio_actual,
         "shape_before": plan.shape_before.to_dict(),
         "shape_after": plan.shape_after.to_dict(),
-        "provenance": plan.provenance,
+        "provenance": dict(sorted({**plan.provenance, "options": plan.choices}.items())),
     }
 
 

@@ -1,43 +1,17 @@
 """What the record of a quantised model tells: as values, and in words."""
 
-import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from amprune.errors import QuantizationError
-from amprune.model.files import read_json
 from amprune.model.quantized import RECORD
 from amprune.model.writer import RECORDS
+from amprune.records import Count, Rule, read
 
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and value > 0
-
-
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
-
-
-def _are_errors(value: object) -> bool:
-    return isinstance(value, dict) and bool(value) and all(map(_is_number, value.values()))
-
-
-_RIGHT: dict[str, Callable[[object], bool]] = {
-    **dict.fromkeys(("quantized_from", "type", "numbers", "library", "computed_in"), _is_text),
-    **dict.fromkeys(("quantized", "parameters", "bytes_before", "bytes_after"), _is_count),
-    **dict.fromkeys(("logit_difference", "loaded_difference", "tolerance"), _is_number),
-    "group_size": lambda value: value is None or _is_count(value),
-    "errors": _are_errors,
-    "versions": lambda value: isinstance(value, dict),
-}
-"""What each field of a record has to be."""
+_AGAIN = "the record is damaged: quantise the model again"
 
 
 @dataclass(frozen=True)
@@ -50,16 +24,16 @@ class Quantization:
     """int8 or int4."""
     numbers: str
     """What a stored number is: int8, nf4."""
-    group_size: int | None
+    group_size: Count | None
     """Inputs of an output that share a scale; None where all do."""
     library: str
-    quantized: int
+    quantized: Count
     """How many of the `parameters` are quantised."""
-    parameters: int
-    bytes_before: int
-    bytes_after: int
+    parameters: Count
+    bytes_before: Count
+    bytes_after: Count
     """Of all weights on disk, scales included."""
-    errors: Mapping[str, float]
+    errors: Annotated[Mapping[str, float], Rule("an object with a number for each block", bool)]
     """By decoder block, the share of the quantised weights' Frobenius norm that quantising changed."""
     logit_difference: float
     """To the unquantised model: a root mean square in standard deviations of its logits, in float64."""
@@ -80,25 +54,6 @@ class Quantization:
         """The mean over decoder blocks of the relative error."""
         return statistics.fmean(self.errors.values())
 
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any], *, where: str) -> "Quantization":
-        """Reads the JSON form.
-
-        Raises:
-            QuantizationError: a field is missing or of a wrong type.
-        """
-        if content.get("format") != 1:
-            raise QuantizationError(
-                f"{where}: format is {content.get('format')!r}, expected 1; quantise the model again"
-            )
-        fields = {name: content.get(name) for name in cls.__dataclass_fields__}
-        for name, right in _RIGHT.items():
-            if not right(value := fields[name]):
-                raise QuantizationError(
-                    f"{where}: {name} is {value!r}; the record is damaged: quantise the model again"
-                )
-        return cls(**fields)  # type: ignore[arg-type]
-
 
 def is_quantized(folder: Path) -> bool:
     """Tells whether a checkpoint says that amprune quantised it."""
@@ -106,14 +61,8 @@ def is_quantized(folder: Path) -> bool:
 
 
 def read_quantization(folder: Path) -> Quantization:
-    """Reads the record that a quantised checkpoint carries.
-
-    Raises:
-        CheckpointError: it is missing or no JSON.
-        QuantizationError: it is damaged.
-    """
-    file = folder / RECORDS / RECORD
-    return Quantization.from_dict(read_json(file), where=str(file))
+    """Reads the record that a quantised checkpoint carries; raises QuantizationError where it is missing or damaged."""
+    return read(Quantization, folder / RECORDS / RECORD, error=QuantizationError, remedy=_AGAIN, format=1)
 
 
 def quantization_sentences(found: Quantization) -> tuple[str, ...]:

@@ -3,93 +3,65 @@
 import json
 import math
 import statistics
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from amprune.errors import RecoveryError
-from amprune.model.files import read_json
 from amprune.model.writer import RECORDS
+from amprune.records import read
 
 RECORD, LOG = "recovery.json", "training.jsonl"
 _LICENCES = {
     "alpaca": "the original Alpaca data is CC BY-NC 4.0, not for commercial use; its cleaned copy names CC BY 4.0",
     "builtin": "it ships with amprune, under Apache 2.0",
 }
-_SETTINGS: dict[str, type | tuple[type, ...]] = {
-    "full": bool,
-    "load_in_4bit": bool,
-    "lora_rank": int,
-    "lora_alpha": (int, float),
-    "learning_rate": (int, float),
-    "epochs": (int, float),
-    "max_steps": (int, type(None)),
-    "batch_size": int,
-    "gradient_accumulation": int,
-    "max_length": int,
-    "packing": bool,
-    "temperature": (int, float),
-    "teacher_weight": (int, float),
-}
+_AGAIN = "the record is damaged: recover the model again"
+
+
+class TrainingData(TypedDict):
+    """What a model was trained on; the record holds more, which nothing depends on."""
+
+    name: str
+    training: int
+    tokens: int
+    validation: int
+
+
+class TrainingSettings(TypedDict):
+    """How a model was trained, as far as it is told; the record holds all settings."""
+
+    full: bool
+    load_in_4bit: bool
+    lora_rank: int
+    lora_alpha: float
+    learning_rate: float
+    epochs: float
+    max_steps: int | None
+    batch_size: int
+    gradient_accumulation: int
+    max_length: int
+    packing: bool
+    temperature: float
+    teacher_weight: float
 
 
 @dataclass(frozen=True)
 class Recovery:
     """The content of `recovery.json`."""
 
-    source: str
+    source: str = field(metadata={"entry": "recovered_from"})
     """What was trained."""
-    data: Mapping[str, Any]
-    settings: Mapping[str, Any]
+    data: TrainingData
+    settings: TrainingSettings
     teacher: str | None
     steps: int
-    before: float | None
+    before: float | None = field(metadata={"entry": "validation_before"})
     """Validation loss before the training; None without samples held out."""
-    after: float | None
+    after: float | None = field(metadata={"entry": "validation_after"})
     rounding: float
     """What storing the trained weights moved the logits by: a root mean square, in standard deviations."""
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any], *, where: str) -> "Recovery":
-        """Reads the JSON form.
-
-        Raises:
-            RecoveryError: a field is missing or of a wrong type.
-        """
-        if content.get("format") != 1:
-            raise RecoveryError(f"{where}: format is {content.get('format')!r}, expected 1; recover the model again")
-        number, maybe = (int, float), (int, float, type(None))
-        data = _checked(_field(content, "data", dict, where), {"name": str, "training": int, "tokens": int,
-                                                               "validation": int}, where)  # fmt: skip
-        return cls(
-            source=_field(content, "recovered_from", str, where),
-            data=data,
-            settings=_checked(_field(content, "settings", dict, where), _SETTINGS, where),
-            teacher=_field(content, "teacher", (str, type(None)), where),
-            steps=_field(content, "steps", int, where),
-            before=_field(content, "validation_before", maybe, where),
-            after=_field(content, "validation_after", maybe, where),
-            rounding=_field(content, "rounding", number, where),
-        )
-
-
-def _checked(content: Any, kinds: Mapping[str, type | tuple[type, ...]], where: str) -> Any:
-    for name, kind in kinds.items():
-        _field(content, name, kind, where)
-    return content
-
-
-def _field(content: Mapping[str, Any], name: str, kind: type | tuple[type, ...], where: str) -> Any:
-    value, kinds = content.get(name), kind if isinstance(kind, tuple) else (kind,)
-    right = (name in content or type(None) in kinds) and isinstance(value, kinds)
-    if isinstance(value, bool):
-        right = bool in kinds
-    if isinstance(value, float):
-        right = right and math.isfinite(value)
-    if not right:
-        raise RecoveryError(f"{where}: {name} is {value!r}; the record is damaged: recover the model again")
-    return value
 
 
 def is_recovered(folder: Path) -> bool:
@@ -98,14 +70,8 @@ def is_recovered(folder: Path) -> bool:
 
 
 def read_recovery(folder: Path) -> Recovery:
-    """Reads the record that a recovered checkpoint carries.
-
-    Raises:
-        CheckpointError: it is missing or no JSON.
-        RecoveryError: it is damaged.
-    """
-    file = folder / RECORDS / RECORD
-    return Recovery.from_dict(read_json(file), where=str(file))
+    """Reads the record that a recovered checkpoint carries; raises RecoveryError where it is missing or damaged."""
+    return read(Recovery, folder / RECORDS / RECORD, error=RecoveryError, remedy=_AGAIN, format=1)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,12 @@
 """The sizes of a model that pruning depends on, as plain numbers: no weights, no torch."""
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from amprune.errors import AmpruneError
+from amprune.records import Count, Whole, parse
+
+_AGAIN = "make the file again"
 
 
 @dataclass(frozen=True)
@@ -17,21 +19,21 @@ class ModelShape:
     """
 
     model_type: str
-    num_layers: int
-    hidden_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    intermediate_size: int
-    parameters: int
-    query_head_parameters: int
-    key_value_head_parameters: int
-    neuron_parameters: int
+    num_layers: Count
+    hidden_size: Count
+    num_attention_heads: Count
+    num_key_value_heads: Count
+    head_dim: Count
+    intermediate_size: Count
+    parameters: Count
+    query_head_parameters: Whole
+    key_value_head_parameters: Whole
+    neuron_parameters: Whole
     query_head_counts: tuple[int, ...]
     """Numbers of query heads with which stock transformers accepts the config."""
     heads_refused: str | None = None
     """Why heads cannot be removed, or None when they can."""
-    layer_parameters: int = 0
+    layer_parameters: Whole = 0
     blocks_refused: str | None = None
     """Why whole blocks cannot be removed, or None when they can."""
 
@@ -76,44 +78,24 @@ class ModelShape:
         return {**asdict(self), "query_head_counts": list(self.query_head_counts)}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], *, where: str, error: type[AmpruneError]) -> "ModelShape":
+    def from_dict(cls, values: object, *, where: str, error: type[AmpruneError]) -> "ModelShape":
         """Reads the JSON form, raising `error` with the place `where` when a field is missing or of a wrong type."""
-        if not isinstance(values, Mapping):
-            raise error(f"{where}: the model shape is {values!r}, expected an object")
-        known = {field.name for field in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise error(f"{where}: the model shape has unknown fields {unknown}")
-        values = {"layer_parameters": 0, **values}
-        optional_text = {"heads_refused", "blocks_refused"}
-        costs = {"query_head_parameters", "key_value_head_parameters", "neuron_parameters", "layer_parameters"}
-        for name in sorted(known):
-            value = values.get(name)
-            if name == "model_type":
-                right = isinstance(value, str)
-            elif name in optional_text:
-                right = value is None or isinstance(value, str)
-            elif name == "query_head_counts":
-                right = isinstance(value, list) and all(type(count) is int for count in value)
-            else:
-                # Units that cannot be removed cost nothing; blocks of files that say nothing of them neither.
-                right = type(value) is int and value >= (0 if name in costs else 1)
-            if not right:
-                raise error(f"{where}: the model shape's field {name!r} is {value!r}; make the file again")
-        shape = cls(**{**values, "query_head_counts": tuple(values["query_head_counts"])})
-        shape._check_sums(where, error)
+        shape = parse(cls, values, where=where, error=error, remedy=_AGAIN, extra=False)
+        shape.check_sums(where=where, error=error)
         return shape
 
-    def _check_sums(self, where: str, error: type[AmpruneError]) -> None:
+    def check_sums(self, *, where: str, error: type[AmpruneError]) -> None:
+        """Raises `error` with the place `where` for sizes that contradict each other."""
         if self.num_attention_heads % self.num_key_value_heads:
             raise error(
                 f"{where}: {self.num_attention_heads} query heads cannot be shared out evenly among "
-                f"{self.num_key_value_heads} key-value heads; make the file again"
+                f"{self.num_key_value_heads} key-value heads; {_AGAIN}"
             )
         units = max(self.attention_parameters + self.mlp_parameters, self.num_layers * self.layer_parameters)
         if self.parameters < units:
             raise error(
-                f"{where}: parameters is {self.parameters}, but heads and neurons, or blocks, alone have {units}; make "
-                "the file again"
+                f"{where}: parameters is {self.parameters}, but heads and neurons, or blocks, alone have {units}; "
+                f"{_AGAIN}"
             )
 
     def differences(self, other: "ModelShape") -> list[str]:

@@ -4,16 +4,17 @@ import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from amprune.errors import PlanError
 from amprune.model.shape import ModelShape
+from amprune.records import Rule, Share, parse, read_object, short, write_text
 
-_FORMAT = 1
-_FIELDS = ("format", "ratio_target", "ratio_actual", "shape_before", "shape_after", "provenance", "layers")
-_KINDS = ("query_heads", "key_value_heads", "neurons")
+_FORMATS = (1, 2)
+_AGAIN = "make it with `amprune plan`"
+_NEEDED = {"needed": True}
 
 
 @dataclass(frozen=True)
@@ -25,17 +26,28 @@ class LayerPlan:
     neurons: tuple[int, ...]
 
 
+_LISTS = ", ".join(field.name for field in fields(LayerPlan))
+_Kept = Annotated[LayerPlan | None, Rule(f"an object with the lists {_LISTS}, or null where the block is removed")]
+
+
 @dataclass(frozen=True)
 class PruningPlan:
     """What a whole model keeps; made by `make_plan`, checked by `check_plan`."""
 
-    ratio_target: float
-    ratio_actual: float
+    ratio_target: Share
+    ratio_actual: Share
     shape_before: ModelShape
     shape_after: ModelShape
-    layers: tuple[LayerPlan | None, ...]
+    layers: tuple[_Kept, ...]
     """What each layer of the dense model keeps; None where the whole block is removed."""
     provenance: dict[str, Any]
+    """Where it comes from, for those who read it: criterion, calibration, versions, measurements."""
+    options: dict[str, Any] = field(default_factory=dict, metadata=_NEEDED)
+    """What was asked for, with the `heads_mode` and the `neuron_multiple` that were used."""
+    compensated: bool = field(default=False, metadata=_NEEDED)
+    """Whether biases make up for the mean of what is removed."""
+    refitted: bool = field(default=False, metadata=_NEEDED)
+    """Whether the kept weights of the output projections are refitted."""
 
     @property
     def fingerprint(self) -> str | None:
@@ -48,43 +60,28 @@ class PruningPlan:
         return tuple(index for index, layer in enumerate(self.layers) if layer is not None)
 
     @property
-    def compensates_biases(self) -> bool:
-        """Whether biases make up for the mean of what is removed."""
-        return self._says("bias_compensation")
-
-    @property
-    def refits_outputs(self) -> bool:
-        """Whether the kept weights of the output projections are refitted."""
-        return self._says("reconstruct")
-
-    def _says(self, option: str) -> bool:
-        options = self.provenance.get("options")
-        return isinstance(options, dict) and options.get(option) is True
-
-    def saying(self, option: str) -> "PruningPlan":
-        """Returns the plan with an option that is true, such as `bias_compensation` or `reconstruct`."""
-        options = self.provenance.get("options") or {}
-        return replace(self, provenance={**self.provenance, "options": {**options, option: True}})
+    def choices(self) -> dict[str, Any]:
+        """What was chosen, as it is told: the options, and `bias_compensation` or `reconstruct` where true."""
+        chosen = {"bias_compensation": self.compensated, "reconstruct": self.refitted}
+        return dict(sorted({**self.options, **{name: True for name, said in chosen.items() if said}}.items()))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes `plan.json`, one line a layer; the same plan gives the same bytes."""
-        path = Path(path)
         head = {
-            "format": _FORMAT,
+            "format": _FORMATS[-1],
             "ratio_target": self.ratio_target,
             "ratio_actual": self.ratio_actual,
             "shape_before": self.shape_before.to_dict(),
             "shape_after": self.shape_after.to_dict(),
+            "options": self.options,
+            "compensated": self.compensated,
+            "refitted": self.refitted,
             "provenance": self.provenance,
         }
         entries = [f"  {json.dumps(name)}: {json.dumps(value, sort_keys=True)}" for name, value in head.items()]
-        rows = ",\n".join(f"    {_written(layer)}" for layer in self.layers)
+        rows = ",\n".join(f"    {json.dumps(layer and vars(layer))}" for layer in self.layers)
         text = "{\n" + ",\n".join([*entries, f'  "layers": [\n{rows}\n  ]']) + "\n}\n"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise PlanError(f"cannot write {path}: {error}") from error
+        write_text(Path(path), text, error=PlanError)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "PruningPlan":
@@ -93,78 +90,34 @@ class PruningPlan:
         Raises:
             PlanError: the file is missing, no plan, or edited into one that no model can keep.
         """
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise PlanError(f"cannot read the plan {path}: {error}") from error
-        if not isinstance(content, dict) or content.get("format") != _FORMAT:
-            raise PlanError(f"{path} is no plan of amprune (format {_FORMAT}); make it with `amprune plan`")
         where = str(path)
-        _check_fields(content, _FIELDS, where)
-        layers = content["layers"]
-        if not isinstance(layers, list):
-            raise PlanError(
-                f"{where}: layers is {_short(layers)}, expected a list with an object for each layer, or null where "
-                "the block is removed"
-            )
-        plan = cls(
-            ratio_target=_number(content, "ratio_target", where),
-            ratio_actual=_number(content, "ratio_actual", where),
-            shape_before=ModelShape.from_dict(content["shape_before"], where=f"{where}: shape_before", error=PlanError),
-            shape_after=ModelShape.from_dict(content["shape_after"], where=f"{where}: shape_after", error=PlanError),
-            layers=tuple(_read_layer(entry, index, where) for index, entry in enumerate(layers)),
-            provenance=_read_provenance(content["provenance"], where),
-        )
+        content = read_object(Path(path), error=PlanError, hint=f"; {_AGAIN}")
+        if content.get("format") not in _FORMATS:
+            known = " or ".join(map(str, _FORMATS))
+            raise PlanError(f"{where} is no plan of amprune (format {known}); {_AGAIN}")
+        content = _renewed(content) if content["format"] == 1 else content
+        plan = parse(cls, content, where=where, error=PlanError, remedy=_AGAIN, extra=False)
+        for name in ("shape_before", "shape_after"):
+            getattr(plan, name).check_sums(where=f"{where}: {name}", error=PlanError)
+        if not isinstance(found := plan.fingerprint, str | None):
+            raise PlanError(f"{where}: provenance: fingerprint is {short(found)}, expected text or null; {_AGAIN}")
         check_plan(plan, where=where)
         return plan
 
 
-def _written(layer: LayerPlan | None) -> str:
-    return json.dumps(layer and {kind: list(units) for kind, units in vars(layer).items()})
-
-
-def _check_fields(content: Mapping[str, Any], expected: Sequence[str], where: str) -> None:
-    if missing := [name for name in expected if name not in content]:
-        raise PlanError(f"{where}: lacks the field {missing[0]}; make it with `amprune plan`")
-    if unknown := sorted(set(content) - set(expected)):
-        raise PlanError(f"{where}: has the unknown field {unknown[0]}, expected only {', '.join(expected)}")
-
-
-def _number(content: Mapping[str, Any], name: str, where: str) -> float:
-    value = content[name]
-    if type(value) not in (int, float) or not 0 <= value < 1:
-        raise PlanError(f"{where}: {name} is {_short(value)}, expected a number of at least 0 and less than 1")
-    return float(value)
-
-
-def _read_provenance(value: object, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict) or not isinstance(value.get("fingerprint"), (str, type(None))):
-        raise PlanError(f"{where}: provenance is {_short(value)}, expected an object whose fingerprint is text or null")
-    return value
-
-
-def _read_layer(entry: object, index: int, where: str) -> LayerPlan | None:
-    where = f"{where}: layer {index}"
-    if entry is None:
-        return None
-    if not isinstance(entry, dict):
-        raise PlanError(
-            f"{where} is {_short(entry)}, expected an object with the lists {', '.join(_KINDS)}, or null where the "
-            "block is removed"
-        )
-    _check_fields(entry, _KINDS, where)
-    for kind in _KINDS:
-        if not isinstance(entry[kind], list):
-            raise PlanError(f"{where}, {kind} is {_short(entry[kind])}, expected a list of the units that stay")
-        for unit in entry[kind]:
-            if type(unit) is not int:
-                raise PlanError(f"{where}, {kind}: unit {_short(unit)} is no whole number")
-    return LayerPlan(**{kind: tuple(entry[kind]) for kind in _KINDS})
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
+def _renewed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Gives a plan of format 1 the fields of today: its provenance held the options, and what else was chosen."""
+    provenance = content.get("provenance")
+    found = provenance.get("options") if isinstance(provenance, dict) else None
+    options = dict(found) if isinstance(found, dict) else {}
+    new = {
+        "compensated": options.pop("bias_compensation", None) is True,
+        "refitted": options.pop("reconstruct", None) is True,
+        "options": options,
+    }
+    if isinstance(provenance, dict):
+        new["provenance"] = {name: value for name, value in provenance.items() if name != "options"}
+    return {**content, **new}
 
 
 def check_plan(plan: PruningPlan, *, where: str = "plan") -> None:
@@ -197,8 +150,8 @@ def check_plan(plan: PruningPlan, *, where: str = "plan") -> None:
         found, wanted = after.to_dict(), expected.to_dict()
         name = next(name for name in wanted if found[name] != wanted[name])
         raise PlanError(
-            f"{where}: shape_after disagrees with shape_before and the kept units: {name} is {_short(found[name])}, "
-            f"expected {_short(wanted[name])}"
+            f"{where}: shape_after disagrees with shape_before and the kept units: {name} is {short(found[name])}, "
+            f"expected {short(wanted[name])}"
         )
     if after.num_attention_heads != before.num_attention_heads:
         if before.heads_refused is not None:

@@ -9,8 +9,7 @@ from itertools import product
 from amprune.errors import PlanError
 from amprune.model.shape import ModelShape
 from amprune.plan.heads import Budget, HeadChoices, choices_of_all_modes, head_choices, kept_heads, usable_heads
-from amprune.plan.multiples import SLACK, multiples, narrower, smallest_multiple
-from amprune.plan.options import check_options, heads_stay
+from amprune.plan.options import SLACK, check_options, heads_stay, multiples, narrower, smallest_multiple
 from amprune.settings import PlanOptions
 
 

@@ -2,24 +2,24 @@
 
 import math
 import random
-from dataclasses import asdict, fields
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from amprune.errors import PlanError
+from amprune.model.shape import ModelShape
 from amprune.plan.artefact import LayerPlan, PruningPlan, check_plan
 from amprune.plan.budget import asked_ratio, find_budget
-from amprune.plan.depth import plan_depth
+from amprune.plan.depth import find_depth, removed_blocks
 from amprune.plan.heads import Budget, check_budget
-from amprune.plan.multiples import applied_multiple
-from amprune.plan.options import recorded
-from amprune.scoring.scores import ImportanceScores, LayerScores, Scores
+from amprune.plan.options import applied_multiple, recorded
 from amprune.settings import Order, PlanOptions, settle
 
-_OF_WIDTH = tuple(field.name for field in fields(PlanOptions) if not field.name.startswith("protect_"))
+if TYPE_CHECKING:  # numbers in a row serve as scores; numpy need not be there
+    from amprune.scoring.scores import ImportanceScores, LayerScores, Scores
 
 
 def make_plan(
-    scores: ImportanceScores, settings: PlanOptions | None = None, *, budget: Budget | None = None, **single: Any
+    scores: "ImportanceScores", settings: PlanOptions | None = None, *, budget: Budget | None = None, **single: Any
 ) -> PruningPlan:
     """Chooses the units to keep so that the model loses `ratio` of its parameters.
 
@@ -43,41 +43,79 @@ def make_plan(
             the family's heads cannot be removed, or no number of heads can be split over the devices.
     """
     options = settle(PlanOptions, settings, single)
-    if scores.blocks is not None:
-        if budget is not None:
-            raise PlanError("a budget of heads and neurons means nothing to scores of whole blocks; leave it out")
-        return plan_depth(scores, scores.blocks, options)
-    shape = scores.shape
-    given = {} if budget is None else {"budget": asdict(budget)}
+    if scores.blocks is None:
+        return _by_width(scores, options, budget)
+    if budget is not None:
+        raise PlanError("a budget of heads and neurons means nothing to scores of whole blocks; leave it out")
+    return _by_depth(scores, scores.blocks, options)
+
+
+def check_request(shape: ModelShape, options: PlanOptions, *, depth: bool) -> None:
+    """Refuses, without scores, options that no plan of the model can be made with; `depth` removes whole blocks."""
+    (find_depth if depth else find_budget)(shape, options)
+
+
+def _by_width(scores: "ImportanceScores", options: PlanOptions, budget: Budget | None) -> PruningPlan:
+    """Chooses the units of each layer."""
+    shape, given = scores.shape, {} if budget is None else {"budget": asdict(budget)}
     if budget is None:
         budget = find_budget(shape, options)
     else:
         check_budget(shape, budget, options)
     after = shape.shrunk(query_heads=budget.query_heads, key_value_heads=budget.key_value_heads, neurons=budget.neurons)
-    actual, asked = 1 - after.parameters / shape.parameters, asked_ratio(shape, options)
-    missed = math.inf if asked is None else abs(actual - asked)
-    multiple = applied_multiple(shape, budget, options, missed=missed)
+    asked = asked_ratio(shape, options)
+    missed = math.inf if asked is None else abs(1 - after.parameters / shape.parameters - asked)
+    used = {
+        "heads_mode": budget.heads_mode,
+        "neuron_multiple": applied_multiple(shape, budget.neurons, options, missed=missed),
+    }
+    layers = tuple(_keep_layer(layer, index, budget, options) for index, layer in enumerate(scores.layers))
+    return _plan(scores, options, after, layers, recorded(options, depth=False) | used | given)
+
+
+def _by_depth(scores: "ImportanceScores", blocks: "Scores", options: PlanOptions) -> PruningPlan:
+    """Chooses the blocks; those that stay keep every head and neuron."""
+    shape = scores.shape
+    units = {
+        "query_heads": shape.num_attention_heads,
+        "key_value_heads": shape.num_key_value_heads,
+        "neurons": shape.intermediate_size,
+    }
+    gone = removed_blocks(blocks, find_depth(shape, options), options)
+    after = shape.shrunk(**units, layers=shape.num_layers - len(gone))
+    whole = LayerPlan(**{kind: tuple(range(count)) for kind, count in units.items()})
+    layers = tuple(None if layer in gone else whole for layer in range(shape.num_layers))
+    return _plan(scores, options, after, layers, recorded(options, depth=True))
+
+
+def _plan(
+    scores: "ImportanceScores",
+    options: PlanOptions,
+    after: ModelShape,
+    layers: tuple[LayerPlan | None, ...],
+    told: dict[str, Any],
+) -> PruningPlan:
+    """Puts a plan together, and holds it to its invariants."""
+    actual, asked = 1 - after.parameters / scores.shape.parameters, asked_ratio(scores.shape, options)
     plan = PruningPlan(
         ratio_target=actual if asked is None else asked,
         ratio_actual=actual,
-        shape_before=shape,
+        shape_before=scores.shape,
         shape_after=after,
-        layers=tuple(_keep_layer(layer, index, budget, options) for index, layer in enumerate(scores.layers)),
+        layers=layers,
+        options=told,
         provenance={
             "fingerprint": scores.fingerprint,
             "criterion": scores.criterion,
             "calibration": scores.calibration,
             "scoring": scores.settings,
-            "options": recorded(options, _OF_WIDTH)
-            | {"heads_mode": budget.heads_mode, "neuron_multiple": multiple}
-            | given,
         },
     )
     check_plan(plan)
     return plan
 
 
-def _keep_layer(scores: LayerScores, index: int, budget: Budget, options: PlanOptions) -> LayerPlan:
+def _keep_layer(scores: "LayerScores", index: int, budget: Budget, options: PlanOptions) -> LayerPlan:
     generator = random.Random(f"{options.seed}/{index}") if options.order == "random" else None
     group_size = len(scores.heads) // len(scores.groups)
     groups = tuple(range(len(scores.groups)))
@@ -93,7 +131,7 @@ def _keep_layer(scores: LayerScores, index: int, budget: Budget, options: PlanOp
     return LayerPlan(tuple(queries), groups, _keep(scores.neurons, budget.neurons, options.order, generator))
 
 
-def _keep(scores: Scores, count: int, order: Order, generator: random.Random | None) -> tuple[int, ...]:
+def _keep(scores: "Scores", count: int, order: Order, generator: random.Random | None) -> tuple[int, ...]:
     """Returns the indices to keep, ascending; of equal scores the lower index stays."""
     indices = range(len(scores))
     if generator is not None:

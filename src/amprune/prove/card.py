@@ -53,18 +53,17 @@ def write_model_card(folder: Path, plan: PruningPlan, report: VerificationReport
     (folder / CARD).write_text(text, encoding="utf-8")
 
 
-def write_recovered_card(folder: Path, record: Mapping[str, Any], *, source: Source) -> None:
+def write_recovered_card(folder: Path, *, source: Source) -> None:
     """Writes the `README.md` of a model that was trained: the card of what it was trained from, and the training.
 
     Args:
         folder: where the records are already; a plan among them says that the model was pruned.
-        record: the content of `recovery.json`.
         source: what was trained; the front matter of its card is carried over.
 
     Raises:
         RecoveryError: the record is damaged.
     """
-    recovery = Recovery.from_dict(record, where="the record of the training")
+    recovery = read_recovery(folder)
     head, plan = read_card(source.folder), _plan(folder)
     front = _grown_front(head, source, "recovered", pruned=plan is not None)
     text = card_text(
@@ -238,8 +237,7 @@ def criterion(plan: PruningPlan) -> str:
 
 def ranked(plan: PruningPlan) -> str:
     """Returns which units went: those of the lowest score (amp), of the highest (reversed), or random ones."""
-    options, name = plan.provenance.get("options"), criterion(plan)
-    order = str(options.get("order", "amp")) if isinstance(options, Mapping) else "amp"
+    order, name = str(plan.options.get("order", "amp")), criterion(plan)
     return name if order == "amp" and name in _RULES else order
 
 
@@ -278,17 +276,17 @@ def how_it_was_made(plan: PruningPlan, logit_difference: float | None) -> tuple[
         f"{calibration.get('name')}"
     )
     said = [f"Scored by the criterion {criterion(plan)}{on if calibration else ', without a calibration set'}."]
-    if plan.compensates_biases:
+    if plan.compensated:
         said.append("Biases of the output projections make up for the mean of what was removed (arXiv 2312.11983).")
-    if plan.refits_outputs:
+    if plan.refitted:
         said.append(
             "The kept weights of the output projections were refitted in closed form, layer by layer, on that set, so "
             "that each layer gives what it gave before; nothing was trained."
         )
     if logit_difference is not None:
         masked = "removed units masked" if len(plan.kept_layers) == len(plan.layers) else "removed blocks skipped"
-        biased = " and the same biases" if plan.compensates_biases else ""
-        biased = " and the same output projections" if plan.refits_outputs else biased
+        biased = " and the same biases" if plan.compensated else ""
+        biased = " and the same output projections" if plan.refitted else biased
         said.append(
             f"Verified: its logits equal those of the dense model with the {masked}{biased} (largest difference "
             f"{f'{logit_difference:.1e}' if logit_difference else '0'} of their standard deviation, in float64)."

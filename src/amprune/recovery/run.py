@@ -240,4 +240,4 @@ def _write_records(source: Source, folder: Path, log: Sequence[dict[str, Any]], 
             shutil.copyfile(source.folder / RECORDS / name, folder / RECORDS / name)
     write_json(folder / RECORDS / RECORD, record)
     write_log(folder / RECORDS / LOG, log)
-    write_recovered_card(folder, record, source=source)
+    write_recovered_card(folder, source=source)

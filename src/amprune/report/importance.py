@@ -124,8 +124,7 @@ def _lost(subject: Subject) -> int:
 
 def _in_order(plan: PruningPlan) -> bool:
     """Tells whether units of the lowest scores went, by whichever criterion."""
-    options = plan.provenance.get("options")
-    return not isinstance(options, dict) or options.get("order", "amp") == "amp"
+    return bool(plan.options.get("order", "amp") == "amp")
 
 
 def _neurons(subjects: list[Subject], suffix: str, colours: dict[str, str]) -> Picture:

@@ -30,8 +30,7 @@ def made_section(inputs: Inputs) -> Section | None:
     proof = logit_difference(inputs)
     by = "of AMP (arXiv 2504.21174)" if criterion(plan) == "amp" else criterion(plan)
     sentences = (f"{first[0].upper()}{first[1:]}, by the criterion {by}.",)
-    options = plan.provenance.get("options") or {}
-    chosen = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in options.items() if value is not None)
+    chosen = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in plan.choices.items() if value is not None)
     extra = (f"Options of the plan: {chosen}.",) if chosen else ()
     blocks: list[Block] = [
         Bullets((*sentences, *how_it_was_made(plan, proof), *extra)),

@@ -79,8 +79,10 @@ def _lines(inputs: Inputs) -> list[list[str]]:
     """Joins models that were made alike, but for the ratio; where two have the same, something else differs."""
     groups: dict[str, list[str]] = {}
     for subject in inputs.compared:
-        made = subject.plan.provenance if subject.plan is not None else None
-        if made is None and subject.entry is not None and subject.entry.pruned is not None:
+        plan, made = subject.plan, None
+        if plan is not None:
+            made = {**plan.provenance, "options": plan.choices}
+        elif subject.entry is not None and subject.entry.pruned is not None:
             made = subject.entry.pruned.get("provenance")
         if made is not None:
             options = {k: v for k, v in (made.get("options") or {}).items() if k not in ("ratio", "heads_ratio")}

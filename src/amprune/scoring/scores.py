@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,10 @@ from safetensors.numpy import save
 
 from amprune.errors import ScoresError
 from amprune.model.shape import ModelShape
+from amprune.records import parse, replaced
 
 Scores = npt.NDArray[np.float32]
 _FORMAT = 1
-_FIELDS = {"fingerprint": str, "criterion": str, "calibration": dict, "settings": dict}
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,17 @@ class InputMeans:
 
 
 @dataclass(frozen=True)
+class _Header:
+    """What the file's metadata says of the scores."""
+
+    shape: ModelShape
+    fingerprint: str
+    criterion: str
+    calibration: dict[str, Any]
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class ImportanceScores:
     """Scores of a whole model, with what is needed to plan from them alone."""
 
@@ -63,21 +74,11 @@ class ImportanceScores:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a `.safetensors` file; the same scores give the same bytes."""
         tensors = {name: np.ascontiguousarray(values, dtype=np.float32) for name, values in self._named()}
-        header = {
-            "format": _FORMAT,
-            "shape": self.shape.to_dict(),
-            "fingerprint": self.fingerprint,
-            "criterion": self.criterion,
-            "calibration": self.calibration,
-            "settings": self.settings,
-        }
-        path = Path(path)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        told = _Header(self.shape, self.fingerprint, self.criterion, self.calibration, self.settings)
+        header = json.dumps({"format": _FORMAT, **asdict(told)}, sort_keys=True)
+        with replaced(Path(path), error=ScoresError) as partial:
             # One metadata key: safetensors writes several in no fixed order.
-            path.write_bytes(save(tensors, metadata={"amprune": json.dumps(header, sort_keys=True)}))
-        except OSError as error:
-            raise ScoresError(f"cannot write {path}: {error}") from error
+            partial.write_bytes(save(tensors, metadata={"amprune": header}))
 
     def _named(self) -> Iterator[tuple[str, Scores]]:
         for index, layer in enumerate(self.layers):
@@ -102,30 +103,27 @@ class ImportanceScores:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, TypeError) as error:  # numpy has no bfloat16
             raise ScoresError(f"cannot read the scores {path}: {error}; make them with `amprune score`") from error
-        shape = ModelShape.from_dict(header["shape"], where=str(path), error=ScoresError)
+        shape = header.shape
+        shape.check_sums(where=str(path), error=ScoresError)
         layers = range(0 if "blocks" in tensors else shape.num_layers)
         has_means = any(name.endswith("_inputs") for name in tensors)
         return cls(
             layers=tuple(LayerScores(**_read(tensors, f"layers.{i}.", _unit_sizes(shape), path)) for i in layers),
-            shape=shape,
-            **{name: header[name] for name in _FIELDS},
+            **vars(header),
             blocks=_read(tensors, "", {"blocks": shape.num_layers}, path)["blocks"] if "blocks" in tensors else None,
             input_means=tuple(_means(tensors, i, shape, path) for i in layers) if has_means else None,
         )
 
 
-def _header(metadata: dict[str, str], path: str | os.PathLike[str]) -> dict[str, Any]:
+def _header(metadata: dict[str, str], path: str | os.PathLike[str]) -> _Header:
     try:
-        header: dict[str, Any] = json.loads(metadata["amprune"])
-        known = header["format"] == _FORMAT
+        content = json.loads(metadata["amprune"])
+        known = content["format"] == _FORMAT
     except (KeyError, TypeError, ValueError, RecursionError):
         known = False
     if not known:
         raise ScoresError(f"{path} is no score file of amprune (format {_FORMAT}); make it with `amprune score`")
-    for name, kind in (("shape", dict), *_FIELDS.items()):
-        if not isinstance(header.get(name), kind):
-            raise ScoresError(f"{path}: the field {name} of its metadata is missing or damaged; score again")
-    return header
+    return parse(_Header, content, where=f"{path}, metadata", error=ScoresError, remedy="score again", extra=False)
 
 
 def _unit_sizes(shape: ModelShape) -> dict[str, int]:

@@ -9,7 +9,7 @@ from amprune.errors import PlanError
 from amprune.model.shape import ModelShape
 from amprune.plan.budget import find_budget
 from amprune.plan.heads import Budget, choices_of_all_modes, evenly, kept_heads
-from amprune.plan.multiples import multiples
+from amprune.plan.options import multiples
 from amprune.settings import PlanOptions
 
 logger = logging.getLogger(__name__)

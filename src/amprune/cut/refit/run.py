@@ -124,7 +124,7 @@ def _check_plan(plan: PruningPlan) -> None:
         raise PlanError(
             "reconstruction makes up for heads and neurons, but the plan removes whole blocks; leave it out"
         )
-    if plan.compensates_biases:
+    if plan.compensated:
         raise PlanError("reconstruction refits biases, too; leave out bias_compensation")
 
 
