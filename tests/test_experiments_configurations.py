@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from tiny_experiments import dense_model, settings, states
 
-from amprune.settings import Training
 from amprune.errors import EvaluationError
 from amprune.experiments.configurations import load_configuration, shipped
 from amprune.experiments.recipes import RECIPES
 from amprune.experiments.run import experiment
 from amprune.experiments.settings import Settings, make_cells, make_settings
+from amprune.settings import Training
 
 
 @pytest.fixture(scope="module")

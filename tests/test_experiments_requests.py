@@ -11,13 +11,13 @@ from filelock import FileLock
 from tiny_evaluation import text_file
 from tiny_experiments import dense_model, invoke, left, settings, states
 
-from amprune.settings import Training
 from amprune.errors import AmpruneError, CheckpointError, EvaluationError, PlanError, ScoresError
 from amprune.experiments.configurations import load_configuration
 from amprune.experiments.recipes import RECIPES
 from amprune.experiments.results import FORMAT
 from amprune.experiments.run import experiment
 from amprune.experiments.settings import Settings, make_settings
+from amprune.settings import Training
 
 
 @pytest.fixture(scope="module")
