@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -246,8 +247,9 @@ def test_a_dtype_that_is_none_leaves_nothing(model: Path, tmp_path: Path) -> Non
 
 def test_four_bits_need_bitsandbytes(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(models, "find_spec", lambda _: None)
-    with pytest.raises(MissingDependencyError, match="--load-in-4bit needs bitsandbytes: `pip install bitsandbytes`"):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    message = r"--load-in-4bit needs bitsandbytes, .* `pip install 'amprune\[quantize\]'`"
+    with pytest.raises(MissingDependencyError, match=message):
         recover(model, tmp_path / "out", data=SAME, settings=RecoverySettings(load_in_4bit=True))
     assert not list(tmp_path.iterdir())
 

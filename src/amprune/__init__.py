@@ -160,4 +160,10 @@ def __getattr__(name: str) -> Any:
     """Imports a public name on first use, so that `import amprune` and `amprune --help` stay instant."""
     if name not in _HOME:
         raise AttributeError(f"module 'amprune' has no attribute {name!r}")
-    return getattr(import_module(f"amprune.{_HOME[name]}"), name)
+    try:
+        return getattr(import_module(f"amprune.{_HOME[name]}"), name)
+    except ModuleNotFoundError as error:
+        from amprune.errors import required
+
+        required(f"amprune.{name}", str(error.name).partition(".")[0])
+        raise

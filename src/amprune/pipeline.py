@@ -19,7 +19,7 @@ from amprune.cut.refit.record import RECORD as RECONSTRUCTION
 from amprune.cut.refit.record import recorded_hashes
 from amprune.cut.run import cut
 from amprune.cut.slicing import check_plan_fits
-from amprune.errors import CheckpointError, PlanError, VerificationError
+from amprune.errors import CheckpointError, PlanError, VerificationError, required
 from amprune.model.reader import Checkpoint, open_model, read_checkpoint
 from amprune.model.source import Source, open_source
 from amprune.model.staging import check_output, staged_folder
@@ -35,6 +35,7 @@ from amprune.scoring.run import score_criteria
 from amprune.scoring.scores import ImportanceScores
 from amprune.search.run import plan_on_model
 from amprune.settings import (
+    MEASURED_BY,
     ApplySettings,
     EvaluationSettings,
     PathLike,
@@ -375,12 +376,15 @@ def run(
     Raises:
         AmpruneError: one of its children, from the stage that failed; what was finished stays.
     """
+    asked, folder = settle(RunSettings, settings, options), Path(out).expanduser()
+    trained = ("peft",) if asked.recover and not asked.full else ()
+    measured_by = [library for kind in asked.measure for library in MEASURED_BY.get(kind, ()) if asked.evaluate]
+    required("run", *trained, *measured_by, "matplotlib")
     # Heavy, and of no use to `prune`.
     from amprune.evaluation.run import evaluate
     from amprune.recovery.run import recover
     from amprune.report.write import write_report
 
-    asked, folder = settle(RunSettings, settings, options), Path(out).expanduser()
     pruned = folder.with_name(f"{folder.name}.pruned") if asked.recover else folder
     state = _begin(
         open_source(model).protected, {folder, pruned}, folder, _request(model, asked), overwrite=asked.overwrite

@@ -23,6 +23,8 @@ NeuronMultiple = int | Literal["hardware"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Measurement = Literal["perplexity", "zero_shot", "latency", "energy"]
 MEASUREMENTS: tuple[Measurement, ...] = ("perplexity", "zero_shot", "latency", "energy")
+MEASURED_BY: Mapping[str, tuple[str, ...]] = {"zero_shot": ("lm_eval", "scipy"), "energy": ("codecarbon",)}
+"""Optional libraries that a measurement needs."""
 TASKS = ("winogrande", "piqa", "arc_easy", "arc_challenge", "hellaswag")
 """Those of the paper."""
 

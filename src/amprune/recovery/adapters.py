@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -46,6 +45,8 @@ class Update:
 
 def with_adapters(model: Any, settings: Training) -> Any:
     """Freezes a model and puts an adapter, in float32, on every linear layer but the language-model head."""
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
     config = LoraConfig(
         r=settings.lora_rank,
         lora_alpha=settings.lora_alpha,

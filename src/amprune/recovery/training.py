@@ -24,7 +24,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from amprune.errors import RecoveryError, reason
+from amprune.errors import RecoveryError, reason, required
 from amprune.model.architecture import quiet_transformers
 from amprune.model.recovered import LOG
 from amprune.recovery.distillation import divergence, teacher_hidden
@@ -115,6 +115,7 @@ def check_training(settings: Training) -> None:
             raise RecoveryError(f"{_flag(name)} is {value}, expected 1 or more")
     if settings.full and settings.load_in_4bit:
         raise RecoveryError("weights in four bits cannot be trained in full; leave out --full or --load-in-4bit")
+    required("LoRA", "" if settings.full else "peft")
 
 
 def _flag(name: str) -> str:
