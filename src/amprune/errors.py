@@ -15,13 +15,23 @@ AmpruneError
 ├── EvaluationError          a model cannot be measured, or the data for it cannot be read
 ├── ReportError              a report cannot be drawn
 ├── PushError                a model cannot be pushed to the hub
-└── MissingDependencyError   an optional package or file is not installed
+└── MissingDependencyError   an optional library or program is not installed
 
 Every message says what failed, where, what was found against what was expected, and what to do next.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
+
+EXTRAS: Mapping[str, tuple[str, ...]] = {
+    "evaluate": ("codecarbon", "lm_eval", "scipy"),
+    "gguf": ("gguf",),
+    "quantize": ("bitsandbytes", "torchao"),
+    "recover": ("peft",),
+    "report": ("matplotlib", "scipy"),
+}
+"""What `pip install 'amprune[...]'` brings beside the libraries that pruning needs, as Python imports it."""
 
 
 class AmpruneError(Exception):
@@ -85,7 +95,23 @@ class PushError(AmpruneError):
 
 
 class MissingDependencyError(AmpruneError):
-    """An optional package or file is not installed."""
+    """An optional library or program is not installed."""
+
+
+def required(what: str, *modules: str) -> None:
+    """Refuses what needs optional libraries that are not installed, before anything is begun, and says what to type.
+
+    Modules that no extra brings are not looked at.
+    """
+    known = dict.fromkeys(module for brought in EXTRAS.values() for module in brought if module in modules)
+    if missing := [module for module in known if find_spec(module) is None]:
+        names = " and ".join(module.replace("_", "-") for module in missing)
+        # One extra a module, though two may bring it.
+        extras = {next(extra for extra, brought in EXTRAS.items() if module in brought) for module in missing}
+        raise MissingDependencyError(
+            f"{what} needs {names}, which {'is' if len(missing) == 1 else 'are'} not installed here: "
+            f"`pip install 'amprune[{','.join(sorted(extras))}]'`"
+        )
 
 
 def reason(error: BaseException) -> str:

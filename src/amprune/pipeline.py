@@ -3,8 +3,9 @@
     MODEL -> prune -> OUT                      scored, planned, cut and proven, in one process; the model is opened once
     MODEL -> run -> OUT, evaluated, reported   prune, recover, evaluate and report
 
-The stages of `prune` alone are `score` (scoring/run.py), `plan_scores`, `apply_plan` and `verify`. Two doors lead from
-here where the preset `best` asks for more: search/run.py measures the split of the budget, cut/refit/ refits weights.
+The stages of `prune` alone are `score` (scoring/run.py), `plan_scores` (search/planning.py), `apply_plan` and `verify`.
+Two doors lead from here where the preset `best` asks for more: search/run.py measures the split of the budget,
+cut/refit/run.py refits weights.
 """
 
 import logging
@@ -13,33 +14,31 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from amprune.cut.biases import check_biases, compensated_biases, recorded_biases
+from amprune.cut.biases import compensated_biases, recorded_biases
 from amprune.cut.refit.record import RECORD as RECONSTRUCTION
 from amprune.cut.refit.record import recorded_hashes
 from amprune.cut.run import cut
 from amprune.cut.slicing import check_plan_fits
-from amprune.errors import CheckpointError, PlanError, VerificationError
+from amprune.errors import CheckpointError, VerificationError, required
 from amprune.model.reader import Checkpoint, open_model, read_checkpoint
 from amprune.model.source import Source, open_source
 from amprune.model.staging import check_output, staged_folder
 from amprune.model.writer import RECORDS, parse_size, write_json
 from amprune.plan.artefact import PruningPlan
-from amprune.plan.make import check_request, make_plan
-from amprune.plan.target import parse_target, with_target
+from amprune.plan.target import parse_target
 from amprune.prove.card import write_model_card
 from amprune.prove.checks import VerificationReport, read_plan, verify_checkpoint
 from amprune.records import Run, begin
 from amprune.running import Progress, no_progress
-from amprune.scoring.catalogue import Criterion, find_criterion
+from amprune.scoring.catalogue import find_criterion
 from amprune.scoring.run import score_criteria
 from amprune.scoring.scores import ImportanceScores
-from amprune.search.run import plan_on_model
+from amprune.search.planning import check_plannable, plan_for, settled
 from amprune.settings import (
+    MEASURED_BY,
     ApplySettings,
     EvaluationSettings,
     PathLike,
-    PlanOptions,
-    PlanSettings,
     PruneSettings,
     RecoverySettings,
     RunSettings,
@@ -93,143 +92,23 @@ def prune(
     Raises:
         AmpruneError: one of its children; nothing is left behind then.
     """
-    asked = with_preset(settle(PruneSettings, settings, options))
-    rule = find_criterion(str(asked.criterion))
-    asked = replace(asked, **_what_goes(asked, settle(PruneSettings, settings, options), rule))
+    given = settle(PruneSettings, settings, options)
+    rule = find_criterion(str(with_preset(given).criterion))
+    asked = settled(given, rule)
     if asked.target is not None:
         parse_target(asked.target)
     source, dense = open_model(model, revision=asked.revision, dtype=asked.dtype)
     check_output(Path(out).expanduser(), overwrite=asked.overwrite, protected=source.protected)
     parse_size(asked.max_shard_size)
-    _check_plan_options(dense, asked, rule)
+    check_plannable(dense, asked, rule)
     samples = None
     if rule.calibrated or asked.allocate or asked.reconstruct:
         samples = draw(dense, asked, trust_remote_code=asked.trust_remote_code)
     fit, held_out = samples.split() if samples is not None and asked.allocate else (samples, None)
     scores = score_criteria(dense, [rule], fit, asked, seed=asked.seed, progress=progress)[rule.name]
-    plan = _plan(dense, scores, asked, fit=fit, held_out=held_out, progress=progress)
+    plan = plan_for(dense, scores, asked, fit=fit, held_out=held_out, progress=progress)
     refit_on = samples if asked.reconstruct else None
     return _write(source, dense, plan, Path(out), asked, scores=scores, refit_on=refit_on, progress=progress)
-
-
-def plan_scores(
-    scores: ImportanceScores | PathLike,
-    settings: PlanSettings | None = None,
-    *,
-    model: PathLike | None = None,
-    progress: Progress = no_progress,
-    **options: Any,
-) -> PruningPlan:
-    """Makes the plan that `prune` makes of these scores.
-
-    Without the model, heads and neurons lose equal shares of the budget. With it, the split that does the least damage
-    is chosen, as the preset says, on the samples that `score` left out.
-
-    Args:
-        scores: or their file.
-        settings: what is asked for; the preset and the text are those of `score`.
-        model: the one that was scored, by any of its names.
-        progress: told how far it is.
-        options: of `PlanSettings`, such as `ratio=0.2`.
-
-    Raises:
-        PlanError: the ratio or the target is out of reach, needs the model, or the scores are of another model.
-    """
-    if not isinstance(scores, ImportanceScores):
-        scores = ImportanceScores.load(scores)
-    given = settle(PlanSettings, settings, options)
-    rule, asked = find_criterion(scores.criterion), with_preset(given)
-    asked = replace(asked, **_what_goes(asked, given, rule))
-    target = None if asked.target is None else parse_target(asked.target)
-    if model is None:
-        if given.allocate or (target is not None and target.kind != "params"):
-            what = "allocate" if given.allocate else f"the target {asked.target}"
-            raise PlanError(f"{what} is measured on the model, or asks for its files; give --model")
-        plain = _plan_options(asked)
-        if target is not None:
-            plain = replace(plain, target_parameters=int(target.value))
-        return _marked(make_plan(scores, plain), asked)
-    _, dense = open_model(model, revision=asked.revision, dtype=asked.dtype)
-    if scores.fingerprint != dense.fingerprint or scores.shape.differences(dense.shape):
-        raise PlanError(f"the scores are of another model than {model}; score it, and plan from these scores")
-    fit = held_out = None
-    if asked.allocate or asked.reconstruct:
-        fit = draw(dense, asked, trust_remote_code=asked.trust_remote_code)
-    if fit is not None and asked.allocate:
-        fit, held_out = fit.split()
-        if scores.calibration and scores.calibration.get("sha256") != fit.sha256:
-            raise PlanError(
-                f"the scores were computed on other samples ({scores.calibration.get('name')}) than all but the last "
-                f"eighth of {fit.name}, the rest of which the split is to be measured on: give `plan` the calibration "
-                "options of `score`, score with --allocate, or plan with --no-allocate"
-            )
-    return _plan(dense, scores, asked, fit=fit, held_out=held_out, progress=progress)
-
-
-def _what_goes(asked: PlanSettings, given: PlanSettings, rule: Criterion) -> dict[str, Any]:
-    """Returns what depends on the criterion: whether to allocate and to reconstruct, where that has a meaning."""
-    for name in ("allocate", "reconstruct"):
-        if getattr(given, name) and (rule.depth or (name == "reconstruct" and given.bias_compensation)):
-            what = f"the criterion {rule.name} removes whole blocks" if rule.depth else "so does bias_compensation"
-            raise PlanError(f"{name} makes the best of heads and neurons, but {what}; leave out one of them")
-    if rule.depth:
-        multiple = given.neuron_multiple
-        return {"allocate": False, "reconstruct": False, "neuron_multiple": 1 if multiple is None else multiple}
-    allocate = asked.allocate and (given.allocate or asked.order == "amp")
-    return {"allocate": allocate, "reconstruct": asked.reconstruct and not asked.bias_compensation}
-
-
-def _plan_options(asked: PlanSettings) -> PlanOptions:
-    return PlanOptions(**{name: getattr(asked, name) for name in vars(PlanOptions()) if name != "target_parameters"})
-
-
-def _check_plan_options(dense: Checkpoint, asked: PlanSettings, rule: Criterion) -> None:
-    """Refuses what cannot be planned, before the weights are loaded."""
-    options = _numbers(dense, asked, depth=rule.depth)
-    if asked.target is None or parse_target(asked.target).kind != "speedup":
-        check_request(dense.shape, options, depth=rule.depth)
-    if asked.bias_compensation:
-        check_biases(dense.architecture)
-        if not rule.means:
-            raise PlanError(f"bias compensation needs mean inputs, which the criterion {rule.name} lacks; use flap")
-
-
-def _numbers(dense: Checkpoint, asked: PlanSettings, *, depth: bool) -> PlanOptions:
-    target = None if asked.target is None else parse_target(asked.target)
-    return with_target(_plan_options(asked), target, dense, depth=depth)
-
-
-def _plan(
-    dense: Checkpoint,
-    scores: ImportanceScores,
-    asked: PlanSettings,
-    *,
-    fit: CalibrationSet | None,
-    held_out: CalibrationSet | None,
-    progress: Progress,
-) -> PruningPlan:
-    """Makes a plan for an opened model; the split is measured where samples are held out."""
-    depth = scores.blocks is not None
-    options = _numbers(dense, asked, depth=depth)
-    if depth:
-        return _marked(make_plan(scores, options), asked)
-    target = None if asked.target is None else parse_target(asked.target)
-    speedup = target.value if target is not None and target.kind == "speedup" else None
-    plan = plan_on_model(
-        dense, scores, options, asked, speedup=speedup, held_out=held_out,
-        refit_on=fit if asked.reconstruct else None, progress=progress,
-    )  # fmt: skip
-    return _marked(plan, asked)
-
-
-def _marked(plan: PruningPlan, asked: PlanSettings) -> PruningPlan:
-    """Returns the plan with what is to be done to the weights that stay."""
-    return replace(
-        plan,
-        refitted=bool(asked.reconstruct),
-        compensated=asked.bias_compensation,
-        provenance={**plan.provenance, "preset": asked.preset},
-    )
 
 
 def apply_plan(
@@ -252,7 +131,7 @@ def apply_plan(
         settings: what else is asked for. Unless told otherwise, the plan says whether the kept output weights are
             refitted; the text that they are refitted on is the preset's.
         scores: kept beside the plan in the output's records; bias compensation needs them, with mean inputs.
-        refit: samples to refit on, in the place of the settings' text.
+        refit: samples to refit on, instead of the settings' text.
         progress: told how far it is.
         options: of `ApplySettings`, such as `max_shard_size="200MB"`.
 
@@ -375,12 +254,15 @@ def run(
     Raises:
         AmpruneError: one of its children, from the stage that failed; what was finished stays.
     """
+    asked, folder = settle(RunSettings, settings, options), Path(out).expanduser()
+    trained = ("peft",) if asked.recover and not asked.full else ()
+    measured_by = [library for kind in asked.measure for library in MEASURED_BY.get(kind, ()) if asked.evaluate]
+    required("run", *trained, *measured_by, "matplotlib")
     # Heavy, and of no use to `prune`.
     from amprune.evaluation.run import evaluate
     from amprune.recovery.run import recover
     from amprune.report.write import write_report
 
-    asked, folder = settle(RunSettings, settings, options), Path(out).expanduser()
     pruned = folder.with_name(f"{folder.name}.pruned") if asked.recover else folder
     file = folder.with_name(f"{folder.name}.run.json")
     begun = _begin(file, {folder, pruned}, open_source(model).protected, _request(model, asked), asked)

@@ -228,7 +228,7 @@ def _words(hint: Any) -> str:
     if get_origin(hint) is Annotated:
         return str(get_args(hint)[1].expected)
     if get_origin(hint) in (Union, UnionType):
-        return " or ".join(map(_words, get_args(hint)))
+        return " or ".join(dict.fromkeys(filter(None, map(_words, get_args(hint)))))
     if get_origin(hint) is Literal:
         return " or ".join(map(short, get_args(hint)))
     if _is_list(hint):
@@ -237,7 +237,7 @@ def _words(hint: Any) -> str:
         names = [one.metadata.get("entry", one.name) for one in fields(hint)] if is_dataclass(hint) else []
         return f"an object with {', '.join(names)}" if 0 < len(names) <= 4 else "an object"
     plain = {int: "a whole number", float: "a number", str: "text", bool: "true or false", None: "null"}
-    return plain.get(None if hint is NoneType else hint, "anything")
+    return "anything" if hint is Any else plain.get(None if hint is NoneType else hint, "")
 
 
 def short(value: object) -> str:

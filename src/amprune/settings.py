@@ -7,13 +7,13 @@ here and use it. Imports nothing heavy.
 """
 
 import os
-import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar
 
 from amprune.errors import PlanError, RecipeError, guess
+from amprune.records import Rule, parse
 
 PathLike = str | os.PathLike[str]
 Order = Literal["amp", "reversed", "random"]
@@ -23,8 +23,13 @@ NeuronMultiple = int | Literal["hardware"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Measurement = Literal["perplexity", "zero_shot", "latency", "energy"]
 MEASUREMENTS: tuple[Measurement, ...] = ("perplexity", "zero_shot", "latency", "energy")
+MEASURED_BY: Mapping[str, tuple[str, ...]] = {"zero_shot": ("lm_eval", "scipy"), "energy": ("codecarbon",)}
+"""Optional libraries that a measurement needs."""
 TASKS = ("winogrande", "piqa", "arc_easy", "arc_challenge", "hellaswag")
 """Those of the paper."""
+
+Text = Annotated[Any, Rule("text or a list of texts", lambda value: isinstance(value, str | list | None))]
+"""In a recipe; in Python a value that only code can make, too."""
 
 _Settings = TypeVar("_Settings")
 
@@ -148,7 +153,7 @@ class Preset:
 class Drawing(Seeded):
     """Which text a model is scored and refitted on, and how much of it."""
 
-    calibration: Any = option(None, f"Calibration set: {_SETS} {_PRESET}.", type=str)
+    calibration: Text = option(None, f"Calibration set: {_SETS} {_PRESET}.", type=str)
     """In Python a list of texts, or token ids as a `CalibrationSet`, too."""
     samples: int | None = option(None, "Calibration samples, drawn at random (default: 50, or by --tokens).")
     tokens: int | None = option(None, "Draw calibration samples until there are as many tokens.")
@@ -285,7 +290,7 @@ class Training(Seeded):
 class RecoverySettings(Training, Device, Writing, Access):
     """The options of `recover`."""
 
-    data: Any = option(
+    data: Text = option(
         "alpaca",
         "Data to train on: alpaca (from the hub), builtin, or a .json, .jsonl, .parquet or .txt file.",
         type=str,
@@ -544,38 +549,7 @@ def read_recipe(kind: type[_Settings], path: PathLike) -> _Settings:
             f"{path} has the unknown option {unknown!r}; {guess(str(unknown), known)}The options are "
             f"{', '.join(sorted(known))}"
         )
-    hints = get_type_hints(kind)
-    for name, value in content.items():
-        if not _fits(hints[name], value):
-            raise RecipeError(f"{path}: {name} is {value!r}, expected {_words(hints[name])}")
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in content.items()})
-
-
-def _fits(hint: Any, value: object) -> bool:
-    """Tells whether a value of a YAML file is one of an option's type."""
-    origin, parts = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return isinstance(value, str | list | None)
-    if origin in (Union, types.UnionType):
-        return any(_fits(one, value) for one in parts)
-    if origin is Literal:
-        return value in parts
-    if origin is tuple:
-        return isinstance(value, list) and all(_fits(parts[0], item) for item in value)
-    if hint in (int, float):
-        return isinstance(value, (int, hint)) and not isinstance(value, bool)
-    return isinstance(value, origin or hint)
-
-
-def _words(hint: Any) -> str:
-    """Says what values an option takes."""
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
-    origin, parts = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(_words(one) for one in parts if get_origin(one) is not os.PathLike))
-    if origin is Literal:
-        return f"one of {', '.join(map(str, parts))}"
-    return f"a list of which each is {_words(parts[0])}" if origin is tuple else names.get(hint, "text or a list of it")
+    return parse(kind, content, where=str(path), error=RecipeError, remedy="correct it, or leave it out")
 
 
 def write_recipe(path: Path, command: str, settings: Any) -> None:

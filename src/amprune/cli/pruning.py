@@ -67,7 +67,7 @@ def plan_command(
     ] = None,
 ) -> Result:
     """Choose what to keep under an exact budget; without --model it needs neither the model nor a GPU."""
-    from amprune.pipeline import plan_scores
+    from amprune.search.planning import plan_scores
 
     if target_parameters is not None:
         settings = replace(settings, target=f"params={target_parameters}")

@@ -2,7 +2,8 @@
 
 from amprune.cli.display import progress, show_recovery, show_report
 from amprune.cli.options import Model, Out, Result, command
-from amprune.settings import RecoverCommandSettings, RecoverySettings, RunSettings, part
+from amprune.errors import required
+from amprune.settings import MEASURED_BY, RecoverCommandSettings, RecoverySettings, RunSettings, part
 
 
 @command("recover", recipe=True, kept=lambda out: out.with_name(f"{out.name}.training"), again="--resume")
@@ -11,6 +12,8 @@ def recover_command(model: Model, out: Out, settings: RecoverCommandSettings) ->
     from amprune import recover
     from amprune.pipeline import measure_epochs
 
+    if settings.evaluate_each_epoch:
+        required("--evaluate-each-epoch", *MEASURED_BY["zero_shot"])
     keep = settings.keep_epochs or settings.evaluate_each_epoch
     result = recover(model, out, part(RecoverySettings, settings), keep_epochs=keep, progress=progress)
     if result is None:  # one of the processes that do not write

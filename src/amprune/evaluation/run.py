@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from amprune.errors import EvaluationError
+from amprune.errors import EvaluationError, required
 from amprune.evaluation.data import load_text, load_wikitext
 from amprune.evaluation.energy import interleaved_energy
 from amprune.evaluation.figures import (
@@ -44,7 +44,7 @@ from amprune.model.latency import (
 from amprune.model.llama_cpp import LlamaCppModel, llama_cpp_model
 from amprune.model.loading import default_device, input_device, load_tokenizer, loaded_model
 from amprune.running import Progress, no_progress
-from amprune.settings import MEASUREMENTS, EvaluationSettings, PathLike, settle
+from amprune.settings import MEASURED_BY, MEASUREMENTS, EvaluationSettings, PathLike, settle
 
 
 @dataclass(frozen=True)
@@ -168,6 +168,7 @@ def _check(
             raise EvaluationError(f"the {name} is {value}, expected 1 or more")
     for case in latency:
         case.check()
+    required("measuring", *(library for kind in measure for library in MEASURED_BY.get(kind, ())))
 
 
 def _check_case(subject: Subject, case: LatencySettings) -> None:

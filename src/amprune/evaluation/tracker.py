@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from amprune.errors import EvaluationError, MissingDependencyError, reason
+from amprune.errors import EvaluationError, reason
 
 Tracking = Literal["process", "machine"]
 
@@ -38,13 +38,9 @@ def open_tracker(*, device: str, country: str, tracking: Tracking) -> Iterator[A
 
 
 def _made(hidden: list[BaseException], *, device: str, country: str, tracking: Tracking, folder: str) -> Any:
-    try:
-        from codecarbon import OfflineEmissionsTracker
-        from codecarbon.input import DataSource
-    except ImportError as error:
-        raise MissingDependencyError(
-            "measuring energy needs CodeCarbon, which is not installed here; run `pip install codecarbon`"
-        ) from error
+    from codecarbon import OfflineEmissionsTracker
+    from codecarbon.input import DataSource
+
     source: Any = DataSource
     if country not in source().get_global_energy_mix_data():
         raise EvaluationError(

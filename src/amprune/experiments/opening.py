@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from amprune.errors import CalibrationError, EvaluationError
+from amprune.errors import CalibrationError, EvaluationError, required
 from amprune.evaluation.data import load_text, load_wikitext
 from amprune.evaluation.identity import names_of
 from amprune.evaluation.perplexity import check_windows
@@ -18,6 +18,7 @@ from amprune.model.reader import read_checkpoint
 from amprune.model.source import open_source
 from amprune.running import Progress
 from amprune.scoring.catalogue import CRITERIA
+from amprune.settings import MEASURED_BY
 from amprune.text.records import read_records
 
 PathLike = str | os.PathLike[str]
@@ -53,6 +54,7 @@ def open_benches(
     measure = tuple(m for m in recipe.measure if m != "zero_shot" or settings.tasks)
     if not measure:
         raise EvaluationError("there is nothing to measure; give one task or more")
+    required(f"the experiment {recipe.name}", *(library for kind in measure for library in MEASURED_BY.get(kind, ())))
     _check_data(settings, measure)
     benches = []
     for model, place in zip(models, folders, strict=True):

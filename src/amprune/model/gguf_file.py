@@ -6,12 +6,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import gguf
-
-from amprune.errors import CheckpointError, reason
+from amprune.errors import CheckpointError, reason, required
 
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
-_CONTROL = gguf.TokenType.CONTROL.value
 
 
 @dataclass(frozen=True)
@@ -43,6 +40,8 @@ class GgufFile:
     @property
     def type(self) -> str:
         """The type of the file, such as q4_k_m; that of most weights where the header says none."""
+        import gguf
+
         try:
             name: str = gguf.LlamaFileType(self.fields["general.file_type"]).name
         except (KeyError, ValueError):
@@ -97,6 +96,7 @@ def read_gguf(path: Path) -> GgufFile:
     """
     if not path.is_file():
         raise CheckpointError(f"no file {path}")
+    required(f"{path}, a GGUF file,", "gguf")
     return _read(path, path.stat().st_mtime_ns)
 
 
@@ -108,7 +108,9 @@ def set_width(file: GgufFile, neurons: int) -> GgufFile:
     """
     if not file.fields.get("feed_forward_length") == 4 * file.fields["embedding_length"] != neurons:
         return file
-    reader = gguf.GGUFReader(file.path, "r+")
+    from gguf import GGUFReader
+
+    reader = GGUFReader(file.path, "r+")
     field = reader.fields[f"{file.architecture}.feed_forward_length"]
     field.parts[field.data[0]][0] = neurons
     reader.data.flush()
@@ -118,8 +120,11 @@ def set_width(file: GgufFile, neurons: int) -> GgufFile:
 
 @lru_cache(maxsize=16)
 def _read(path: Path, _changed: int) -> GgufFile:
+    from gguf import GGUFReader, TokenType
+
+    control = TokenType.CONTROL.value
     try:
-        reader = gguf.GGUFReader(path)
+        reader = GGUFReader(path)
         kind = str(reader.fields["general.architecture"].contents())
         kinds = reader.fields.get("tokenizer.ggml.token_type")
         return GgufFile(
@@ -131,7 +136,7 @@ def _read(path: Path, _changed: int) -> GgufFile:
                 if not name.startswith("tokenizer.")
             },
             control_tokens=frozenset(
-                index for index, found in enumerate(kinds.contents() if kinds else ()) if found == _CONTROL
+                index for index, found in enumerate(kinds.contents() if kinds else ()) if found == control
             ),
             tensors=tuple(
                 GgufTensor(

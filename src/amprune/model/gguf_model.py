@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import GGUFReader
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
 
 from amprune.errors import CheckpointError
@@ -32,6 +31,8 @@ def load_gguf(gguf: Path, dtype: torch.dtype, options: Mapping[str, Any]) -> tup
         CheckpointError: the file has weights that transformers leaves out, or rotates another part of each head.
         Exception: many types of transformers' reader.
     """
+    from gguf import GGUFReader
+
     reader = GGUFReader(gguf)
     stored = {str(tensor.name): int(tensor.n_elements) for tensor in reader.tensors}
     where: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
@@ -74,7 +75,7 @@ def _check_whole(gguf: Path, stored: Mapping[str, int], model: PreTrainedModel, 
         )
 
 
-def _check_rotation(gguf: Path, reader: GGUFReader, model: PreTrainedModel) -> None:
+def _check_rotation(gguf: Path, reader: Any, model: PreTrainedModel) -> None:
     """Refuses a model that rotates another part of each head than the file says, since its reader does not ask."""
     field = reader.fields.get(f"{reader.fields['general.architecture'].contents()}.rope.dimension_count")
     widths = {2 * len(buffer) for name, buffer in model.named_buffers() if name.endswith("rotary_emb.inv_freq")}

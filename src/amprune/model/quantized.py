@@ -6,15 +6,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from amprune.errors import CheckpointError, MissingDependencyError, UnsupportedModelError
+from amprune.errors import CheckpointError, MissingDependencyError, UnsupportedModelError, required
 from amprune.model.files import read_json
 from amprune.model.writer import RECORDS
 
 RECORD = "quantization.json"
-_PACKAGES = {
-    "torchao": "torchao", "bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed-tensors",
-    "gptq": "gptqmodel", "awq": "gptqmodel", "hqq": "hqq",
-}  # fmt: skip
+_PACKAGES = {"compressed-tensors": "compressed-tensors", "gptq": "gptqmodel", "awq": "gptqmodel", "hqq": "hqq"}
+"""Of methods of others; what amprune quantises with is an extra of it."""
 
 
 def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -45,11 +43,8 @@ def quantization_words(quantization: Mapping[str, Any]) -> str:
 
 
 def require_library(method: str, what: str) -> None:
-    """Refuses to go on without the library that runs weights of a method, where it is one that is known.
-
-    Raises:
-        MissingDependencyError: it is not installed; `what` says who needs it.
-    """
+    """Refuses to go on without the library that runs weights of a method, where it is one that is known."""
+    required(what, method)
     package = _PACKAGES.get(method)
     if package is not None and find_spec(package.replace("-", "_")) is None:
         raise MissingDependencyError(f"{what} needs {package}, which is not installed here: `pip install {package}`")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from amprune.errors import CheckpointError, MissingDependencyError, reason
+from amprune.errors import CheckpointError, MissingDependencyError, reason, required
 from amprune.model.architecture import quiet_transformers
 
 logger = logging.getLogger(__name__)
@@ -155,6 +155,7 @@ def _dequantised(gguf: Path, dtype: str) -> Path:
     key = f"{gguf.resolve()}|{state.st_size}|{state.st_mtime_ns}|{GGUF_DTYPES[dtype]}"
     folder = cache_folder() / "gguf" / f"{gguf.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if not (folder / "config.json").is_file():
+        required(f"{gguf}, a GGUF file,", "gguf")
         logger.info("dequantising %s to %s (kept in %s)", gguf.name, GGUF_DTYPES[dtype], folder)
         _dequantise(gguf, folder, GGUF_DTYPES[dtype])
     return folder

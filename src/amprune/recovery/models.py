@@ -5,14 +5,13 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from amprune.errors import MissingDependencyError, RecoveryError
+from amprune.errors import RecoveryError, required
 from amprune.model.architecture import make_config, quiet_transformers
 from amprune.model.files import read_json
 from amprune.model.loading import loaded_model
@@ -90,8 +89,8 @@ def check_device(settings: RecoverySettings) -> None:
         raise RecoveryError(f"--device is {device}, but there is no CUDA device here; leave it out, or give cpu")
     if settings.load_in_4bit and (device == "cpu" or not torch.cuda.is_available()):
         raise RecoveryError("--load-in-4bit needs a CUDA device, and there is none here; leave it out")
-    if settings.load_in_4bit and find_spec("bitsandbytes") is None:
-        raise MissingDependencyError("--load-in-4bit needs bitsandbytes: `pip install bitsandbytes`")
+    if settings.load_in_4bit:
+        required("--load-in-4bit", "bitsandbytes")
 
 
 def _in_four_bits(folder: Path) -> Any:

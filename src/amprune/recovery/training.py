@@ -24,7 +24,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from amprune.errors import RecoveryError, reason
+from amprune.errors import RecoveryError, reason, required
 from amprune.model.architecture import quiet_transformers
 from amprune.model.recovered import LOG, read_log
 from amprune.recovery.distillation import divergence, teacher_hidden
@@ -103,6 +103,7 @@ def check_training(settings: Training) -> None:
             raise RecoveryError(f"--{name.replace('_', '-')} is {value}, expected {words}")
     if settings.full and settings.load_in_4bit:
         raise RecoveryError("weights in four bits cannot be trained in full; leave out --full or --load-in-4bit")
+    required("LoRA", "" if settings.full else "peft")
 
 
 def total_steps(data: TrainingData, settings: Training) -> int:

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import torch
 
-from amprune.errors import CheckpointError, ExportError, MissingDependencyError, UnsupportedModelError
+from amprune.errors import CheckpointError, ExportError, MissingDependencyError, UnsupportedModelError, required
 from amprune.model.backends import GGUF_BLOCK, GGUF_SUPER_BLOCK
 from amprune.model.files import read_json
 from amprune.model.gguf_file import GgufFile, read_gguf, set_width
@@ -95,6 +95,7 @@ def export_gguf(
         raise ExportError(f"unknown type {type!r}; the types are auto, {', '.join(get_args(GgufType))}")
     if place.suffix.lower() != ".gguf":
         raise ExportError(f"OUT {place} does not end in .gguf, by which programs know such a file")
+    required("export", "gguf")
     source = open_source(model, revision=asked.revision)
     check_file(place, overwrite=overwrite, protected=source.protected)
     _check_source(source, trust_remote_code=trust_remote_code)

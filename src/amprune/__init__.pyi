@@ -1,0 +1,54 @@
+"""The public names, and where each is defined; it is imported on first use."""
+
+from .cut.inspection import inspect as inspect
+from .cut.slicing import prune_model as prune_model
+from .errors import AmpruneError as AmpruneError
+from .errors import CalibrationError as CalibrationError
+from .errors import CheckpointError as CheckpointError
+from .errors import EvaluationError as EvaluationError
+from .errors import ExportError as ExportError
+from .errors import MissingDependencyError as MissingDependencyError
+from .errors import PlanError as PlanError
+from .errors import PushError as PushError
+from .errors import QuantizationError as QuantizationError
+from .errors import RecipeError as RecipeError
+from .errors import ReconstructionError as ReconstructionError
+from .errors import RecoveryError as RecoveryError
+from .errors import ReportError as ReportError
+from .errors import ScoresError as ScoresError
+from .errors import UnsupportedModelError as UnsupportedModelError
+from .errors import VerificationError as VerificationError
+from .evaluation.records import Evaluation as Evaluation
+from .evaluation.run import evaluate as evaluate
+from .experiments.run import ExperimentFiles as ExperimentFiles
+from .experiments.run import experiment as experiment
+from .model.latency import LatencySettings as LatencySettings
+from .model.shape import ModelShape as ModelShape
+from .pipeline import PrunedModel as PrunedModel
+from .pipeline import apply_plan as apply_plan
+from .pipeline import prune as prune
+from .pipeline import run as run
+from .pipeline import verify as verify
+from .plan.artefact import PruningPlan as PruningPlan
+from .plan.make import make_plan as make_plan
+from .prove.checks import VerificationReport as VerificationReport
+from .recovery.run import RecoveredModel as RecoveredModel
+from .recovery.run import recover as recover
+from .report.write import write_report as write_report
+from .scoring.run import score as score
+from .scoring.scores import ImportanceScores as ImportanceScores
+from .serve.gguf.run import ExportedGguf as ExportedGguf
+from .serve.gguf.run import export_gguf as export_gguf
+from .serve.hub.run import PushedModel as PushedModel
+from .serve.hub.run import push as push
+from .serve.quantize.run import QuantizedModel as QuantizedModel
+from .serve.quantize.run import quantize as quantize
+from .settings import EvaluationSettings as EvaluationSettings
+from .settings import PruneSettings as PruneSettings
+from .settings import RecoverySettings as RecoverySettings
+from .settings import RunSettings as RunSettings
+from .text.calibration import CalibrationSet as CalibrationSet
+from .text.calibration import draw_calibration as draw_calibration
+from .text.calibration import load_calibration as load_calibration
+
+__version__: str

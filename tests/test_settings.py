@@ -1,0 +1,105 @@
+"""Options stand once: recipes, presets and Python's keywords are made of the same fields."""
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import amprune.settings
+from amprune.errors import PlanError, RecipeError
+from amprune.settings import (
+    PRESETS,
+    EvaluationSettings,
+    ExperimentSettings,
+    PruneSettings,
+    RecoverySettings,
+    RunSettings,
+    ScoreSettings,
+    part,
+    read_recipe,
+    settle,
+    with_preset,
+    write_recipe,
+)
+
+KINDS = [kind for name, kind in vars(amprune.settings).items() if name.endswith("Settings") and name[0] != "_"]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_every_option_says_what_it_is_for_in_a_sentence(kind: type) -> None:
+    for one in fields(kind):
+        assert one.metadata["help"].endswith("."), one.name
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        PruneSettings(ratio=0.2, tokens=4096, neuron_multiple="hardware", only="heads", max_shard_size="1GB"),
+        RecoverySettings(data="builtin", learning_rate=1e-4, max_steps=3, teacher="smollm2-135m", full=True),
+        EvaluationSettings(measure=("latency",), latency_batch=(1, 8), texts=("a.txt", "b,c.txt"), tasks=()),
+        RunSettings(ratio=0.3, recover=True, training_samples=5, samples=8, measure=("perplexity",), limit=4),
+        ExperimentSettings(ratios=(0.1, 0.2), methods=("amp", "best"), quick=True),
+    ],
+    ids=lambda settings: type(settings).__name__,
+)
+def test_a_recipe_is_read_as_it_was_written(settings: Any, tmp_path: Path) -> None:
+    write_recipe(tmp_path / "recipe.yaml", "any", settings)
+    assert read_recipe(type(settings), tmp_path / "recipe.yaml") == settings
+    text = (tmp_path / "recipe.yaml").read_text(encoding="utf-8")
+    assert "overwrite" not in text
+    assert text.startswith("# The same again: amprune any --recipe")
+
+
+def test_what_only_python_can_give_is_noted_in_a_recipe(tmp_path: Path) -> None:
+    write_recipe(tmp_path / "recipe.yaml", "prune", PruneSettings(calibration=object(), ratio=0.2))
+    assert read_recipe(PruneSettings, tmp_path / "recipe.yaml") == PruneSettings(ratio=0.2)
+    assert "# calibration was given in Python, as object" in (tmp_path / "recipe.yaml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "problem"),
+    [
+        (EvaluationSettings, "latency_batch: 8", "latency_batch is 8, expected a list"),
+        (EvaluationSettings, "latency_batch: [1, b]", 'latency_batch: entry 1 is "b", expected a whole number'),
+        (EvaluationSettings, "measure: [latencies]", 'measure: entry 0 is "latencies", expected "perplexity" or'),
+        (PruneSettings, "neuron_multiple: wide", 'neuron_multiple is "wide", expected a whole number or "hardware" or'),
+        (PruneSettings, "calibration: 3", "calibration is 3, expected text or a list of texts"),
+        (RecoverySettings, "learning_rate: .inf", "learning_rate is Infinity, expected a number"),
+        (RecoverySettings, "resume: true", "unknown option 'resume'"),
+        (RunSettings, "trainig_samples: 3", "did you mean training_samples?"),
+    ],
+)
+def test_values_of_another_type_are_refused(kind: type, text: str, problem: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(RecipeError) as caught:
+        read_recipe(kind, tmp_path / "recipe.yaml")
+    assert problem in str(caught.value)
+    assert str(caught.value).startswith(str(tmp_path / "recipe.yaml"))
+
+
+def test_python_s_keywords_are_checked() -> None:
+    assert settle(PruneSettings, PruneSettings(ratio=0.1, seed=3), {"ratio": 0.2}) == PruneSettings(ratio=0.2, seed=3)
+    with pytest.raises(TypeError, match="no option 'ration'; did you mean ratio"):
+        settle(PruneSettings, None, {"ration": 0.2})
+    with pytest.raises(TypeError, match="ScoreSettings, expected PruneSettings"):
+        settle(PruneSettings, ScoreSettings(), {})  # type: ignore[arg-type]
+
+
+def test_a_preset_settles_what_was_not_given() -> None:
+    best = with_preset(PruneSettings(ratio=0.2))
+    assert {name: getattr(best, name) for name in vars(PRESETS["best"])} == vars(PRESETS["best"])
+    paper = with_preset(PruneSettings(ratio=0.2, preset="paper", tokens=100, reconstruct=True))
+    assert (paper.samples, paper.tokens, paper.reconstruct, paper.allocate) == (None, 100, True, False)
+    with pytest.raises(PlanError, match="unknown preset 'papper'; did you mean paper"):
+        with_preset(PruneSettings(preset="papper"))
+
+
+def test_run_takes_every_option_of_its_stages() -> None:
+    names = {one.name for one in fields(RunSettings)}
+    renamed = {"samples", "max_length", "batch_size"}  # of the calibration; those of other stages have a prefix
+    for kind in (PruneSettings, RecoverySettings, EvaluationSettings):
+        assert {one.name for one in fields(kind)} <= names | renamed | {"resume"}
+    assert {"training_samples", "training_max_length", "evaluation_batch_size", "samples", "max_length"} <= names
+    asked = RunSettings(ratio=0.2, seed=7)
+    assert part(PruneSettings, asked) == replace(PruneSettings(ratio=0.2), seed=7)
