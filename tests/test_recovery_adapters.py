@@ -19,8 +19,8 @@ from amprune import RecoveryError
 from amprune.model.reader import read_checkpoint
 from amprune.model.writer import RECORDS
 from amprune.recovery import merging
-from amprune.recovery.adapters import Update, read_adapter, with_adapters
-from amprune.recovery.merging import write_recovered
+from amprune.recovery.merging import Update, read_adapter, write_recovered
+from amprune.recovery.models import with_adapters
 
 FAMILIES = ["llama-gqa", "phi3-gqa", "gpt2-mha", "phi-mha", "opt-mha", "gpt_neox-mha"]
 QUERY = "model.layers.0.self_attn.q_proj.weight"
