@@ -52,7 +52,7 @@ def _input_means(scores: ImportanceScores | None, plan: PruningPlan) -> tuple[In
 def compensated_biases(
     dense: Checkpoint, plan: PruningPlan, scores: ImportanceScores | None
 ) -> dict[str, torch.Tensor]:
-    """Returns `b + W[:, removed] @ mean[removed]` in float64, of shape (hidden_size,), by the name of the dense bias."""
+    """Returns float64 `b + W[:, removed] @ mean[removed]` of shape (hidden_size,) by the name of the dense bias."""
     check_biases(dense.architecture)
     means, family = _input_means(scores, plan), dense.architecture.family
     keep, biases = dict(masks(plan, dense.architecture)), {}
