@@ -1,1 +1,0 @@
-"""The folder beside holds settings of the paper; settings.py reads them."""
