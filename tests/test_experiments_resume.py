@@ -30,6 +30,7 @@ from amprune.evaluation.records import Evaluation
 from amprune.experiments import cells
 from amprune.experiments.run import ExperimentFiles, experiment
 from amprune.report.numbers import MISSING
+from amprune.scoring.catalogue import Criterion
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +120,8 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from tiny_experiments import settings
-from amprune.experiments import cells, experiment
+from amprune.experiments import cells
+from amprune.experiments.run import experiment
 own = cells.evaluate
 def slow(models, output, **options):
     if "random" in models[0]:
@@ -242,10 +244,10 @@ def test_a_criterion_that_fails_fails_its_cells_alone(
 ) -> None:
     own = cells.score_criteria
 
-    def fail(model: Any, names: list[str], **options: Any) -> Any:
-        if "taylor" in names:
+    def fail(model: Any, criteria: list[Criterion], *arguments: Any, **options: Any) -> Any:
+        if "taylor" in {one.name for one in criteria}:
             raise ScoresError("gradients need 9 GB, 1 GB is free")
-        return own(model, names, **options)
+        return own(model, criteria, *arguments, **options)
 
     monkeypatch.setattr(cells, "score_criteria", fail)
     files = experiment("table1", dense, tmp_path / "out", **settings(place, methods=["taylor", "random"]))

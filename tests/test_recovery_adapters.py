@@ -19,8 +19,8 @@ from amprune import RecoveryError
 from amprune.model.reader import read_checkpoint
 from amprune.model.writer import RECORDS
 from amprune.recovery import merging
-from amprune.recovery.adapters import Update, read_adapter, with_adapters
-from amprune.recovery.merging import write_recovered
+from amprune.recovery.merging import Update, read_adapter, write_recovered
+from amprune.recovery.models import with_adapters
 
 FAMILIES = ["llama-gqa", "phi3-gqa", "gpt2-mha", "phi-mha", "opt-mha", "gpt_neox-mha"]
 QUERY = "model.layers.0.self_attn.q_proj.weight"
@@ -213,7 +213,7 @@ def test_a_merge_that_went_wrong_is_noticed(noticed: str, tmp_path: Path, monkey
 def test_a_folder_that_does_not_load_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = save_tiny(tmp_path / "model")
     adapter = save_adapter(model, tmp_path / "adapter")
-    monkeypatch.setattr(merging, "loading_problems", lambda _: {"missing_keys": ["lm_head.weight"]})
+    monkeypatch.setattr("amprune.prove.comparison.loading_problems", lambda _: {"missing_keys": ["lm_head.weight"]})
     with pytest.raises(RecoveryError, match=r"from_pretrained finds 1 missing keys, such as lm_head\.weight"):
         merged(model, adapter, tmp_path / "out")
 

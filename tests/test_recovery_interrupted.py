@@ -26,11 +26,11 @@ from typer.testing import CliRunner
 from amprune import CheckpointError, RecoveryError
 from amprune.cli.options import app
 from amprune.model import writer
-from amprune.model.recovered import LOG
+from amprune.model.recovered import LOG, read_log
 from amprune.recovery import run as module
 from amprune.recovery import training
 from amprune.recovery.run import RecoveredModel
-from amprune.recovery.runs import last_checkpoint, read_log
+from amprune.recovery.runs import last_checkpoint
 from amprune.running import Advance
 
 # 6 chats, 1 held out: 3 steps an epoch, the third of a single batch. Nothing falls on the same step all the time.
@@ -298,7 +298,10 @@ def test_a_folder_of_somebody_else_is_kept(
 def test_a_request_that_was_being_written_is_named(model: Path, chats: Path, tmp_path: Path, untrainable: None) -> None:
     (tmp_path / "out.training").mkdir()
     (tmp_path / "out.training" / "request.json").write_text('{"mod')
-    with pytest.raises(RecoveryError, match=r"request\.json is damaged .*; remove .*out\.training and start anew"):
+    with pytest.raises(
+        RecoveryError,
+        match=r"request\.json cannot be read: .*not JSON.* damaged: remove .*out\.training and start anew",
+    ):
         train(model, chats, tmp_path / "out", resume=True, **STEPS)
 
 

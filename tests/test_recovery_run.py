@@ -347,9 +347,7 @@ def test_the_command_line_shows_what_happened(model: Path, tmp_path: Path) -> No
 
 def test_the_command_line_passes_every_option_on(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
-    monkeypatch.setattr(
-        "amprune.recovery.run.recover", lambda *arguments, **options: calls.append((arguments, options))
-    )
+    monkeypatch.setattr("amprune.recover", lambda *arguments, **options: calls.append((arguments, options)))
     wanted = {
         "lora_rank": 3, "lora_alpha": 5.0, "lora_dropout": 0.25, "learning_rate": 0.5, "epochs": 3.5, "max_steps": 7,
         "batch_size": 9, "gradient_accumulation": 11, "max_length": 13, "validation_share": 0.125, "save_steps": 17,

@@ -109,6 +109,6 @@ def count(patch: pytest.MonkeyPatch) -> list[str]:
     counted("score_criteria", lambda _, criteria, *__: ",".join(one.name for one in criteria))
     counted("apply_plan", lambda model, plan, out: out.name)
     counted("prune", lambda model, out: out.name)
-    counted("recover", lambda model, out: out.name)
+    counted("recover", lambda model, out, *_: out.name)
     counted("evaluate", lambda models, output: ",".join(re.sub("=.*", "", model) for model in models))
     return found

@@ -1,5 +1,5 @@
 """`python -m amprune`."""
 
-from amprune.cli import app
+from amprune.cli import main
 
-app()
+main()

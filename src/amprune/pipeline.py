@@ -8,7 +8,6 @@ Two doors lead from here where the preset `best` asks for more: search/run.py me
 cut/refit/run.py refits weights.
 """
 
-import json
 import logging
 import shutil
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +28,7 @@ from amprune.plan.artefact import PruningPlan
 from amprune.plan.target import parse_target
 from amprune.prove.card import write_model_card
 from amprune.prove.checks import VerificationReport, read_plan, verify_checkpoint
+from amprune.records import Run, begin
 from amprune.running import Progress, no_progress
 from amprune.scoring.catalogue import find_criterion
 from amprune.scoring.run import score_criteria
@@ -264,20 +264,19 @@ def run(
     from amprune.report.write import write_report
 
     pruned = folder.with_name(f"{folder.name}.pruned") if asked.recover else folder
-    state = _begin(
-        open_source(model).protected, {folder, pruned}, folder, _request(model, asked), overwrite=asked.overwrite
-    )
-    replaced = asked.overwrite or state.resumed  # what an interrupted run of the same request has written
-    if "prune" not in state.done:
+    file = folder.with_name(f"{folder.name}.run.json")
+    begun = _begin(file, {folder, pruned}, open_source(model).protected, _request(model, asked), asked)
+    replaced = asked.overwrite or begun.resumed  # what an interrupted run of the same request has written
+    if "prune" not in begun.done:
         prune(model, pruned, replace(part(PruneSettings, asked), overwrite=replaced), progress=progress)
-        state.finish("prune")
-    if asked.recover and "recover" not in state.done:
+        begun.finish("prune", file)
+    if asked.recover and "recover" not in begun.done:
         training = folder.with_name(f"{folder.name}.training")
         recover(
             pruned, folder, _recovery(asked), teacher=model if asked.distil else asked.teacher,
-            resume=state.resumed and training.exists(), overwrite=replaced, progress=progress,
+            resume=begun.resumed and training.exists(), overwrite=replaced, progress=progress,
         )  # fmt: skip
-        state.finish("recover")
+        begun.finish("recover", file)
     if asked.evaluate:
         between = [f"{folder.name}, not recovered={pruned}"] if pruned != folder else []
         measured = replace(part(EvaluationSettings, asked), batch_size=asked.evaluation_batch_size)
@@ -285,7 +284,7 @@ def run(
         evaluate([f"dense={model}", *between, folder], place, measured, progress=progress)
     write_recipe(folder / RECORDS / "recipe.yaml", "run", asked)
     files = write_report(folder)
-    state.file.unlink()
+    file.unlink()
     if pruned != folder:
         shutil.rmtree(pruned)
     return files
@@ -327,42 +326,20 @@ def measure_epochs(
     return found
 
 
-@dataclass(frozen=True)
-class _State:
-    """What a run was asked for and has finished, in `OUT.run.json`."""
-
-    file: Path
-    request: dict[str, Any]
-    done: list[str]
-    resumed: bool
-
-    def finish(self, stage: str) -> None:
-        self.done.append(stage)
-        self.save()
-
-    def save(self) -> None:
-        partial = self.file.with_name(f"{self.file.name}.partial")
-        write_json(partial, {"request": self.request, "done": self.done})
-        partial.replace(self.file)
-
-
 def _begin(
-    protected: tuple[Path, ...], places: set[Path], folder: Path, request: dict[str, Any], *, overwrite: bool
-) -> _State:
+    file: Path, places: set[Path], protected: tuple[Path, ...], request: dict[str, Any], asked: RunSettings
+) -> Run:
     """Finds an interrupted run of the same request, or begins a new one where nothing is in its way."""
-    file, request = folder.with_name(f"{folder.name}.run.json"), json.loads(json.dumps(request, default=str))
-    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-    if before is not None and before.get("request") == request:
-        logger.info("going on with the run that %s tells of; done: %s", file, ", ".join(before["done"]) or "nothing")
-        return _State(file, request, before["done"], resumed=True)
-    if before is not None and not overwrite:
+    begun = begin(file, request, error=CheckpointError, remedy="it tells of an interrupted run; remove it")
+    if begun.resumed:
+        logger.info("going on with the run that %s tells of; done: %s", file, ", ".join(begun.done) or "nothing")
+        return begun
+    if begun.otherwise and not asked.overwrite:
         raise CheckpointError(
             f"{file} tells of an interrupted run that was asked for with other settings; ask for the same again, or "
             "give --overwrite to start anew"
         )
     for place in places:
-        check_output(place, overwrite=overwrite, protected=protected)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    state = _State(file, request, [], resumed=False)
-    state.save()
-    return state
+        check_output(place, overwrite=asked.overwrite, protected=protected)
+    begun.save(file)
+    return begun

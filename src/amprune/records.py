@@ -320,6 +320,15 @@ class Run:
         """Returns what is to be kept."""
         return {"request": self.request, "done": self.done}
 
+    def finish(self, step: str, path: Path) -> None:
+        """Keeps in a file that a step is done."""
+        self.done.append(step)
+        self.save(path)
+
+    def save(self, path: Path) -> None:
+        """Keeps in a file what was begun."""
+        write(path, self.begun())
+
 
 def begin(path: Path, request: Mapping[str, Any], *, error: type[AmpruneError], remedy: str) -> Run:
     """Finds in a file what an interrupted run has done, if it was asked for the same; writes nothing."""

@@ -50,11 +50,7 @@ def like(settings: type, name: str, default: Any = None) -> Any:
 
 
 def settle(kind: type[_Settings], given: _Settings | None, options: Mapping[str, Any]) -> _Settings:
-    """Returns settings with single options changed: what `prune(model, out, settings, ratio=0.2)` means.
-
-    Raises:
-        TypeError: there is no such option; names the nearest.
-    """
+    """Returns settings with single options changed: what `prune(model, out, settings, ratio=0.2)` means."""
     known = [one.name for one in fields(kind)]  # type: ignore[arg-type]
     for name in options:
         if name not in known:
@@ -508,11 +504,7 @@ PRESETS: Mapping[str, PresetValues] = {
 
 
 def with_preset(settings: _Settings) -> _Settings:
-    """Returns settings in which the preset has settled what was not given.
-
-    Raises:
-        PlanError: there is no such preset; the message suggests the nearest and lists all.
-    """
+    """Returns settings in which the preset has settled what was not given."""
     name = getattr(settings, "preset", "best")
     if name not in PRESETS:
         raise PlanError(f"unknown preset {name!r}; {guess(name, PRESETS)}The presets are {', '.join(PRESETS)}")
@@ -529,11 +521,7 @@ def with_preset(settings: _Settings) -> _Settings:
 
 
 def read_recipe(kind: type[_Settings], path: PathLike) -> _Settings:
-    """Reads settings from a YAML file; an option that it leaves out has its default.
-
-    Raises:
-        RecipeError: the file cannot be read, or has an unknown option (names the nearest) or a value of another type.
-    """
+    """Reads settings from a YAML file; an option that it leaves out has its default."""
     import yaml
 
     try:

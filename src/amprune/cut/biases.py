@@ -21,11 +21,7 @@ from amprune.scoring.scores import ImportanceScores, InputMeans, Scores
 
 
 def check_biases(architecture: Architecture) -> None:
-    """Refuses a model none of whose output projections has a bias.
-
-    Raises:
-        PlanError: says why it cannot be given one.
-    """
+    """Refuses a model none of whose output projections has a bias."""
     family, prefix = architecture.family, architecture.family.layer_prefix.format(layer=0)
     if not any(f"{prefix}{module}.bias" in architecture.tensors for module in _outputs(family)):
         raise PlanError(
@@ -56,13 +52,7 @@ def _input_means(scores: ImportanceScores | None, plan: PruningPlan) -> tuple[In
 def compensated_biases(
     dense: Checkpoint, plan: PruningPlan, scores: ImportanceScores | None
 ) -> dict[str, torch.Tensor]:
-    """Returns `b + W[:, removed] @ mean[removed]` in float64, of shape (hidden_size,), by the name of the dense bias.
-
-    Raises:
-        PlanError: no output projection that loses inputs has a bias, whole blocks are removed, or the scores are
-            missing or of another model.
-        ScoresError: the scores carry no mean inputs.
-    """
+    """Returns float64 `b + W[:, removed] @ mean[removed]` of shape (hidden_size,) by the name of the dense bias."""
     check_biases(dense.architecture)
     means, family = _input_means(scores, plan), dense.architecture.family
     keep, biases = dict(masks(plan, dense.architecture)), {}
@@ -82,12 +72,7 @@ def compensated_biases(
 
 
 def recorded_biases(folder: Path, dense: Checkpoint, plan: PruningPlan) -> dict[str, torch.Tensor]:
-    """Returns the compensated biases of an output by the scores that it carries; none where nothing was compensated.
-
-    Raises:
-        VerificationError: the scores are missing.
-        AmpruneError: as in `compensated_biases`, or the scores are damaged.
-    """
+    """Returns the compensated biases of an output by the scores that it carries; none where nothing was compensated."""
     if not plan.compensated:
         return {}
     path = folder / RECORDS / "scores.safetensors"

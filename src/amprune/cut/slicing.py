@@ -29,11 +29,7 @@ from amprune.running import Progress, no_progress
 
 
 def check_plan_fits(plan: PruningPlan, shape: ModelShape, weights_fingerprint: str, *, where: str) -> None:
-    """Refuses a plan that was made for another model: other sizes, or other weights.
-
-    Raises:
-        PlanError: says what differs.
-    """
+    """Refuses a plan that was made for another model: other sizes, or other weights."""
     if differences := plan.shape_before.differences(shape):
         raise PlanError(
             f"the plan is for another model than {where} (plan != model): {', '.join(differences)}; "
@@ -121,9 +117,6 @@ def write_pruned(
 
     `replaced` take the place of tensors of the dense model, by their names there, in these tensors' dtypes and in the
     shapes of the output.
-
-    Raises:
-        CheckpointError: the folder cannot be written.
     """
     changes = cuts_by_tensor(checkpoint.architecture, plan)
     kept = kept_tensors(checkpoint.architecture, plan, checkpoint)

@@ -94,9 +94,6 @@ def load_wikitext(split: str = "test", *, data_dir: Path | None = None) -> Text:
 
     The raw file in `data_dir/wikitext2` gives the same text: a row a line, an empty row for a blank line, every other
     row ending in its newline.
-
-    Raises:
-        EvaluationError: the file is missing or not WikiText-2, or the hub cannot be reached.
     """
     known = WIKITEXT[split]
     rows = _hub_rows(known.hub_split) if data_dir is None else _rows(data_dir / "wikitext2" / known.file, known.sha256)
@@ -105,11 +102,7 @@ def load_wikitext(split: str = "test", *, data_dir: Path | None = None) -> Text:
 
 
 def load_text(path: Path) -> Text:
-    """Reads any text file, as it is.
-
-    Raises:
-        EvaluationError: it cannot be read, is not UTF-8 or is empty.
-    """
+    """Reads any text file, as it is."""
     try:
         content = _read(path).decode("utf-8")
     except UnicodeDecodeError:
@@ -129,10 +122,6 @@ def find_task_data(task: str, splits: tuple[str, ...], data_dir: Path) -> TaskDa
 
     Returns:
         The file; None for a task that the folder has no file of and that is none of the paper's five.
-
-    Raises:
-        EvaluationError: the file of a known task is missing, or any file is truncated or has wrong fields; names the
-            file and the line.
     """
     folder = data_dir / "tasks"
     known = TASK_FILES.get(task)

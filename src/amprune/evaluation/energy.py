@@ -142,10 +142,6 @@ def interleaved_energy(
         tracking: `process` models CPU and RAM by what this process uses, `machine` by what the machine uses. It
             decides nothing where power is measured: counters know no processes.
         progress: who watches.
-
-    Raises:
-        MissingDependencyError: CodeCarbon is not installed.
-        EvaluationError: an argument is of no use, CodeCarbon cannot measure here, or a model generates nothing.
     """
     _check(runs, blocks=blocks, block_seconds=block_seconds, warmup=warmup, tracking=tracking)
     found: dict[str, list[_Block]] = {name: [] for name in runs}

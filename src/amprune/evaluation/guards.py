@@ -17,11 +17,7 @@ T = TypeVar("T")
 
 @contextmanager
 def nan_refused(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Watches every forward pass; minus infinity passes, since some models mask ids with it.
-
-    Raises:
-        EvaluationError: logits are NaN; no figure comes of them.
-    """
+    """Watches every forward pass; minus infinity passes, since some models mask ids with it."""
 
     def check(module: torch.nn.Module, inputs: Any, output: Any) -> None:
         logits = getattr(output, "logits", None)
@@ -40,11 +36,7 @@ def nan_refused(model: PreTrainedModel, name: str) -> Iterator[None]:
 
 
 def halve_until_it_fits(measure: Callable[[int], T], batch_size: int, *, what: str) -> tuple[T, int]:
-    """Calls `measure(batch_size)`, with half the batch each time that memory runs out; returns what fitted, too.
-
-    Raises:
-        EvaluationError: not even a batch of one fits.
-    """
+    """Calls `measure(batch_size)`, with half the batch each time that memory runs out; returns what fitted, too."""
     while True:
         try:
             return measure(batch_size), batch_size

@@ -50,12 +50,7 @@ def open_subjects(
     dtype: str = "auto",
     progress: Progress = no_progress,
 ) -> tuple[Subject, ...]:
-    """Finds the models, each MODEL or NAME=MODEL, and reads what identifies them.
-
-    Raises:
-        EvaluationError: two models have the same name, or none is given.
-        CheckpointError: one is no model.
-    """
+    """Finds the models, each MODEL or NAME=MODEL, and reads what identifies them."""
     if not models:
         raise EvaluationError("no model to measure; give one or more")
     for name in (names := names_of(models)):

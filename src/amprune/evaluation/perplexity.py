@@ -54,11 +54,7 @@ def check_windows(positions: int | None, sequence_length: int, limit: int | None
 
 
 def windows_of(text: Text, tokenizer: Any, *, sequence_length: int, limit: int | None = None) -> tuple[Any, int]:
-    """Cuts a tokenised text into windows of shape (windows, sequence_length); returns the number of all tokens, too.
-
-    Raises:
-        EvaluationError: the text is shorter than one window.
-    """
+    """Cuts a tokenised text into windows of shape (windows, sequence_length); returns the number of all tokens, too."""
     with quiet_transformers():
         ids = tokenizer(text.content, return_tensors="pt", verbose=False)["input_ids"][0]
     count = len(ids) // sequence_length
@@ -91,9 +87,6 @@ def measure_perplexity(
         limit: only this many windows.
         batch_size: windows at a time; halved when memory runs out.
         progress: told how far it is.
-
-    Raises:
-        EvaluationError: the text is too short, the model too small for the windows, or its loss no number.
     """
     check_windows(getattr(model.config, "max_position_embeddings", None), sequence_length, limit)
     windows, tokens = windows_of(text, tokenizer, sequence_length=sequence_length, limit=limit)

@@ -49,11 +49,7 @@ class Session:
 
 
 def open_session(path: Path, subjects: Sequence[Subject], request: dict[str, Any], *, device: str) -> Session:
-    """Reads the file when it is there and finds what an interrupted run of the same request had finished.
-
-    Raises:
-        EvaluationError: the file is none, or holds another model under one of the names.
-    """
+    """Reads the file when it is there and finds what an interrupted run of the same request had finished."""
     evaluation = Evaluation.load(path) if path.exists() else Evaluation()
     for subject in subjects:
         evaluation.add_model(subject.entry)

@@ -109,11 +109,7 @@ def _silent() -> Iterator[list[BaseException]]:
 
 
 def tracked_parts(tracker: Any, device: str) -> dict[str, Method]:
-    """Returns, of every part whose energy counts, how CodeCarbon finds it and whether it is measured.
-
-    Raises:
-        EvaluationError: the model runs on a GPU that CodeCarbon cannot see.
-    """
+    """Returns, of every part whose energy counts, how CodeCarbon finds it and whether it is measured."""
     on_cpu = device.startswith("cpu")
     found: dict[str, Method] = {}
     for hardware in tracker._hardware:

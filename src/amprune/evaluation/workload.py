@@ -9,11 +9,7 @@ from amprune.settings import Workload
 
 
 def check_workload(workload: Workload) -> Workload:
-    """Refuses figures that no workload has.
-
-    Raises:
-        EvaluationError: one is not finite, not positive, or of no known kind.
-    """
+    """Refuses figures that no workload has."""
     for name in ("tokens_per_day", "days", "device_power"):
         _require(name, getattr(workload, name), positive=True)
     for name in ("price_per_hour", "grid_intensity"):
@@ -41,9 +37,6 @@ def costs(workload: Workload, *, tokens_per_second: float) -> Costs:
     - hours: `tokens_per_day / tokens_per_second / 3600 * days`;
     - energy: hours times the power of the device; CO2: energy times the intensity of the grid;
     - money: hours times the price, every day rounded up to whole hours where started hours are billed.
-
-    Raises:
-        EvaluationError: the speed is not positive and finite.
     """
     _require("tokens_per_second", tokens_per_second, positive=True)
     daily = workload.tokens_per_day / tokens_per_second / 3600
@@ -59,22 +52,14 @@ def costs(workload: Workload, *, tokens_per_second: float) -> Costs:
 
 
 def saving(before: float, after: float) -> float:
-    """Returns the share that is saved, `1 - after / before`: negative where it became more.
-
-    Raises:
-        EvaluationError: there was nothing to save from.
-    """
+    """Returns the share that is saved, `1 - after / before`: negative where it became more."""
     _require("the figure before", before, positive=True)
     _require("the figure after", after, positive=False)
     return 1 - after / before
 
 
 def time_saved(speedup: float) -> float:
-    """Returns the share of the time that a speedup saves, `1 - 1 / speedup`: 0.2 of 1.25.
-
-    Raises:
-        EvaluationError: the speedup is not positive and finite.
-    """
+    """Returns the share of the time that a speedup saves, `1 - 1 / speedup`: 0.2 of 1.25."""
     _require("speedup", speedup, positive=True)
     return 1 - 1 / speedup
 
@@ -88,9 +73,6 @@ def calculator_co2(
     """Returns kg of CO2 equivalent as the ML CO2 Impact calculator shows them, for comparison with figures from it.
 
     It rounds kWh to two decimals, multiplies, and rounds kg to two decimals: ratios of such figures carry the error.
-
-    Raises:
-        EvaluationError: an argument is not finite, or negative.
     """
     for name, value in (("hours", hours), ("device_power", device_power), ("grid_intensity", grid_intensity)):
         _require(name, value, positive=False)

@@ -70,11 +70,7 @@ def headline_metric(task: str, metrics: Sequence[str]) -> str:
 
 
 def open_tasks(names: Sequence[str], *, data_dir: Path | None = None) -> tuple[Task, ...]:
-    """Finds tasks and checks their files, so that nothing is loaded for a task that cannot run.
-
-    Raises:
-        EvaluationError: a task is unknown (the nearest are suggested), or its file in `data_dir` is missing or damaged.
-    """
+    """Finds tasks and checks their files, so that nothing is loaded for a task that cannot run."""
     from lm_eval.tasks import TaskManager
 
     others = [name for name in names if name not in _PAPER_FILES]
@@ -152,9 +148,6 @@ def measure_zero_shot(
     """Runs one task of the harness; returns its metrics and the batch size that fitted.
 
     Log-probabilities are summed in float32 whatever the model's dtype: in bfloat16 many choices of a question tie.
-
-    Raises:
-        EvaluationError: the data cannot be fetched, not even one sequence fits, or the logits are NaN.
     """
     return halve_until_it_fits(
         lambda size: _run(model, tokenizer, task, limit, num_fewshot, size, progress),

@@ -1,101 +1,71 @@
 """Settings of experiments as JSON files: those of the paper ship, others are a user's own."""
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from importlib.resources import files
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from amprune.errors import EvaluationError, guess
 from amprune.experiments.recipes import RECIPES
 from amprune.experiments.settings import TRAINING, Settings
+from amprune.records import Rule, parse, read_object
 from amprune.settings import Training
 
 FORMAT = "amprune configuration 1"
-_KEYS = ("format", "about", "model", "settings", "recovery", "experiments")
+_SHIPPED = Path(__file__).with_name("configurations")
 _OTHERS = ("recovery", "quick", "latency", "checkpoints", "preset_samples")
-_SETTINGS = ("recover", *TRAINING, *(field.name for field in fields(Settings) if field.name not in _OTHERS))
+_SETTINGS = ("recover", *TRAINING, *(one.name for one in fields(Settings) if one.name not in _OTHERS))
+_REMEDY = "see the configurations that ship"
 
 
 @dataclass(frozen=True)
 class Configuration:
     """Which model, and with which settings each experiment is run on it."""
 
-    name: str
-    model: str
-    experiments: dict[str, dict[str, Any]]
-    """By name: the settings of all, of which its own replace some; `recovery` holds how is trained."""
+    model: Annotated[str, Rule("a folder or a hub id")]
+    experiments: Mapping[str, Mapping[str, Any]]
+    """By name, what replaces some of `settings`."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    recovery: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `Training`."""
+    name: str = ""
+    about: str = ""
 
     def settings_of(self, experiment: str) -> dict[str, Any]:
-        """Returns the settings of one experiment.
-
-        Raises:
-            EvaluationError: it has none of that name.
-        """
+        """Returns the settings of one experiment; `recovery` holds how is trained."""
         if experiment not in self.experiments:
             there = ", ".join(self.experiments)
             raise EvaluationError(
                 f"the configuration {self.name} is not for {experiment}, only for {there}; give --model in its place"
             )
-        return self.experiments[experiment]
+        return {**self.settings, **self.experiments[experiment], "recovery": self.recovery}
 
 
 def shipped() -> tuple[str, ...]:
     """Returns the names of the configurations that ship."""
-    folder = files("amprune.experiments") / "configurations"
-    return tuple(sorted(file.name.removesuffix(".json") for file in folder.iterdir() if file.name.endswith(".json")))
+    return tuple(sorted(file.stem for file in _SHIPPED.glob("*.json")))
 
 
 def load_configuration(name: str) -> Configuration:
-    """Reads a configuration that ships, by its name, or a JSON file.
-
-    Raises:
-        EvaluationError: there is none of that name, or the file is no configuration.
-    """
-    if name in shipped():
-        text = (files("amprune.experiments") / "configurations" / f"{name}.json").read_text(encoding="utf-8")
-    else:
-        try:
-            text = Path(name).expanduser().read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise EvaluationError(
-                f"no configuration {name!r}; {guess(name, shipped())}There are {', '.join(shipped())}, or give a JSON "
-                "file of your own"
-            ) from error
-    return _read(name, text)
-
-
-def _read(name: str, text: str) -> Configuration:
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise EvaluationError(f"{name} is no configuration: not JSON ({error})") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        found = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise EvaluationError(f"{name} is no configuration: its format is {found!r}, expected {FORMAT!r}")
-    _check_names(name, content, _KEYS)
-    common = _object(name, "settings", content.get("settings", {}))
-    training = _object(name, "recovery", content.get("recovery", {}))
-    _check_names(f"recovery of {name}", training, [field.name for field in fields(Training)])
-    experiments = _object(name, "experiments", content.get("experiments"))
-    _check_names(f"experiments of {name}", experiments, list(RECIPES))
-    found = {}
-    for experiment, own in experiments.items():
-        _check_names(f"{experiment} of {name}", {**common, **_object(name, experiment, own)}, _SETTINGS)
-        found[experiment] = {**common, **own, "recovery": training}
-    if not isinstance(content.get("model"), str):
-        raise EvaluationError(f"{name}: model is {content.get('model')!r}, expected a folder or a hub id")
-    return Configuration(name, content["model"], found)
+    """Reads a configuration that ships, by its name, or a JSON file."""
+    file = _SHIPPED / f"{name}.json" if name in shipped() else Path(name).expanduser()
+    if not file.is_file():
+        raise EvaluationError(
+            f"no configuration {name!r}; {guess(name, shipped())}There are {', '.join(shipped())}, or give a JSON file "
+            "of your own"
+        )
+    content = read_object(file, error=EvaluationError, hint=f"; {_REMEDY}")
+    _check_names(name, content, ("format", *(one.name for one in fields(Configuration) if one.name != "name")))
+    content["name"] = str(name)
+    found = parse(Configuration, content, where=str(name), error=EvaluationError, remedy=_REMEDY, format=FORMAT)
+    _check_names(f"recovery of {name}", found.recovery, [one.name for one in fields(Training)])
+    _check_names(f"experiments of {name}", found.experiments, list(RECIPES))
+    for experiment, own in found.experiments.items():
+        _check_names(f"{experiment} of {name}", {**found.settings, **own}, _SETTINGS)
+    return found
 
 
-def _object(name: str, key: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise EvaluationError(f"{name}: {key} is {value!r}, expected an object")
-    return value
-
-
-def _check_names(where: str, content: dict[str, Any], known: Sequence[str]) -> None:
+def _check_names(where: str, content: Mapping[str, Any], known: Sequence[str]) -> None:
     for key in content:
         if key not in known:
             raise EvaluationError(f"{where} has an entry {key!r}; {guess(key, known)}Known are {', '.join(known)}")

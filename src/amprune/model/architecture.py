@@ -72,11 +72,7 @@ def check_supported(config: Mapping[str, Any], *, where: str) -> ModelFamily:
 
 
 def make_config(config: Mapping[str, Any], *, where: str) -> PreTrainedConfig:
-    """Builds the transformers config of a raw config.json.
-
-    Raises:
-        UnsupportedModelError: transformers refuses it; the message carries its reason.
-    """
+    """Builds the transformers config of a raw config.json."""
     try:
         with quiet_transformers():
             return CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(dict(config)))
@@ -86,11 +82,7 @@ def make_config(config: Mapping[str, Any], *, where: str) -> PreTrainedConfig:
 
 
 def meta_model(config: PreTrainedConfig, *, where: str) -> PreTrainedModel:
-    """Builds the model on the meta device: names and shapes, no memory.
-
-    Raises:
-        UnsupportedModelError: transformers cannot build it; the message carries its reason.
-    """
+    """Builds the model on the meta device: names and shapes, no memory."""
     try:
         with quiet_transformers(), torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
@@ -164,11 +156,7 @@ class _Entries:
 
 
 def describe(raw: Mapping[str, Any], *, where: str = "config.json") -> Architecture:
-    """Measures a raw config.json on a meta model, once for the same entries; reads no weights.
-
-    Raises:
-        UnsupportedModelError: the architecture is not supported, or layers differ in width.
-    """
+    """Measures a raw config.json on a meta model, once for the same entries; reads no weights."""
     return _described(_Entries(json.dumps(raw, sort_keys=True), where))
 
 
@@ -287,9 +275,6 @@ def config_with_heads(raw: Mapping[str, Any], family: ModelFamily, shape: ModelS
 
     Stock transformers refuses some head counts for some types (LlamaConfig: those that do not divide the hidden size).
     The family's equivalents, which compute the same function, are tried then.
-
-    Raises:
-        UnsupportedModelError: no known architecture accepts these head counts.
     """
     heads = {
         "num_attention_heads": shape.num_attention_heads,

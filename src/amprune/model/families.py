@@ -315,11 +315,7 @@ def supported_model_types() -> tuple[str, ...]:
 
 
 def find_family(model_type: str) -> ModelFamily:
-    """Returns the family of a config's `model_type`.
-
-    Raises:
-        UnsupportedModelError: the type is not listed; the message gives the reason or the list.
-    """
+    """Returns the family of a config's `model_type`."""
     if model_type in _BY_MODEL_TYPE:
         return _BY_MODEL_TYPE[model_type]
     if model_type in REFUSED:

@@ -49,11 +49,7 @@ class StoredTensor:
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Reads the header of every weight file that transformers would load.
-
-    Raises:
-        CheckpointError: a file is missing, truncated or malformed; the message names it.
-    """
+    """Reads the header of every weight file that transformers would load."""
     stored = {}
     for file, names in weight_files(folder):
         found = _read_headers(file)

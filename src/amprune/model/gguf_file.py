@@ -89,11 +89,7 @@ class GgufFile:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Reads the header of a GGUF file.
-
-    Raises:
-        CheckpointError: it is none, or truncated.
-    """
+    """Reads the header of a GGUF file."""
     if not path.is_file():
         raise CheckpointError(f"no file {path}")
     required(f"{path}, a GGUF file,", "gguf")

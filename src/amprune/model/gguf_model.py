@@ -26,10 +26,6 @@ def load_gguf(gguf: Path, dtype: torch.dtype, options: Mapping[str, Any]) -> tup
         gguf: the file.
         dtype: of the weights.
         options: what tells transformers to unpack them.
-
-    Raises:
-        CheckpointError: the file has weights that transformers leaves out, or rotates another part of each head.
-        Exception: many types of transformers' reader.
     """
     from gguf import GGUFReader
 

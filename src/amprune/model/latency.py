@@ -96,10 +96,6 @@ def measure_latency(
     """Times the models in turn, one run of each a round, the first of a round changing, so that drift favours none.
 
     GGUF files are timed by llama.cpp's own clock, and tell no peak memory.
-
-    Raises:
-        EvaluationError: the settings make no sense, the model lacks the positions, or it generated another number of
-            tokens than asked for.
     """
     settings.check()
     generators = {name: _generator(name, model, settings) for name, model in models.items()}

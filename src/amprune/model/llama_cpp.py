@@ -34,11 +34,7 @@ class LlamaCppModel:
         self._server = server
 
     def generate(self, prompt: Sequence[int], new_tokens: int) -> Generated:
-        """Generates greedily from token ids; no token that ends a text is chosen.
-
-        Raises:
-            ExportError: llama.cpp refused the prompt, or failed.
-        """
+        """Generates greedily from token ids; no token that ends a text is chosen."""
         request = {
             "prompt": list(map(int, prompt)), "n_predict": new_tokens, "temperature": 0, "cache_prompt": False,
             "ignore_eos": True, "return_tokens": True, "verbose": True,
@@ -64,10 +60,6 @@ def llama_cpp_model(
         exact: keys and values in float32 and plain attention, as transformers computes in float32; else llama.cpp's own
             settings: keys and values in float16, and flash attention where it has it.
         gpu: layers go to an accelerator that llama.cpp was built for.
-
-    Raises:
-        MissingDependencyError: xllamacpp is not installed.
-        ExportError: llama.cpp does not load the file.
     """
     runtime = import_runtime()
     parameters = runtime.CommonParams()

@@ -40,11 +40,7 @@ def tools_folder() -> Path:
 
 
 def find_converter(directory: Path | None = None) -> Program:
-    """Finds llama.cpp's converter: in `directory`, or else on PATH or in the folder of tools.
-
-    Raises:
-        MissingDependencyError: there is none; says how to get it.
-    """
+    """Finds llama.cpp's converter: in `directory`, or else on PATH or in the folder of tools."""
     found = _find(_CONVERTERS, directory)
     if found is None:
         raise _missing("converter, convert_hf_to_gguf.py", directory)
@@ -55,9 +51,6 @@ def find_quantiser(directory: Path | None = None) -> Program:
     """Finds llama.cpp's quantiser, the program or the library that has it.
 
     Its arguments are the source, the target, the type as llama.cpp spells it (Q4_K_M) and the number of threads.
-
-    Raises:
-        MissingDependencyError: there is none; says how to get it.
     """
     if (found := _find(_QUANTISERS, directory)) is not None:
         return Program((str(found),), found)
@@ -67,11 +60,7 @@ def find_quantiser(directory: Path | None = None) -> Program:
 
 
 def import_runtime() -> Any:
-    """Imports xllamacpp, from this environment or from the folder of tools.
-
-    Raises:
-        MissingDependencyError: it is not installed, or does not load.
-    """
+    """Imports xllamacpp, from this environment or from the folder of tools."""
     folder = str(tools_folder())
     sys.path.append(folder)  # last: nothing of this environment is replaced
     try:

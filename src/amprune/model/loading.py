@@ -33,9 +33,6 @@ def loaded_model(
         dtype: of the computation; auto is that of the checkpoint.
         device: such as cpu or cuda:1; the default is cuda where there is one, else cpu.
         device_map: `auto` spreads a model over devices, memory and disk; `disk` streams each module from its file.
-
-    Raises:
-        CheckpointError: transformers cannot load it, or an option is wrong.
     """
     if dtype not in DTYPES:
         raise CheckpointError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
@@ -156,11 +153,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """Loads the folder's tokenizer.
-
-    Raises:
-        CheckpointError: there is none, or it cannot be loaded.
-    """
+    """Loads the folder's tokenizer."""
     if not has_tokenizer(folder):
         raise CheckpointError(
             f"{folder} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}), and text needs one: copy the "

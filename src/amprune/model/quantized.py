@@ -51,11 +51,7 @@ def require_library(method: str, what: str) -> None:
 
 
 def refuse_quantized(folder: Path, config: Mapping[str, Any]) -> None:
-    """Refuses what `quantize` wrote where the weights themselves are needed, and names what it was made from.
-
-    Raises:
-        UnsupportedModelError: it is such a checkpoint.
-    """
+    """Refuses what `quantize` wrote where the weights themselves are needed, and names what it was made from."""
     quantization = quantization_of(config)
     source = _source(folder) if quantization is not None else None
     if quantization is not None and source is not None:

@@ -144,12 +144,7 @@ def open_model(model: PathLike, *, revision: str | None = None, dtype: str = "au
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Opens a folder, reading config.json and every shard's header, and matches the two.
-
-    Raises:
-        CheckpointError: a file is missing, truncated or malformed, or config and weights disagree.
-        UnsupportedModelError: the architecture is not supported, or the weights are quantised.
-    """
+    """Opens a folder, reading config.json and every shard's header, and matches the two."""
     config = read_json(folder / "config.json", hint=what_else(folder))
     refuse_quantized(folder, config)
     architecture = describe(config, where=str(folder))

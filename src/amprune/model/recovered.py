@@ -3,7 +3,6 @@
 import json
 import math
 import statistics
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
@@ -85,13 +84,8 @@ class TrainingLog:
 
 
 def read_training_log(folder: Path) -> TrainingLog:
-    """Reads the log that a recovered checkpoint carries; lines that are damaged or half-written are left out."""
-    file = folder / RECORDS / LOG
-    try:
-        text = file.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return TrainingLog()
-    entries = [entry for entry in _entries(text) if _is_number(entry.get("step"))]
+    """Reads the log that a recovered checkpoint carries."""
+    entries = read_log(folder / RECORDS / LOG)
     training, validation = (
         tuple(sorted((int(entry["step"]), float(entry[name])) for entry in entries if _is_number(entry.get(name))))
         for name in ("loss", "validation_loss")
@@ -100,14 +94,21 @@ def read_training_log(folder: Path) -> TrainingLog:
     return TrainingLog(training, validation, statistics.median(speeds) if speeds else None)
 
 
-def _entries(text: str) -> Iterator[dict[str, Any]]:
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Reads a training log but for lines that are damaged or half-written; empty where there is none."""
+    entries = []
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
     for line in text.splitlines():
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if isinstance(entry, dict):
-            yield entry
+        if isinstance(entry, dict) and _is_number(entry.get("step")):
+            entries.append(entry)
+    return entries
 
 
 def _is_number(value: object) -> bool:

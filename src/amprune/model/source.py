@@ -67,10 +67,6 @@ def open_source(
 
     `dtype` is what the weights of a GGUF file are dequantised to (auto: bfloat16); other sources keep theirs. With
     `config_only`, of a hub id nothing but config.json is fetched.
-
-    Raises:
-        CheckpointError: nothing is there, or the hub cannot be reached.
-        MissingDependencyError: the alias's package is not installed.
     """
     name = os.fspath(model)
     path = Path(name).expanduser()
@@ -187,11 +183,7 @@ def _dequantise(gguf: Path, folder: Path, dtype: str) -> None:
 
 
 def _options_to_dequantise(gguf: Path) -> dict[str, Any]:
-    """Returns what tells transformers to unpack a file, which it did untold before it had a GgufConfig.
-
-    Raises:
-        MissingDependencyError: it has none yet, and may read the tokenizer of this file otherwise than llama.cpp does.
-    """
+    """Returns what tells transformers to unpack a file, which it did untold before it had a GgufConfig."""
     import transformers
 
     if (config := getattr(transformers, "GgufConfig", None)) is not None:

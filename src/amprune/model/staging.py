@@ -24,10 +24,6 @@ def staged_folder(out: Path, *, overwrite: bool = False, protected: tuple[Path, 
     One run at a time writes an OUT. What a killed process leaves, the next run puts right: it removes the `.partial`
     folder and moves an OUT that was about to be replaced back; OUT is whole or absent. Where OUT is a symlink, the
     folder that it points to is written.
-
-    Raises:
-        CheckpointError: OUT exists and `overwrite` is off, OUT lies in, or holds, one of the `protected` paths, or
-            another run is writing it.
     """
     check_output(out, overwrite=overwrite, protected=protected)
     out = out.resolve()
@@ -57,10 +53,6 @@ def staged_file(out: Path, *, overwrite: bool = False, protected: tuple[Path, ..
     """Yields where to write a file, in a folder `OUT.partial` with room for more; at the end the file becomes OUT.
 
     The folder is gone afterwards; that of a killed process is removed by the next run.
-
-    Raises:
-        CheckpointError: OUT exists and `overwrite` is off, it is a folder, it lies in one of the `protected` paths, or
-            another run is writing it.
     """
     check_file(out, overwrite=overwrite, protected=protected)
     out = out.resolve()

@@ -28,11 +28,7 @@ _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def parse_size(size: str | int) -> int:
-    """Returns the bytes of a size such as 200MB or 5GB; a number is one of bytes.
-
-    Raises:
-        CheckpointError: it is no size, or none above 0.
-    """
+    """Returns the bytes of a size such as 200MB or 5GB; a number is one of bytes."""
     text = f"{size}B" if isinstance(size, int) else str(size)
     match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d+)?)\s*([KMGT]?B)\s*", text, flags=re.IGNORECASE)
     found = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
@@ -54,9 +50,6 @@ def write_shards(
 
     `headers` gives the final shapes, from which the shards are planned before the first byte is read; `get` reads and
     slices one tensor; every file gets the `metadata`; `advance` is told the bytes written.
-
-    Raises:
-        CheckpointError: a size that cannot be parsed, or too little space on the disk.
     """
     sizes = {name: header.bytes for name, header in headers.items()}
     split = split_state_dict_into_shards_factory(

@@ -121,11 +121,7 @@ def _renewed(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_plan(plan: PruningPlan, *, where: str = "plan") -> None:
-    """Holds a plan to its invariants: sorted, in range, the same counts in every layer, groups intact.
-
-    Raises:
-        PlanError: names the layer and the unit.
-    """
+    """Holds a plan to its invariants: sorted, in range, the same counts in every layer, groups intact."""
     before, after = plan.shape_before, plan.shape_after
     if len(plan.layers) != before.num_layers:
         raise PlanError(f"{where}: has {len(plan.layers)} layers, but the model has {before.num_layers}")

@@ -18,10 +18,6 @@ def find_budget(shape: ModelShape, options: PlanOptions) -> Budget:
 
     Of a number of parameters nothing is exceeded: neurons are rounded down to the largest that fits. The multiples that
     hardware likes give way to narrower ones where nothing would be removed, or the ratio is out of reach.
-
-    Raises:
-        PlanError: an option is wrong, the ratio or the number of parameters is out of reach or removes nothing, the
-            family's heads cannot be removed, or no number of heads can be split over the devices.
     """
     check_options(shape, options)
     choices, attempts = usable_heads(shape, options), (options, *narrower(shape, options))

@@ -18,10 +18,6 @@ def find_depth(shape: ModelShape, options: PlanOptions) -> int:
     """Returns how many decoder blocks go: as many as come nearest to the ratio, of two equally near the fewer.
 
     Of `target_parameters` it is the fewest that leave no more.
-
-    Raises:
-        PlanError: an option is wrong or means nothing here, the ratio is out of reach or too small to remove a block,
-            or blocks of this model cannot be removed.
     """
     check_options(shape, options, depth=True)
     ratio = asked_ratio(shape, options)

@@ -78,11 +78,7 @@ def _choices(shape: ModelShape, options: PlanOptions, mode: HeadsMode) -> HeadCh
 
 
 def usable_heads(shape: ModelShape, options: PlanOptions) -> HeadChoices:
-    """Returns what can be removed of heads, as `head_choices` does.
-
-    Raises:
-        PlanError: no number of heads suits the options, not even all; says which would.
-    """
+    """Returns what can be removed of heads, as `head_choices` does."""
     choices = head_choices(shape, options)
     if choices.removable:
         return choices
@@ -144,11 +140,7 @@ def kept_heads(shape: ModelShape, mode: HeadsMode, removed: int) -> tuple[int, i
 
 
 def check_budget(shape: ModelShape, budget: Budget, options: PlanOptions) -> None:
-    """Refuses numbers of units that no layer of the model can keep, or not with these options.
-
-    Raises:
-        PlanError: says which numbers there are.
-    """
+    """Refuses numbers of units that no layer of the model can keep, or not with these options."""
     check_units(shape, options)
     check_ratio(options)
     check_target(options)

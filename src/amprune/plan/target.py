@@ -49,11 +49,7 @@ class Target:
 
 
 def parse_target(text: str) -> Target:
-    """Reads a target: parameters, bytes (MB are 10^6, MiB 2^20), or a speedup. Fractions of one are left out.
-
-    Raises:
-        PlanError: it is none; names the forms that are accepted.
-    """
+    """Reads a target: parameters, bytes (MB are 10^6, MiB 2^20), or a speedup. Fractions of one are left out."""
     name, equals, amount = (part.strip() for part in text.partition("="))
     if not equals:
         raise PlanError(f"the target {text!r} does not say of what, expected {_FORMS}")
@@ -74,9 +70,6 @@ def with_target(options: PlanOptions, target: Target | None, dense: "Checkpoint"
     """Returns the options with a target of parameters or bytes as the most parameters that may stay.
 
     A speedup is searched for, see `search/`: the options stay as they are then.
-
-    Raises:
-        PlanError: the target is out of reach, stands beside a ratio, or asks for a speedup of whole blocks.
     """
     if target is None:
         return options
@@ -101,9 +94,6 @@ def target_parameters(target: Target, checkpoint: "Checkpoint", options: PlanOpt
         checkpoint: the dense model.
         options: what else is asked of the plan; tells what can be reached.
         depth: whole blocks are removed.
-
-    Raises:
-        PlanError: the weights are no larger than the target, or cannot become so small; or the target is a speedup.
     """
     if target.kind == "speedup":
         raise PlanError(f"the target {target} is one of time, which has to be measured; use search.find_shapes")

@@ -18,11 +18,8 @@ def divergence(
 ) -> torch.Tensor:
     """Returns the forward KL divergence KL(teacher || student), summed over tokens, times temperature squared.
 
-    Args:
-        student: logits of shape (tokens, vocabulary), with a gradient.
-        hidden: the teacher's last hidden states of shape (tokens, hidden size), from `teacher_hidden`.
-        teacher: whose language-model head is applied a chunk at a time, without a gradient.
-        temperature: both distributions are softened by it; its square keeps the gradient's scale (Hinton et al., 2015).
+    `student` are logits (tokens, vocabulary) with a gradient, `hidden` the teacher's last states (tokens, hidden size):
+    its head is applied a chunk at a time. The square keeps the gradient's scale (Hinton et al., 2015).
     """
     total: torch.Tensor = _Divergence.apply(student, hidden, teacher, temperature)  # type: ignore[no-untyped-call]
     return total

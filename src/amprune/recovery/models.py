@@ -1,7 +1,8 @@
-"""The model to train and the model that teaches, loaded as the settings want them."""
+"""The model to train, with its adapters, and the model that teaches, loaded as the settings want them."""
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +17,7 @@ from amprune.model.files import read_json
 from amprune.model.loading import loaded_model
 from amprune.model.reader import Checkpoint, read_checkpoint
 from amprune.model.source import Source
-from amprune.recovery.adapters import enable_gradient_checkpointing, with_adapters
-from amprune.settings import RecoverySettings
+from amprune.settings import RecoverySettings, Training
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +31,30 @@ def trainable_model(folder: Path, settings: RecoverySettings) -> Iterator[Any]:
     with loaded_model(folder, dtype=_training_dtype(folder, settings), device="cpu") as model:
         model.config.use_cache = False
         if settings.gradient_checkpointing:
-            enable_gradient_checkpointing(model)
+            # transformers 5.23 gave the method another name.
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         yield model if settings.full else with_adapters(model, settings)
+
+
+def with_adapters(model: Any, settings: Training) -> Any:
+    """Freezes a model and puts an adapter, in float32, on every linear layer but the language-model head."""
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    config = LoraConfig(
+        r=settings.lora_rank, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout,
+        target_modules="all-linear", task_type="CAUSAL_LM",
+    )  # fmt: skip
+    with quiet_transformers(), warnings.catch_warnings():
+        # PEFT speaks of its own doing: names that transformers renames, and how GPT-2 stores its layers.
+        warnings.filterwarnings("ignore", r"`.*gradient_checkpointing.*` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False but the target module is `Conv1D`")
+        if settings.load_in_4bit:
+            model = prepare_model_for_kbit_training(
+                model, use_gradient_checkpointing=settings.gradient_checkpointing,
+                gradient_checkpointing_kwargs={"use_reentrant": False},
+            )  # fmt: skip
+        return get_peft_model(model, config)
 
 
 def _training_dtype(folder: Path, settings: RecoverySettings) -> str:
@@ -56,12 +78,7 @@ def bfloat16_works(device: str | None) -> bool:
 
 
 def check_device(settings: RecoverySettings) -> None:
-    """Refuses what this machine cannot train on.
-
-    Raises:
-        RecoveryError: no such device.
-        MissingDependencyError: four bits without bitsandbytes.
-    """
+    """Refuses what this machine cannot train on."""
     device = settings.device
     if device not in (None, "cpu", "cuda", "cuda:0"):
         raise RecoveryError(
@@ -89,23 +106,18 @@ def _in_four_bits(folder: Path) -> Any:
 
 
 def check_teacher(teacher: Source | None, student: Checkpoint) -> None:
-    """Refuses a teacher whose distributions are over other tokens.
-
-    Raises:
-        RecoveryError: its vocabulary is another.
-    """
+    """Refuses a teacher whose distributions are over other tokens."""
     if teacher is None:
         return
-    theirs, ours = _vocabulary(teacher.folder), _vocabulary(student.folder)
+    theirs, ours = (
+        int(make_config(read_json(folder / "config.json"), where=str(folder)).vocab_size)
+        for folder in (teacher.folder, student.folder)
+    )
     if ours != theirs:
         raise RecoveryError(
             f"the teacher {teacher.name} has a vocabulary of {theirs:,} tokens, the student one of {ours:,}; give the "
             "dense model that it was pruned from"
         )
-
-
-def _vocabulary(folder: Path) -> int:
-    return int(make_config(read_json(folder / "config.json"), where=str(folder)).vocab_size)
 
 
 @contextmanager

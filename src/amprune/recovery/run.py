@@ -4,9 +4,9 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,20 +20,20 @@ from amprune.cut.refit.record import RECORD as RECONSTRUCTION
 from amprune.errors import RecoveryError
 from amprune.model.loading import load_tokenizer
 from amprune.model.reader import Checkpoint, open_model
-from amprune.model.recovered import LOG, RECORD
+from amprune.model.recovered import LOG, RECORD, read_log
 from amprune.model.source import Source, open_source
 from amprune.model.staging import check_output, staged_folder
-from amprune.model.writer import RECORDS, parse_size, write_json
+from amprune.model.writer import RECORDS, parse_size
 from amprune.prove.card import write_recovered_card
+from amprune.records import write
 from amprune.recovery.merging import write_recovered
 from amprune.recovery.models import check_device, check_teacher, teaching_model, trainable_model
 from amprune.recovery.runs import (
+    EPOCHS,
     begin_run,
     is_finished,
-    kept_epochs,
     last_checkpoint,
     nothing_left,
-    read_log,
     steps_done,
     write_log,
 )
@@ -59,13 +59,9 @@ class RecoveredModel:
 
 
 def recover(
-    model: PathLike,
-    out: PathLike,
-    settings: RecoverySettings | None = None,
-    *,
-    progress: Progress = no_progress,
+    model: PathLike, out: PathLike, settings: RecoverySettings | None = None, *, progress: Progress = no_progress,
     **options: Any,
-) -> RecoveredModel | None:
+) -> RecoveredModel | None:  # fmt: skip
     """Recovers a pruned model by fine-tuning (Algorithm 1, line 9) and writes an ordinary checkpoint.
 
     Runs unchanged under `accelerate launch`; then the first process writes OUT, and the others return None. Training
@@ -88,8 +84,10 @@ def recover(
     check_device(asked)
     parse_size(asked.max_shard_size)
     source, base = open_model(model, revision=asked.revision, dtype=asked.dtype)
+    # Of the processes that `accelerate launch` started, the first writes.
+    first, processes = os.environ.get("RANK", "0") == "0", int(os.environ.get("WORLD_SIZE", "1"))
     folder = Path(out).expanduser()
-    if _is_first():
+    if first:
         check_output(folder, overwrite=asked.overwrite, protected=source.protected)
         for number in range(1, math.ceil(asked.epochs) + 1 if asked.keep_epochs else 1):
             place = folder.with_name(f"{folder.name}.epoch-{number}")
@@ -97,49 +95,39 @@ def recover(
     dense = open_source(asked.teacher, dtype=asked.dtype) if asked.teacher is not None else None
     check_teacher(dense, base)
     tokenizer = _tokenizer(source, trust_remote_code=asked.trust_remote_code)
-    watch = progress if _is_first() else no_progress
+    watch = progress if first else no_progress
     length = min(asked.max_length, base.positions or asked.max_length)
     found = load_training_data(asked, tokenizer, max_length=length, progress=watch)
-    _check_batch(found, asked)
-    if not (source.folder / RECORDS / "plan.json").is_file() and _is_first():
+    if len(found.training) < (batch := asked.batch_size * processes):
+        raise RecoveryError(
+            f"{found.name} leaves {len(found.training)} samples to train on, fewer than a batch of {batch}; give more "
+            "samples or a smaller --batch-size"
+        )
+    if first and not (source.folder / RECORDS / "plan.json").is_file():
         logger.info("%s was not pruned by amprune; it is trained as it is", source.name)
     request = {
         "model": base.fingerprint, "data": found.to_dict(), "settings": asdict(part(Training, asked)),
         "dtype": asked.dtype, "teacher": str(asked.teacher) if asked.teacher is not None else None,
-        "keep_epochs": asked.keep_epochs, "processes": _processes(),
+        "keep_epochs": asked.keep_epochs, "processes": processes,
     }  # fmt: skip
     training = folder.with_name(f"{folder.name}.training")
-    if _is_first():
+    if first:
         begin_run(training, request, resume=asked.resume, overwrite=asked.overwrite)
-    _wait_for_everyone(asked.device)
-    with nothing_left(training) if _is_first() else nullcontext():
+    if processes > 1:  # none looks into the folder of the run before the first has put it in order
+        PartialState(cpu=asked.device is not None and asked.device.startswith("cpu")).wait_for_everyone()
+    with nothing_left(training) if first else nullcontext():
         trained = _trained(source, dense, tokenizer, found, asked, training, progress=watch)
-    if not _is_first():
+    if not first:
         return None
     log = tuple(read_log(training / LOG))
-    write = partial(_write, source, base, request, log, asked, progress=progress)
-    epochs = []
-    for epoch in kept_epochs(training) if asked.keep_epochs else ():
-        epochs.append(folder.with_name(f"{folder.name}.{epoch.name}"))
-        write(epoch, epochs[-1], overwrite=True)
-    record = write(trained, folder, overwrite=asked.overwrite)
+    finish = partial(_write, source, base, request, log, progress=progress)
+    kept = sorted((training / EPOCHS).iterdir(), key=steps_done) if asked.keep_epochs else ()
+    epochs = tuple(folder.with_name(f"{folder.name}.{epoch.name}") for epoch in kept)
+    for epoch, place in zip(kept, epochs, strict=True):
+        finish(replace(asked, overwrite=True), epoch, place)
+    record = finish(asked, trained, folder)
     shutil.rmtree(training)
-    return RecoveredModel(folder, log, record, tuple(epochs))
-
-
-def _is_first() -> bool:
-    """Tells whether this is the process that writes, of those that `accelerate launch` started."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def _processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _wait_for_everyone(device: str | None) -> None:
-    """Lets no process look into the folder of the run before the first has put it in order."""
-    if _processes() > 1:
-        PartialState(cpu=device is not None and device.startswith("cpu")).wait_for_everyone()
+    return RecoveredModel(folder, log, record, epochs)
 
 
 def _tokenizer(source: Source, *, trust_remote_code: bool) -> Any:
@@ -152,25 +140,10 @@ def _tokenizer(source: Source, *, trust_remote_code: bool) -> Any:
     return tokenizer
 
 
-def _check_batch(data: TrainingData, settings: Training) -> None:
-    batch = settings.batch_size * _processes()
-    if len(data.training) < batch:
-        raise RecoveryError(
-            f"{data.name} leaves {len(data.training)} samples to train on, fewer than a batch of {batch}; give more "
-            "samples or a smaller --batch-size"
-        )
-
-
 def _trained(
-    source: Source,
-    dense: Source | None,
-    tokenizer: Any,
-    data: TrainingData,
-    settings: RecoverySettings,
-    training: Path,
-    *,
-    progress: Progress,
-) -> Path:
+    source: Source, dense: Source | None, tokenizer: Any, data: TrainingData, settings: RecoverySettings,
+    training: Path, *, progress: Progress,
+) -> Path:  # fmt: skip
     """Trains, unless an interrupted run had come to its end; returns the checkpoint of the last step."""
     start = last_checkpoint(training)
     if start is not None and is_finished(start):
@@ -179,15 +152,12 @@ def _trained(
     with (
         trainable_model(source.folder, settings) as model,
         teaching_model(dense, dtype=settings.dtype) as teacher,
-        progress("Training", total_steps(data, settings, processes=_processes())) as advance,
+        progress("Training", total_steps(data, settings)) as advance,
     ):
         advance(steps_done(start) if start is not None else 0)
-        trainer = train(
-            model, tokenizer, data, settings, training,
-            teacher=teacher, resume_from=start, advance=advance,
-        )  # fmt: skip
-        trainer.accelerator.wait_for_everyone()
-        del trainer
+        train(
+            model, tokenizer, data, settings, training, teacher=teacher, resume_from=start, advance=advance
+        ).accelerator.wait_for_everyone()
     release_memory()
     if (end := last_checkpoint(training)) is None:
         raise RecoveryError(f"{training} holds no checkpoint although the training ended; is the disk sound?")
@@ -195,49 +165,30 @@ def _trained(
 
 
 def _write(
-    source: Source,
-    base: Checkpoint,
-    request: dict[str, Any],
-    log: Sequence[dict[str, Any]],
-    settings: RecoverySettings,
-    trained: Path,
-    place: Path,
-    *,
-    overwrite: bool,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Writes a merged checkpoint, with what was trained until then as its record; returns the record."""
+    source: Source, base: Checkpoint, request: Mapping[str, Any], log: Sequence[dict[str, Any]],
+    settings: RecoverySettings, trained: Path, place: Path, *, progress: Progress,
+) -> dict[str, Any]:  # fmt: skip
+    """Writes a merged checkpoint, with how it was made until then: plan and scores of the pruned model, record, log.
+
+    Returns the record.
+    """
     steps = steps_done(trained)
     log = [entry for entry in log if entry["step"] <= steps]
-    with staged_folder(place, overwrite=overwrite, protected=source.protected) as staged:
-        rounding = write_recovered(base, trained, staged, max_shard_size=settings.max_shard_size, progress=progress)
-        record = _record(request, source, steps, log, rounding)
-        _write_records(source, staged, log, record)
-        write_recipe(staged / RECORDS / "recipe.yaml", "recover", settings)
-    return record
-
-
-def _record(
-    request: dict[str, Any], source: Source, steps: int, log: Sequence[dict[str, Any]], rounding: float
-) -> dict[str, Any]:
     losses = [entry["validation_loss"] for entry in log if "validation_loss" in entry]
-    return {
-        "format": 1,
-        "recovered_from": source.name,
-        **request,
-        "steps": steps,
-        "validation_before": losses[0] if losses else None,
-        "validation_after": losses[-1] if losses else None,
-        "rounding": rounding,
-        "versions": {"amprune": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
-    }
-
-
-def _write_records(source: Source, folder: Path, log: Sequence[dict[str, Any]], record: dict[str, Any]) -> None:
-    """Keeps how it was made: the plan and the scores of the pruned model, the record and the log of the training."""
-    for name in ("plan.json", "scores.safetensors", RECONSTRUCTION):
-        if (source.folder / RECORDS / name).is_file():
-            shutil.copyfile(source.folder / RECORDS / name, folder / RECORDS / name)
-    write_json(folder / RECORDS / RECORD, record)
-    write_log(folder / RECORDS / LOG, log)
-    write_recovered_card(folder, source=source)
+    with staged_folder(place, overwrite=settings.overwrite, protected=source.protected) as staged:
+        rounding = write_recovered(base, trained, staged, max_shard_size=settings.max_shard_size, progress=progress)
+        record = {
+            "format": 1, "recovered_from": source.name, **request, "steps": steps,
+            "validation_before": losses[0] if losses else None, "validation_after": losses[-1] if losses else None,
+            "rounding": rounding,
+            "versions": {"amprune": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        }  # fmt: skip
+        before, records = source.folder / RECORDS, staged / RECORDS
+        for name in ("plan.json", "scores.safetensors", RECONSTRUCTION):
+            if (before / name).is_file():
+                shutil.copyfile(before / name, records / name)
+        write(records / RECORD, record)
+        write_log(records / LOG, log)
+        write_recovered_card(staged, source=source)
+        write_recipe(records / "recipe.yaml", "recover", settings)
+    return record

@@ -26,44 +26,36 @@ from transformers import (
 
 from amprune.errors import RecoveryError, reason, required
 from amprune.model.architecture import quiet_transformers
-from amprune.model.recovered import LOG
+from amprune.model.recovered import LOG, read_log
 from amprune.recovery.distillation import divergence, teacher_hidden
 from amprune.recovery.models import bfloat16_works
-from amprune.recovery.runs import EPOCHS, cut_log, last_checkpoint, steps_done, where_to_go_on
+from amprune.recovery.runs import EPOCHS, last_checkpoint, steps_done, where_to_go_on, write_log
 from amprune.running import Advance
 from amprune.settings import RecoverySettings, Training
-from amprune.text.training import IGNORED, Sample, TrainingData
+from amprune.text.training import IGNORED, TrainingData
 
 _CHUNK = 512
 
 
 def train(
-    model: Any,
-    tokenizer: Any,
-    data: TrainingData,
-    settings: RecoverySettings,
-    folder: Path,
-    *,
-    teacher: PreTrainedModel | None = None,
-    resume_from: Path | None = None,
-    advance: Advance | None = None,
-) -> Trainer:
+    model: Any, tokenizer: Any, data: TrainingData, settings: RecoverySettings, folder: Path, *,
+    teacher: PreTrainedModel | None = None, resume_from: Path | None = None, advance: Advance | None = None,
+) -> Trainer:  # fmt: skip
     """Trains a model, with checkpoints and the log in `folder`, and returns the Trainer.
 
-    Where epochs are kept, the weights of each are in `folder/epochs`.
-
-    Raises:
-        RecoveryError: a loss is not finite, or the disk is full; says where the last good checkpoint is.
+    Where epochs are kept, the weights of each are in `folder/epochs`. Where a loss is not finite, or the disk is full,
+    the error says where the last good checkpoint is.
     """
-    trainer = _Recovery(
-        settings=settings,
-        teacher=teacher,
-        model=model,
-        args=_arguments(settings, folder, data, anew=resume_from is None),
-        train_dataset=[_masked(sample) for sample in data.training],
-        eval_dataset=[_masked(sample) for sample in data.validation] or None,
-        data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED),
+    training, validation = (
+        [{**sample, "attention_mask": [1] * len(sample["input_ids"])} for sample in samples]
+        for samples in (data.training, data.validation)
     )
+    trainer = _Recovery(
+        settings=settings, teacher=teacher, model=model,
+        args=_arguments(settings, folder, data, anew=resume_from is None),
+        train_dataset=training, eval_dataset=validation or None,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED),
+    )  # fmt: skip
     if teacher is not None:
         teacher.to(trainer.args.device)  # type: ignore[arg-type]
     trainer.remove_callback(PrinterCallback)
@@ -91,76 +83,54 @@ def _disk_errors(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _masked(sample: Sample) -> Sample:
-    return {**sample, "attention_mask": [1] * len(sample["input_ids"])}
-
-
 def check_training(settings: Training) -> None:
-    """Raises RecoveryError for what cannot be trained with."""
+    """Refuses what cannot be trained with."""
     least = {"lora_rank": 1, "batch_size": 1, "gradient_accumulation": 1, "max_length": 2, "save_steps": 1,
-             "logging_steps": 1}  # fmt: skip
-    for name, smallest in least.items():
-        if getattr(settings, name) < smallest:
-            raise RecoveryError(f"{_flag(name)} is {getattr(settings, name)}, expected {smallest} or more")
-    for name in ("lora_alpha", "learning_rate", "epochs", "temperature"):
-        if not 0 < getattr(settings, name) < float("inf"):
-            raise RecoveryError(f"{_flag(name)} is {getattr(settings, name)}, expected a positive number")
-    for name in ("lora_dropout", "validation_share", "teacher_weight"):
-        value, whole = getattr(settings, name), name == "teacher_weight"
-        if not (0 <= value < 1 or (whole and value == 1)):
-            expected = "0 to 1" if whole else "0 or more and below 1"
-            raise RecoveryError(f"{_flag(name)} is {value}, expected {expected}")
-    for name in ("max_steps", "validation_steps"):
-        if (value := getattr(settings, name)) is not None and value < 1:
-            raise RecoveryError(f"{_flag(name)} is {value}, expected 1 or more")
+             "logging_steps": 1, "max_steps": 1, "validation_steps": 1}  # fmt: skip
+    expected = {name: f"{smallest} or more" for name, smallest in least.items()}
+    expected |= dict.fromkeys(("lora_alpha", "learning_rate", "epochs", "temperature"), "a positive number")
+    expected |= dict.fromkeys(("lora_dropout", "validation_share"), "0 or more and below 1")
+    expected["teacher_weight"] = "0 to 1"
+    for name, words in expected.items():
+        value = getattr(settings, name)
+        if name in least:
+            good = value is None or value >= least[name]
+        elif words == "a positive number":
+            good = 0 < value < math.inf
+        else:
+            good = 0 <= value < 1 or (name == "teacher_weight" and value == 1)
+        if not good:
+            raise RecoveryError(f"--{name.replace('_', '-')} is {value}, expected {words}")
     if settings.full and settings.load_in_4bit:
         raise RecoveryError("weights in four bits cannot be trained in full; leave out --full or --load-in-4bit")
     required("LoRA", "" if settings.full else "peft")
 
 
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def total_steps(data: TrainingData, settings: Training, *, processes: int = 1) -> int:
-    """Returns how many optimizer steps a run takes."""
+def total_steps(data: TrainingData, settings: Training) -> int:
+    """Returns how many optimizer steps a run takes, on all devices together."""
     if settings.max_steps is not None:
         return settings.max_steps
-    batches = math.ceil(len(data.training) / (settings.batch_size * processes))
+    batches = math.ceil(len(data.training) / (settings.batch_size * int(os.environ.get("WORLD_SIZE", "1"))))
     return math.ceil(settings.epochs * max(1, math.ceil(batches / settings.gradient_accumulation)))
 
 
 def _arguments(settings: RecoverySettings, folder: Path, data: TrainingData, *, anew: bool) -> TrainingArguments:
     device = settings.device
-    steps = total_steps(data, settings, processes=int(os.environ.get("WORLD_SIZE", "1")))
     arguments = TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=1,
-        gradient_accumulation_steps=settings.gradient_accumulation,
-        learning_rate=settings.learning_rate,
-        num_train_epochs=settings.epochs,
-        max_steps=settings.max_steps or -1,
-        logging_steps=settings.logging_steps,
-        logging_nan_inf_filter=False,
-        save_steps=settings.save_steps,
-        save_total_limit=2,
+        per_device_train_batch_size=settings.batch_size, per_device_eval_batch_size=1,
+        gradient_accumulation_steps=settings.gradient_accumulation, learning_rate=settings.learning_rate,
+        num_train_epochs=settings.epochs, max_steps=settings.max_steps or -1,
+        logging_steps=settings.logging_steps, logging_nan_inf_filter=False, disable_tqdm=True, report_to=[],
+        save_steps=settings.save_steps, save_total_limit=2,
         eval_strategy="steps" if data.validation else "no",
         # A Trainer that evaluates before it trains takes the model as it is then, and never averages gradients.
         eval_on_start=anew and bool(data.validation),
-        eval_steps=settings.validation_steps or max(1, steps // 5),
-        prediction_loss_only=True,
-        bf16=settings.full and bfloat16_works(device),
-        use_cpu=device is not None and device.startswith("cpu"),
-        seed=settings.seed,
-        data_seed=settings.seed,
-        disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        remove_unused_columns=False,
-        label_names=["labels"],
-        ddp_find_unused_parameters=False,
-        report_to=[],
-    )
+        eval_steps=settings.validation_steps or max(1, total_steps(data, settings) // 5), prediction_loss_only=True,
+        bf16=settings.full and bfloat16_works(device), use_cpu=device is not None and device.startswith("cpu"),
+        seed=settings.seed, data_seed=settings.seed, dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False, label_names=["labels"], ddp_find_unused_parameters=False,
+    )  # fmt: skip
     arguments._n_gpu = min(1, arguments.n_gpu)  # else one process would spread each batch over all devices
     return arguments
 
@@ -225,8 +195,9 @@ class _Log(TrainerCallback):
     def __init__(self, path: Path, trainer: _Recovery, resume_from: Path | None, advance: Advance | None) -> None:
         self.path, self.trainer, self.advance = path, trainer, advance
         self.since = (time.perf_counter(), 0)
-        if trainer.is_world_process_zero():
-            cut_log(path, steps_done(resume_from) if resume_from else -1)
+        if trainer.is_world_process_zero():  # what came after the step that training goes on from is left out
+            done = steps_done(resume_from) if resume_from else -1
+            write_log(path, [entry for entry in read_log(path) if entry["step"] <= done])
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Begins to take the time."""
@@ -245,26 +216,21 @@ class _Log(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
         """Appends what the Trainer logs, under our names."""
-        if logs is None:
-            return
+        logs = logs or {}
         entry: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch or 0, 4)}
         if "eval_loss" in logs:
             entry["validation_loss"] = logs["eval_loss"]
         elif "loss" in logs:
             entry |= {name: float(logs[name]) for name in ("loss", "learning_rate", "grad_norm") if name in logs}
-            entry["tokens_per_second"] = self._speed()
+            now, tokens = time.perf_counter(), self.trainer.tokens
+            (before, done), self.since = self.since, (now, tokens)
+            everywhere = self.trainer.accelerator.num_processes * (tokens - done)
+            entry["tokens_per_second"] = round(everywhere / (now - before), 1)
         else:
             return
-        if not state.is_world_process_zero:
-            return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-
-    def _speed(self) -> float:
-        now, tokens = time.perf_counter(), self.trainer.tokens
-        (before, done), self.since = self.since, (now, tokens)
-        everywhere: int = self.trainer.accelerator.num_processes * (tokens - done)
-        return round(everywhere / (now - before), 1)
+        if state.is_world_process_zero:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
 
 
 class _EachEpoch(TrainerCallback):

@@ -72,11 +72,7 @@ class Inputs:
 def read_inputs(
     folder: Path, *, baseline: str | None = None, evaluation: str | os.PathLike[str] | None = None
 ) -> Inputs:
-    """Reads a pruned checkpoint with its evaluation, or a folder with an evaluation.
-
-    Raises:
-        ReportError: the folder holds neither, the evaluation is damaged, or the baseline is none of its models.
-    """
+    """Reads a pruned checkpoint with its evaluation, or a folder with an evaluation."""
     if not folder.is_dir():
         raise ReportError(
             f"{folder} is no folder; give a checkpoint that amprune pruned, or a folder with {EVALUATION}"

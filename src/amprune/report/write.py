@@ -82,9 +82,6 @@ def write_contents(output: Path, contents: Contents, *, beside: Mapping[Path, by
     """Writes report.md, report.html and figures/ into a folder, and other files with them.
 
     Figures that an earlier report had and this one has not are removed.
-
-    Raises:
-        ReportError: someone else wrote a file of that name, or the disk refuses; no file is half-written then.
     """
     for name, mark in zip(_NAMES, (_MARKER, _GENERATOR), strict=True):
         _refuse_foreign(output / name, mark)

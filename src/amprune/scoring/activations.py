@@ -45,10 +45,6 @@ def measure_activations(
 
     Each sample is averaged over its own tokens first; padding never counts. `batch_tokens` bounds the tokens of a
     batch, padding included, and changes no figure beyond rounding.
-
-    Raises:
-        ScoresError: an activation is not finite (names the layer), a token id is outside of the vocabulary, or a
-            sample is longer than the model's positions.
     """
     check_calibration(model, calibration, batch_tokens=batch_tokens)
     state = _Pass()

@@ -11,11 +11,7 @@ from amprune.text.calibration import CalibrationSet
 
 
 def check_calibration(model: PreTrainedModel, calibration: CalibrationSet, *, batch_tokens: int) -> None:
-    """Refuses a set that the model cannot read.
-
-    Raises:
-        ScoresError: it is empty, holds a token id outside of the vocabulary, or a sample longer than the positions.
-    """
+    """Refuses a set that the model cannot read."""
     if batch_tokens < 1:
         raise ScoresError(f"batch_tokens is {batch_tokens}, expected at least 1")
     if not calibration.samples or not all(calibration.samples):
@@ -43,11 +39,7 @@ def _check_lengths(calibration: CalibrationSet, positions: int | None) -> None:
 
 
 def predicting_samples(calibration: CalibrationSet) -> list[Sequence[int]]:
-    """Returns the samples that have a next token to predict.
-
-    Raises:
-        ScoresError: there is none.
-    """
+    """Returns the samples that have a next token to predict."""
     samples: list[Sequence[int]] = [sample for sample in calibration.samples if len(sample) > 1]
     if not samples:
         raise ScoresError(

@@ -49,10 +49,6 @@ def block_perplexities(
 
     Returns:
         (num_layers,) float32 in nats a token, the higher the more the block is worth; it may be negative.
-
-    Raises:
-        ScoresError: the set does not suit the model, no sample has two tokens, or a loss is not finite (names the
-            block).
     """
     check_calibration(model, calibration, batch_tokens=batch_tokens)
     samples = predicting_samples(calibration)

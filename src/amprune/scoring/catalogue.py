@@ -92,11 +92,7 @@ CRITERIA: Mapping[str, Criterion] = {
 
 
 def find_criterion(name: str) -> Criterion:
-    """Returns the criterion of a name.
-
-    Raises:
-        ScoresError: there is none; the message suggests the nearest and lists all.
-    """
+    """Returns the criterion of a name."""
     if name in CRITERIA:
         return CRITERIA[name]
     raise ScoresError(f"unknown criterion {name!r}; {guess(name, CRITERIA)}The criteria are {', '.join(CRITERIA)}")

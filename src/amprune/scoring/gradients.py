@@ -42,11 +42,7 @@ class _Batch:
 
 
 def check_memory(checkpoint: Checkpoint, calibration: CalibrationSet, dtype: torch.dtype, *, device: str) -> None:
-    """Refuses a model whose gradients do not fit into the memory that is free.
-
-    Raises:
-        ScoresError: says how much is needed, and for what.
-    """
+    """Refuses a model whose gradients do not fit into the memory that is free."""
     shape, size = checkpoint.shape, dtype.itemsize
     weights = shape.parameters * size
     states = calibration.tokens * shape.hidden_size * size * (shape.num_layers + 1)
@@ -77,9 +73,6 @@ def score_gradients(
 
     Returns:
         The scores of each layer's units, and (num_layers,) float32 of the blocks.
-
-    Raises:
-        ScoresError: the set does not suit the model, no sample has two tokens, or a gradient is not finite.
     """
     check_calibration(model, calibration, batch_tokens=_BATCH_TOKENS)
     samples = predicting_samples(calibration)

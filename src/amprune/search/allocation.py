@@ -79,9 +79,6 @@ def candidates(shape: ModelShape, options: PlanOptions) -> tuple[Budget, ...]:
 
     Both modes are in it unless one is asked for; those of a mode follow each other. Where a share is set by hand, or
     heads or neurons alone are to go, there is nothing to choose: the one budget of `find_budget` is returned.
-
-    Raises:
-        PlanError: as in `find_budget`, where no split spends the budget.
     """
     settled = [name for name in ("only", "heads_ratio", "neurons_ratio") if getattr(options, name) is not None]
     default = partial(find_budget, shape, options)
@@ -130,10 +127,6 @@ def allocate(
         refit: measures the best few with these weights, too, and chooses among them.
         batch_tokens: most tokens in a batch, padding included.
         progress: told how far it is.
-
-    Raises:
-        ScoresError: the samples do not suit the model, or the model gives logits that are not finite.
-        PlanError: no split spends the budget.
     """
     splits = tuple(budgets) if budgets is not None else candidates(scores.shape, options)
     equal = {budget: budget if budgets is not None else unrounded(scores.shape, budget, options) for budget in splits}

@@ -47,9 +47,6 @@ def measure_changes(
 
     Returns:
         The dense model's own divergence, 0, and loss; and the damage of each change.
-
-    Raises:
-        ScoresError: the samples do not suit the model, or a logit is not finite.
     """
     check_calibration(model, samples, batch_tokens=batch_tokens)
     predicted = sum(len(sample) - 1 for sample in predicting_samples(samples))

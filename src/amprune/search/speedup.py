@@ -70,9 +70,6 @@ def find_shapes(
         options: which heads and neurons may go; neither a ratio nor a number of parameters.
         speedup: measures a shape; see `shape_timer`.
         head_counts: at most so many numbers of heads are tried in each mode, spread evenly.
-
-    Raises:
-        PlanError: the speedup is out of reach (says the largest that was measured), or options contradict each other.
     """
     _check(shape, wanted, options)
     timed: dict[Budget, TimedShape] = {}

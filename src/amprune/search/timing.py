@@ -77,9 +77,6 @@ def shape_timer(
         free: bytes that may be filled; the default is what the device has.
         measure: times models by their names, as `measure_latency` does.
         progress: told how far it is.
-
-    Raises:
-        EvaluationError: not even two layers fit into memory, or the model lacks the positions.
     """
     where = device or default_device()
     layers = _layers(architecture.shape, dtype, free_memory(where) if free is None else free)

@@ -36,9 +36,6 @@ def read_records(
     """Reads `alpaca`, `mixed`, `builtin`, a .json, .jsonl, .parquet or .txt file, or a sequence of texts.
 
     Returns its name and its records but for blank texts. `option` is how the command line calls the source.
-
-    Raises:
-        CalibrationError: it cannot be read or is malformed.
     """
     name, records = _read(source, option)
     return name, [(where, record) for where, record in records if not _blank(record)]
@@ -159,9 +156,6 @@ def render(record: Mapping[str, Any], tokenizer: Any, where: str, *, prompts_onl
     """Writes a record in Alpaca's template, by the tokenizer's chat template, or as the plain text that it is.
 
     With `prompts_only` an Alpaca record needs no output.
-
-    Raises:
-        CalibrationError: its fields are none of these, or no text.
     """
     if "messages" in record:
         return _chat(tokenizer, record["messages"], where)

@@ -88,9 +88,6 @@ def solve(moments: Moments, *, bias: bool, strength: float = FIRST_STRENGTH) -> 
 
     With `bias`, the last input is a one for each token, whose weight is the bias and is not held to anything. Where no
     ridge lowers the held-out error, the projection stays as it is.
-
-    Raises:
-        ReconstructionError: the sums are not finite.
     """
     before = moments.held_out_error
     finite = bool(torch.isfinite(moments.gram).all() and torch.isfinite(moments.cross).all())

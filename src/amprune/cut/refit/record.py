@@ -68,11 +68,7 @@ class ReconstructionRecord:
 
 
 def read_record(folder: Path) -> ReconstructionRecord | None:
-    """Reads the record that an output carries; None where nothing was refitted.
-
-    Raises:
-        ReconstructionError: it is damaged.
-    """
+    """Reads the record that an output carries; None where nothing was refitted."""
     path = folder / RECORDS / RECORD
     remedy = "the record is damaged: reconstruct the model again"
     if not path.is_file():

@@ -129,11 +129,7 @@ def _check_plan(plan: PruningPlan) -> None:
 
 
 def packed(calibration: CalibrationSet, *, longest: int = ROW, eos: int | None = None) -> torch.Tensor:
-    """Joins samples and cuts them into (rows, length) of one length, at least 8 rows; what is left over is dropped.
-
-    Raises:
-        ReconstructionError: there are fewer than 16 tokens.
-    """
+    """Joins samples and cuts them into (rows, length) of one length, at least 8 rows; what is left over is dropped."""
     joined: list[int] = []
     for sample in calibration.samples:
         joined += sample if eos is None or sample[-1] == eos else (*sample, eos)
@@ -155,11 +151,7 @@ def _eos(dense: Checkpoint) -> int | None:
 def _moments_dtype(
     dense: Checkpoint, rows: torch.Tensor, width: int, dtype: torch.dtype, device: torch.device
 ) -> torch.dtype:
-    """Returns float64 where its sums fit into the memory that is free, else float32.
-
-    Raises:
-        ReconstructionError: neither fits.
-    """
+    """Returns float64 where its sums fit into the memory that is free, else float32."""
     hidden = dense.shape.hidden_size
     states = rows.numel() * hidden * dtype.itemsize * 4 + rows.numel() // HELD_OUT * (width + hidden) * 4
     blocks = 2 * dense.shape.parameters // dense.shape.num_layers * dtype.itemsize

@@ -85,9 +85,6 @@ def sweep(
         dtype: of the computation.
         moments_dtype: of the moments and of the solution.
         progress: told of each layer.
-
-    Raises:
-        ReconstructionError: activations are not finite (names the layer).
     """
     architecture, family = dense.architecture, dense.architecture.family
     read = partial(sliced_tensor, dense, changes=cuts_by_tensor(architecture, plan))
