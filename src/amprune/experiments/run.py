@@ -19,12 +19,11 @@ from amprune.experiments.cells import (
     remove_models,
     score_cells,
 )
-from amprune.experiments.configurations import load_configuration
 from amprune.experiments.contents import experiment_contents
 from amprune.experiments.opening import open_benches
 from amprune.experiments.recipes import Cell, find_recipe
 from amprune.experiments.results import FILE, CellResult, ModelResults, Results, alone_in, begin
-from amprune.experiments.settings import given_of, make_cells, make_settings
+from amprune.experiments.settings import given_of, load_configuration, make_cells, make_settings
 from amprune.experiments.tables import figures_of
 from amprune.model.latency import LatencySettings
 from amprune.report.write import ReportFiles, write_contents

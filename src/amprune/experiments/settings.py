@@ -1,15 +1,16 @@
-"""Everything that decides an experiment's figures, beside the models."""
+"""Everything that decides an experiment's figures, beside the models; and settings that ship, as JSON files."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from amprune.errors import EvaluationError, PlanError, ScoresError, guess
 from amprune.evaluation.perplexity import SEQUENCE_LENGTH
-from amprune.experiments.recipes import BEST, DENSE, Cell, Recipe
+from amprune.experiments.recipes import BEST, DENSE, RECIPES, Cell, Recipe
 from amprune.model.latency import LatencySettings
+from amprune.records import Rule, parse, read_object
 from amprune.recovery.training import check_training
 from amprune.scoring.catalogue import CRITERIA
 from amprune.settings import TASKS, ExperimentSettings, Training
@@ -19,7 +20,7 @@ _QUICK_TRAINING: Mapping[str, Any] = {"gradient_accumulation": 4}
 _QUICK_LATENCY: Mapping[str, Any] = {"new_tokens": 32, "warmup": 2, "runs": 5}
 _OF_THE_RUN = ("config", "quick", "keep", "overwrite")
 _CASES = ("latency_batch", "prompt_tokens", "mode", "new_tokens", "warmup", "runs")
-TRAINING = ("epochs", "max_steps", "gradient_accumulation")
+_TRAINING = ("epochs", "max_steps", "gradient_accumulation")
 """Fields of `Training` that may be given one by one."""
 
 
@@ -89,7 +90,7 @@ def make_settings(recipe: Recipe, given: Mapping[str, Any], *, configured: Mappi
     chosen = {name: value for name, value in given.items() if value is not None}
     merged = {"ratios": recipe.ratios, "methods": recipe.methods, **configured, **(_QUICK if quick else {}), **chosen}
     training = {**merged.pop("recovery", {}), **(_QUICK_TRAINING if quick else {})}
-    training |= {name: merged.pop(name) for name in TRAINING if name in merged}
+    training |= {name: merged.pop(name) for name in _TRAINING if name in merged}
     cases = {**(_QUICK_LATENCY if quick else {}), **{name: merged.pop(name) for name in _CASES if name in merged}}
     recover = merged.pop("recover", recipe.trains)
     if BEST in merged["methods"]:  # a configuration speaks of the set that all others share
@@ -164,3 +165,65 @@ def make_cells(recipe: Recipe, settings: Settings) -> tuple[Cell, ...]:
     if twice := [name for name in names if names.count(name) > 1]:
         raise EvaluationError(f"two models of the experiment are called {twice[0]!r}; give each ratio and name once")
     return cells
+
+
+# Configurations: settings as JSON files. Those of the paper ship, others are a user's own.
+
+_FORMAT = "amprune configuration 1"
+_SHIPPED = Path(__file__).with_name("configurations")
+_OTHERS = ("recovery", "quick", "latency", "checkpoints", "preset_samples")
+_SETTINGS = ("recover", *_TRAINING, *(one.name for one in fields(Settings) if one.name not in _OTHERS))
+_REMEDY = "see the configurations that ship"
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Which model, and with which settings each experiment is run on it."""
+
+    model: Annotated[str, Rule("a folder or a hub id")]
+    experiments: Mapping[str, Mapping[str, Any]]
+    """By name, what replaces some of `settings`."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    recovery: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `Training`."""
+    name: str = ""
+    about: str = ""
+
+    def settings_of(self, experiment: str) -> dict[str, Any]:
+        """Returns the settings of one experiment; `recovery` holds how is trained."""
+        if experiment not in self.experiments:
+            there = ", ".join(self.experiments)
+            raise EvaluationError(
+                f"the configuration {self.name} is not for {experiment}, only for {there}; give --model in its place"
+            )
+        return {**self.settings, **self.experiments[experiment], "recovery": self.recovery}
+
+
+def shipped() -> tuple[str, ...]:
+    """Returns the names of the configurations that ship."""
+    return tuple(sorted(file.stem for file in _SHIPPED.glob("*.json")))
+
+
+def load_configuration(name: str) -> Configuration:
+    """Reads a configuration that ships, by its name, or a JSON file."""
+    file = _SHIPPED / f"{name}.json" if name in shipped() else Path(name).expanduser()
+    if not file.is_file():
+        raise EvaluationError(
+            f"no configuration {name!r}; {guess(name, shipped())}There are {', '.join(shipped())}, or give a JSON file "
+            "of your own"
+        )
+    content = read_object(file, error=EvaluationError, hint=f"; {_REMEDY}")
+    _check_names(name, content, ("format", *(one.name for one in fields(Configuration) if one.name != "name")))
+    content["name"] = str(name)
+    found = parse(Configuration, content, where=str(name), error=EvaluationError, remedy=_REMEDY, format=_FORMAT)
+    _check_names(f"recovery of {name}", found.recovery, [one.name for one in fields(Training)])
+    _check_names(f"experiments of {name}", found.experiments, list(RECIPES))
+    for experiment, own in found.experiments.items():
+        _check_names(f"{experiment} of {name}", {**found.settings, **own}, _SETTINGS)
+    return found
+
+
+def _check_names(where: str, content: Mapping[str, Any], known: Sequence[str]) -> None:
+    for key in content:
+        if key not in known:
+            raise EvaluationError(f"{where} has an entry {key!r}; {guess(key, known)}Known are {', '.join(known)}")

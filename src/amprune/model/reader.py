@@ -19,13 +19,13 @@ from amprune.model.files import (
     StoredTensor,
     TensorHeader,
     opened,
-    read_json,
     stored_tensors,
     what_else,
 )
 from amprune.model.quantized import refuse_quantized
 from amprune.model.shape import ModelShape
 from amprune.model.source import Source, open_source
+from amprune.records import read_object
 from amprune.settings import PathLike
 
 logger = logging.getLogger(__name__)
@@ -145,7 +145,7 @@ def open_model(model: PathLike, *, revision: str | None = None, dtype: str = "au
 
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Opens a folder, reading config.json and every shard's header, and matches the two."""
-    config = read_json(folder / "config.json", hint=what_else(folder))
+    config = read_object(folder / "config.json", hint=what_else(folder))
     refuse_quantized(folder, config)
     architecture = describe(config, where=str(folder))
     stored = stored_tensors(folder)

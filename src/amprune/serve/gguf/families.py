@@ -10,7 +10,7 @@ from typing import Any
 from amprune.errors import UnsupportedModelError
 from amprune.model.backends import NARROW_ATTENTION
 from amprune.model.reader import Checkpoint
-from amprune.model.writer import write_json
+from amprune.records import write
 
 # Model types of which llama.cpp takes the head size to be the hidden size over the heads, and the config under which it
 # computes the same without doing so.
@@ -48,7 +48,7 @@ def as_known(checkpoint: Checkpoint) -> Iterator[Path]:
         for file in checkpoint.folder.iterdir():
             if file.is_file() and file.name != "config.json":
                 os.symlink(file.resolve(), Path(place) / file.name)
-        write_json(Path(place) / "config.json", {**checkpoint.config, **twin, "head_dim": checkpoint.shape.head_dim})
+        write(Path(place) / "config.json", {**checkpoint.config, **twin, "head_dim": checkpoint.shape.head_dim})
         yield Path(place)
 
 

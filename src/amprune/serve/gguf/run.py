@@ -10,12 +10,12 @@ import torch
 
 from amprune.errors import CheckpointError, ExportError, MissingDependencyError, UnsupportedModelError, required
 from amprune.model.backends import GGUF_BLOCK, GGUF_SUPER_BLOCK
-from amprune.model.files import read_json
 from amprune.model.gguf_file import GgufFile, read_gguf, set_width
 from amprune.model.llama_cpp_tools import find_converter, find_quantiser
 from amprune.model.reader import Checkpoint, read_checkpoint
 from amprune.model.source import Source, open_source
 from amprune.model.staging import check_file, staged_file
+from amprune.records import read_object
 from amprune.running import Progress, no_progress
 from amprune.serve.gguf.check import TokenCheck, check_sizes, check_tokens
 from amprune.serve.gguf.convert import CONVERTED, GgufType, convert, quantise
@@ -135,7 +135,7 @@ def _check_source(source: Source, *, trust_remote_code: bool) -> None:
         )
     settings = (source.folder / name for name in ("config.json", "tokenizer_config.json"))
     for file in (file for file in settings if file.is_file()):
-        if "auto_map" in read_json(file) and not trust_remote_code:
+        if "auto_map" in read_object(file) and not trust_remote_code:
             raise UnsupportedModelError(
                 f"{file} names code of the model's own (auto_map), which llama.cpp's converter would run; read it, and "
                 "give --trust-remote-code if you trust it"

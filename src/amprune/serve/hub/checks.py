@@ -8,12 +8,13 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from amprune.errors import PushError, reason
-from amprune.model.files import read_front_matter, read_json, stored_tensors
+from amprune.model.files import read_front_matter, stored_tensors
 from amprune.model.quantization import is_quantized
 from amprune.model.reader import read_checkpoint
 from amprune.model.recovered import is_recovered
 from amprune.model.writer import RECORDS
 from amprune.prove.card import CARD
+from amprune.records import read_object
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def check_folder(folder: Path) -> None:
 
 
 def _check_weights(folder: Path) -> None:
-    if read_json(folder / "config.json").get("quantization_config"):
+    if read_object(folder / "config.json").get("quantization_config"):
         stored_tensors(folder)  # which names and shapes belong to it, its own loader knows
     else:
         read_checkpoint(folder)
@@ -77,7 +78,7 @@ def _check_verified(folder: Path) -> None:
             f"{file} is missing, and so is the record of a training: nothing says that {folder} is the model that it "
             "should be; make it with `amprune prune`, `apply` or `recover`"
         )
-    if read_json(file).get("passed") is not True:
+    if read_object(file).get("passed") is not True:
         raise PushError(f"{file} says that {folder} is not verified; `amprune verify` shows why, make the model again")
 
 

@@ -21,8 +21,9 @@ from amprune.model.recovered import LOG
 from amprune.model.recovered import RECORD as RECOVERY
 from amprune.model.source import open_source
 from amprune.model.staging import check_output, staged_folder
-from amprune.model.writer import RECORDS, parse_size, write_json
+from amprune.model.writer import RECORDS, parse_size
 from amprune.prove.card import write_quantized_card
+from amprune.records import write
 from amprune.running import Progress, no_progress
 from amprune.serve.quantize.check import Findings, check_quantized
 from amprune.serve.quantize.schemes import Scheme, find_scheme, settle_group_size, split_layers
@@ -94,7 +95,7 @@ def quantize(
         for name in _CARRIED:
             if (source.folder / RECORDS / name).is_file():
                 shutil.copyfile(source.folder / RECORDS / name, partial / RECORDS / name)
-        write_json(partial / RECORDS / RECORD, record.to_dict())
+        write(partial / RECORDS / RECORD, record.to_dict())
         write_quantized_card(partial, record, source=source)
     return QuantizedModel(folder, record)
 

@@ -8,7 +8,8 @@ import torch
 
 from amprune.model.files import TensorHeader
 from amprune.model.reader import Checkpoint
-from amprune.model.writer import copy_sidecars, write_json, write_shards
+from amprune.model.writer import copy_sidecars, write_shards
+from amprune.records import write
 from amprune.running import Progress, no_progress
 from amprune.serve.quantize.schemes import Scheme
 
@@ -56,7 +57,7 @@ def write_quantized(
 
     copy_sidecars(base.folder, folder)
     settings = scheme.config(skipped, base.dtype)
-    write_json(folder / "config.json", {**base.config, "quantization_config": settings})
+    write(folder / "config.json", {**base.config, "quantization_config": settings})
     with progress("Quantising", sum(header.bytes for header in headers.values())) as advance:
         write_shards(
             folder,
