@@ -285,7 +285,8 @@ def test_sidecars_are_copied_and_nothing_else(model: Path, plan: PruningPlan) ->
     out = digests(apply_plan(model, plan, model.parent / "out").folder)
     copied = {*kept, "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     assert {name: out[name] for name in copied} == {name: before[name] for name in copied}
-    made = {"config.json", "model.safetensors", "README.md", f"{RECORDS}/plan.json", f"{RECORDS}/verification.json"}
+    made = {"config.json", "model.safetensors", "README.md"}
+    made |= {f"{RECORDS}/{name}" for name in ("plan.json", "recipe.yaml", "verification.json")}
     assert out.keys() == copied | made
     assert all(out[name] != before[name] for name in made & before.keys())
     assert digests(model) == before
@@ -926,7 +927,7 @@ def test_a_lock_that_a_dead_process_left_locks_nothing(tmp_path: Path) -> None:
 
 KILLED_WHILE_REPLACING = """
 import os, pathlib, shutil, signal, sys
-from amprune.checkpoint import staged_folder
+from amprune.model.staging import staged_folder
 step, out = sys.argv[1], pathlib.Path(sys.argv[2])
 kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 rename = pathlib.Path.rename

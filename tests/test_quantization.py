@@ -37,7 +37,7 @@ from amprune import (
 )
 from amprune.cli.options import app
 from amprune.evaluation.size import measure_size
-from amprune.model.quantization import Quantization, read_quantization
+from amprune.model.quantization import read_quantization
 from amprune.model.writer import RECORDS
 from amprune.prove.card import CARD
 from amprune.serve.hub.checks import check_folder
@@ -558,10 +558,12 @@ def test_the_command_prints_what_the_record_says(dense: Path, tmp_path: Path) ->
     [("format", 2), ("type", 8), ("quantized_from", None), ("bytes_after", True), ("tolerance", float("nan")),
      ("group_size", "64"), ("errors", {}), ("errors", {"model.layers.0": None})],
 )  # fmt: skip
-def test_a_damaged_record_is_refused(field: str, value: Any, made: dict[str, QuantizedModel]) -> None:
+def test_a_damaged_record_is_refused(field: str, value: Any, made: dict[str, QuantizedModel], tmp_path: Path) -> None:
+    (tmp_path / RECORDS).mkdir()
     content = {**made["int4"].record.to_dict(), field: value}
-    with pytest.raises(QuantizationError, match=f"mine: {field} is"):
-        Quantization.from_dict(content, where="mine")
+    (tmp_path / RECORDS / "quantization.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(QuantizationError, match=rf"quantization\.json: {field}.* is .*: quantise the model again"):
+        read_quantization(tmp_path)
 
 
 def test_a_record_reads_back(made: dict[str, QuantizedModel]) -> None:

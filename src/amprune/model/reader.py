@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -37,12 +38,19 @@ class Checkpoint(Mapping[str, torch.Tensor]):
     """
 
     def __init__(
-        self, folder: Path, config: dict[str, Any], architecture: Architecture, stored: Mapping[str, "StoredTensor"]
+        self,
+        folder: Path,
+        config: dict[str, Any],
+        architecture: Architecture,
+        stored: Mapping[str, "StoredTensor"],
+        computed: Mapping[str, Callable[[], torch.Tensor]] = MappingProxyType({}),
     ) -> None:
         self.folder = folder
         self.config = config
         self.architecture = architecture
         self._stored = stored
+        self._computed = computed
+        """What is computed on reading instead of being read as it is stored."""
 
     @property
     def shape(self) -> ModelShape:
@@ -83,14 +91,20 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         """Returns a tensor's name in the file, which may lack the base model's prefix."""
         return self._stored[name].name
 
+    def replaced(self, computed: Mapping[str, Callable[[], torch.Tensor]]) -> "Checkpoint":
+        """Returns the checkpoint with other values of some tensors, computed each time that one is read."""
+        return Checkpoint(self.folder, self.config, self.architecture, self._stored, computed)
+
     def __getitem__(self, name: str) -> torch.Tensor:
+        if name in self._computed:
+            return self._computed[name]()
         tensor = self._stored[name]
         with opened(tensor.file) as file:
             return cast(torch.Tensor, file.get_tensor(tensor.name))
 
     def resolve(self, name: str) -> str:
         """Returns the tensor of the checkpoint that a name of the model stands for, itself or the one it is tied to."""
-        if name in self._stored:
+        if name in self._stored or name in self._computed:
             return name
         partners = [source for target, source in self.architecture.tied.items() if target == name]
         partners += [target for target, source in self.architecture.tied.items() if source == name]
