@@ -30,7 +30,7 @@ torch.set_num_threads(1)
 # Modules of which no test is quick, by what they do. What takes more than half a second, all its cases together, is
 # named in slow.txt, which `pytest --renew-slow` writes anew for the tests that it runs.
 NOT_QUICK = {
-    "process": ("across_versions", "llama_cpp", "memory", "serving_vllm_server"),
+    "process": ("across_versions", "energy", "evaluate_gguf", "llama_cpp", "memory", "serving_vllm_server"),
     "training": (
         "experiments", "experiments_configurations", "experiments_contents", "experiments_requests",
         "experiments_resume", "recovery_adapters", "recovery_interrupted", "recovery_loss", "recovery_run",

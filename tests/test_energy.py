@@ -199,7 +199,6 @@ def model(tokens: int, calls: list[int]) -> Callable[[], int]:
     return run
 
 
-@pytest.mark.process
 @pytest.mark.usefixtures("played")
 def test_energy_is_that_of_the_parts_in_use() -> None:
     found = measured_energy(model(10, []), device="cpu", blocks=3, block_seconds=1e-9, warmup=0)
@@ -447,7 +446,6 @@ log_level = debug
 """
 
 
-@pytest.mark.process
 def test_a_busy_loop_takes_energy_without_network_noise_or_traces(tmp_path: Path) -> None:
     home, folder, temporary = (tmp_path / name for name in ("home", "folder", "temporary"))
     for path in (home, folder, temporary):

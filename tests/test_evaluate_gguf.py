@@ -45,7 +45,6 @@ def one(evaluation: Evaluation, model: str, measurement: str, metric: str) -> Re
 
 
 @reads_gguf
-@pytest.mark.process
 def test_a_gguf_file_is_measured_beside_the_checkpoint_that_it_was_made_from(folder: Path) -> None:
     models = [folder / "pruned", folder / "f32.gguf", folder / "q8_0.gguf"]
     found = evaluate(
@@ -84,7 +83,6 @@ SEVERAL_LLAMAS: list[tuple[str, dict[str, Any], float, str]] = [
 
 
 @reads_gguf
-@pytest.mark.process
 @pytest.mark.parametrize(("family", "entries", "heads", "written_as"), SEVERAL_LLAMAS)
 def test_whatever_llama_cpp_calls_llama_is_dequantised_to_what_was_exported(
     family: str, entries: dict[str, Any], heads: float, written_as: str, tmp_path: Path
@@ -118,7 +116,6 @@ def test_a_file_of_which_transformers_leaves_weights_out_is_refused(
 
 
 @reads_gguf
-@pytest.mark.process
 def test_a_file_of_which_transformers_would_rotate_another_part_of_each_head_is_refused(tmp_path: Path) -> None:
     """Transformers takes half of each head for every Nemotron."""
     rope = {"rope_type": "default", "rope_theta": 10000.0}
@@ -131,7 +128,6 @@ def test_a_file_of_which_transformers_would_rotate_another_part_of_each_head_is_
         open_source(tmp_path / "1.0.gguf")
 
 
-@pytest.mark.process
 def test_a_run_whose_energy_is_measured_generates_as_many_tokens(folder: Path) -> None:
     with llama_cpp_model(read_gguf(folder / "q8_0.gguf"), positions=16, threads=1) as model:
         assert generation_run(model, CASE)() == 6
