@@ -820,6 +820,7 @@ except CheckpointError as error:
 """
 
 
+@pytest.mark.process
 def test_a_write_that_fails_in_the_middle_of_a_file_leaves_nothing(model: Path, plan: PruningPlan) -> None:
     plan.save(model.parent / "plan.json")
     before, out = digests(model), model.parent / "out"
@@ -868,6 +869,7 @@ def stuck_while_writing(model: Path, plan: PruningPlan, out: Path) -> Iterator[s
         process.communicate()
 
 
+@pytest.mark.process
 def test_a_killed_run_leaves_no_out_and_the_next_one_succeeds(model: Path, plan: PruningPlan, tmp_path: Path) -> None:
     before, out = digests(model), tmp_path / "out"
     with stuck_while_writing(model, plan, out) as process:
@@ -880,6 +882,7 @@ def test_a_killed_run_leaves_no_out_and_the_next_one_succeeds(model: Path, plan:
     assert not list(tmp_path.glob("out.*"))
 
 
+@pytest.mark.process
 def test_a_run_keeps_off_the_out_that_another_is_writing(
     model: Path, plan: PruningPlan, pruned: Path, tmp_path: Path
 ) -> None:
@@ -943,6 +946,7 @@ with staged_folder(out, overwrite=True) as partial:
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("step", "left", "kept", "said"),
     [

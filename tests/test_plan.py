@@ -489,6 +489,7 @@ def test_a_plan_that_cannot_be_written_is_a_plan_error(tmp_path: Path) -> None:
         make_plan(fake_scores("llama-gqa"), ratio=0.2).save(tmp_path / "file" / "plan.json")
 
 
+@pytest.mark.process
 def test_planning_imports_no_torch() -> None:
     code = """
 import importlib, pkgutil, sys

@@ -170,6 +170,7 @@ def test_the_files_are_those_that_transformers_writes(
     assert settings[0]["quantization_config"] == settings[1]["quantization_config"]
 
 
+@pytest.mark.process
 def test_a_fresh_process_with_nothing_but_transformers_loads_and_generates(made: dict[str, QuantizedModel]) -> None:
     code = (
         "import sys, torch\n"

@@ -585,6 +585,7 @@ MANY = [(f"m{i} {'a very long name of a pruned model ' * 2}{i}" if i % 2 else f"
          17.67 * 10 ** (i * i / 9), 0.02 * i, 1 + 0.05 * i) for i in range(1, 10)]  # fmt: skip
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("models", "trained"),
     [([], ()), (MANY, ()), ([(NASTY, 0.3, 58.97, 0.07, 1.18)], (0,)), (MANY, range(9))],
