@@ -46,17 +46,13 @@ def check_folder(folder: Path) -> None:
         )
     if not (folder / "config.json").is_file():
         raise PushError(f"{folder} is no checkpoint: config.json is missing; give a folder that amprune wrote")
-    _check_weights(folder)
-    _check_verified(folder)
-    if not (folder / CARD).is_file():
-        raise PushError(f"{folder} has no model card ({CARD}); `amprune report {folder}` writes one")
-
-
-def _check_weights(folder: Path) -> None:
     if read_object(folder / "config.json").get("quantization_config"):
         stored_tensors(folder)  # which names and shapes belong to it, its own loader knows
     else:
         read_checkpoint(folder)
+    _check_verified(folder)
+    if not (folder / CARD).is_file():
+        raise PushError(f"{folder} has no model card ({CARD}); `amprune report {folder}` writes one")
 
 
 def _check_verified(folder: Path) -> None:
