@@ -375,10 +375,10 @@ DAMAGES: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], None], str]] =
 def test_weights_that_are_not_the_sources_are_noticed(
     damage: str, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from amprune.serve.quantize import write
+    from amprune.serve.quantize import run
 
     type, change, message = DAMAGES[damage]
-    written = write.write_shards
+    written = run.write_shards
 
     def damaged(folder: Path, *arguments: Any, metadata: dict[str, str], **options: Any) -> Any:
         found = written(folder, *arguments, metadata=metadata, **options)
@@ -387,7 +387,7 @@ def test_weights_that_are_not_the_sources_are_noticed(
         save_file(stored, folder / "model.safetensors", metadata={"format": "pt", **metadata})
         return found
 
-    monkeypatch.setattr(write, "write_shards", damaged)
+    monkeypatch.setattr(run, "write_shards", damaged)
     with pytest.raises(QuantizationError, match=message):
         quantize(dense, tmp_path / "out", type=type)  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())

@@ -18,7 +18,6 @@ from amprune.cut.refit.record import RECORD as RECONSTRUCTION
 from amprune.cut.refit.run import digest
 from amprune.cut.slicing import kept_tensors, masks, output_config
 from amprune.errors import AmpruneError, VerificationError
-from amprune.model.architecture import Architecture
 from amprune.model.loading import has_tokenizer, load_tokenizer
 from amprune.model.reader import Checkpoint, read_checkpoint
 from amprune.model.recovered import RECORD, is_recovered, read_recovery
@@ -228,22 +227,13 @@ def _check_trained(folder: Path, output: Checkpoint, advance: Callable[[int], No
     return f"finite; not compared: the weights were trained after pruning ({RECORD})"
 
 
-_Projection = Callable[[], tuple[torch.Tensor, torch.Tensor | None]]
-"""Reads the weight and the bias of an output projection."""
-
-
 def _logit_difference(
     output: Checkpoint, dense: Checkpoint, plan: PruningPlan, replaced: Collection[str], advance: Callable[[int], None]
 ) -> float:
-    """Returns the largest difference of any logit from those of the masked dense model.
-
-    That is given what the output stores instead of the weights and biases of output projections that are `replaced`,
-    by their dense names.
-    """
-    pruned, projections = probe_logits(output), _projections(output, dense, plan, replaced)
+    """Returns the largest difference of any logit from those of the masked dense model, see `_masked`."""
+    pruned = probe_logits(output)
     advance(1)
-    changed = partial(_masked, plan=plan, architecture=dense.architecture, projections=projections)
-    expected = probe_logits(dense, changed=changed)
+    expected = probe_logits(dense, changed=partial(_masked, output=output, dense=dense, plan=plan, replaced=replaced))
     advance(1)
     for name, logits in (("the masked dense model", expected), ("the pruned model", pruned)):
         finite(logits, VerificationError(f"{name} gives logits that are not finite"))
@@ -252,37 +242,33 @@ def _logit_difference(
 
 @contextmanager
 def _masked(
-    model: PreTrainedModel, plan: PruningPlan, architecture: Architecture, projections: Mapping[str, _Projection]
+    model: PreTrainedModel, output: Checkpoint, dense: Checkpoint, plan: PruningPlan, replaced: Collection[str]
 ) -> Iterator[None]:
-    """Makes the dense model compute what the pruned one should; `projections` stand in for those of the dense model."""
-    with ExitStack() as stack:
-        stack.enter_context(masked(model, plan, architecture))
-        for name, mask in masks(plan, architecture):
-            if name in projections:
-                hook = partial(_project, kept=mask.nonzero().flatten(), projection=projections[name])
+    """Makes the dense model compute what the pruned one should.
+
+    Of output projections of which a tensor is `replaced`, by its dense name, it takes what the output stores.
+    """
+    new = {old: name for name, old in kept_tensors(dense.architecture, plan, dense).items()}
+    modules = {name.rpartition(".")[0] for name in replaced}
+    with masked(model, plan, dense.architecture), ExitStack() as stack:
+        for name, mask in masks(plan, dense.architecture):
+            if name in modules and f"{name}.weight" in new:
+                hook = partial(
+                    _project, kept=mask.nonzero().flatten(), output=output, weight=new[f"{name}.weight"],
+                    bias=new.get(f"{name}.bias"),
+                )  # fmt: skip
                 stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
         yield
 
 
 def _project(
-    module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], _: object, *, kept: torch.Tensor, projection: _Projection
-) -> torch.Tensor:
-    weight, bias = projection()
-    return linear(inputs[0].index_select(-1, kept), weight.T if isinstance(module, Conv1D) else weight, bias)
-
-
-def _projections(
-    output: Checkpoint, dense: Checkpoint, plan: PruningPlan, replaced: Collection[str]
-) -> dict[str, _Projection]:
-    """Maps each output projection of the dense model with a replaced tensor to a reader of what the output stores."""
-    new = {old: name for name, old in kept_tensors(dense.architecture, plan, dense).items()}
-
-    def read(module: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-        bias = new.get(f"{module}.bias")
-        return output[new[f"{module}.weight"]].double(), None if bias is None else output[bias].double()
-
-    modules = {name.rpartition(".")[0] for name in replaced}
-    return {module: partial(read, module) for module in modules if f"{module}.weight" in new}
+    module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], _: object, *, kept: torch.Tensor, output: Checkpoint,
+    weight: str, bias: str | None,
+) -> torch.Tensor:  # fmt: skip
+    """Computes an output projection as the output stores it, on the features that stay."""
+    stored = output[weight].double()
+    stored = stored.T if isinstance(module, Conv1D) else stored
+    return linear(inputs[0].index_select(-1, kept), stored, None if bias is None else output[bias].double())
 
 
 def read_plan(folder: Path) -> PruningPlan:

@@ -1,7 +1,6 @@
 """Proof of an export: what the GGUF file says of its sizes, and the tokens that llama.cpp generates with it."""
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
@@ -10,10 +9,9 @@ from amprune.model.gguf_file import GgufFile
 from amprune.model.llama_cpp import llama_cpp_model
 from amprune.model.reader import Checkpoint
 from amprune.prove.comparison import finite, probe_ids, probe_logits, token_gaps
+from amprune.serve.gguf.convert import KINDS
 
 PROMPT, NEW = 8, 16
-LARGEST_GAP = {"f32": 1e-3, "f16": 0.25, "bf16": 0.25, "q8_0": 0.5}
-"""How far below the best a chosen token's logit may lie, in standard deviations of the logits; other types are told."""
 
 
 @dataclass(frozen=True)
@@ -28,17 +26,9 @@ class TokenCheck:
     largest_gap: float
     """How far below the best the worst token's logit lies, in standard deviations of the logits; 0 where all agree."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the JSON form."""
-        return asdict(self)
-
 
 def check_sizes(file: GgufFile, checkpoint: Checkpoint) -> None:
-    """Holds the sizes in the header to those of the checkpoint.
-
-    Raises:
-        ExportError: one differs.
-    """
+    """Holds the sizes in the header to those of the checkpoint."""
     shape = checkpoint.shape
     expected = {
         "block_count": shape.num_layers,
@@ -83,7 +73,7 @@ def check_tokens(file: GgufFile, checkpoint: Checkpoint, *, threads: int) -> Tok
     )
     gaps = token_gaps(logits[:, prompts.shape[1] - 1 : -1], chosen, never=file.control_tokens)
     found = TokenCheck(version, gaps.numel(), int((gaps == 0).sum()), float(gaps.max()))
-    allowed = LARGEST_GAP.get(file.type)
+    allowed = KINDS[file.type].largest_gap if file.type in KINDS else None
     if allowed is not None and not found.largest_gap <= allowed:
         raise ExportError(
             f"llama.cpp chooses other tokens than transformers with the converted file: {found.agreed} of "

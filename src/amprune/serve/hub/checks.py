@@ -28,11 +28,7 @@ class Terms:
 
 
 def check_name(repo: str) -> None:
-    """Refuses what is no name of a repository.
-
-    Raises:
-        PushError: it is not of the form owner/name or name.
-    """
+    """Refuses what is no name of a repository."""
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
@@ -40,13 +36,7 @@ def check_name(repo: str) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuses a folder that is no whole, verified model of amprune's.
-
-    Raises:
-        PushError: it is missing, an adapter, not verified, or without a card.
-        CheckpointError: a weight file is missing, truncated or does not fit config.json.
-        UnsupportedModelError: the architecture is none that amprune writes.
-    """
+    """Refuses a folder that is no whole, verified model of amprune's."""
     if not folder.is_dir():
         raise PushError(f"OUT {folder} is no folder; give a checkpoint that amprune wrote")
     if (folder / "adapter_config.json").is_file():
@@ -56,17 +46,13 @@ def check_folder(folder: Path) -> None:
         )
     if not (folder / "config.json").is_file():
         raise PushError(f"{folder} is no checkpoint: config.json is missing; give a folder that amprune wrote")
-    _check_weights(folder)
-    _check_verified(folder)
-    if not (folder / CARD).is_file():
-        raise PushError(f"{folder} has no model card ({CARD}); `amprune report {folder}` writes one")
-
-
-def _check_weights(folder: Path) -> None:
     if read_object(folder / "config.json").get("quantization_config"):
         stored_tensors(folder)  # which names and shapes belong to it, its own loader knows
     else:
         read_checkpoint(folder)
+    _check_verified(folder)
+    if not (folder / CARD).is_file():
+        raise PushError(f"{folder} has no model card ({CARD}); `amprune report {folder}` writes one")
 
 
 def _check_verified(folder: Path) -> None:
@@ -83,11 +69,7 @@ def _check_verified(folder: Path) -> None:
 
 
 def check_card(folder: Path, lines: Sequence[str]) -> None:
-    """Refuses a card in which some lines name paths of this machine.
-
-    Raises:
-        PushError: there are such lines.
-    """
+    """Refuses a card in which some lines name paths of this machine."""
     if lines:
         raise PushError(
             f"{folder / CARD} names paths of this machine ({', '.join(lines)}), and a card is sent as it is; take them "

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,8 @@ from amprune.model.files import opened, stored_tensors
 from amprune.model.loading import loaded_model
 from amprune.model.reader import Checkpoint, identical
 from amprune.prove.comparison import compare, finite, hold, logits_of, probe_ids, probe_logits
-from amprune.running import Progress, no_progress
+from amprune.running import Progress
 from amprune.serve.quantize.schemes import Scheme
-from amprune.serve.quantize.write import Parts
 
 TOLERANCES = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.15}
 """How far logits computed in a dtype may lie from those of the stored weights in float64: a root mean square, in
@@ -24,32 +22,17 @@ standard deviations. Rounding to bfloat16 moves those of SmolLM2-135M by 0.05; a
 1."""
 
 
-@dataclass(frozen=True)
-class Findings:
-    """What quantising did to a model, and that stock transformers computes with the result what is stored."""
-
-    errors: Mapping[str, float]
-    """By decoder block, the share of the quantised weights' Frobenius norm that quantising changed."""
-    logit_difference: float
-    """To the unquantised model: a root mean square in standard deviations of its logits, in float64."""
-    loaded_difference: float
-    """Between stock transformers and the stored weights in float64, as above."""
-    tolerance: float
-    computed_in: str
+Parts = Mapping[str, tuple[str, ...]]
+"""The names that each weight's packed tensors have in the file."""
 
 
 def check_quantized(
-    base: Checkpoint,
-    folder: Path,
-    parts: Parts,
-    scheme: Scheme,
-    *,
-    device: str | None = None,
-    progress: Progress = no_progress,
-) -> Findings:
+    base: Checkpoint, folder: Path, parts: Parts, scheme: Scheme, *, device: str | None, progress: Progress
+) -> dict[str, Any]:
     """Holds three things: stored weights are near those of the source, the rest is the same, and the folder loads.
 
     Source and stored weights are streamed module by module; the quantised model is loaded whole, by stock transformers.
+    Returns the figures of the record.
     """
     written = _unpacked(base, folder, parts, scheme)
     with progress("Comparing", len(base) + 3) as advance:
@@ -68,7 +51,10 @@ def check_quantized(
         f"the logits that transformers computes with {folder} differ from those of the weights stored in it",
         f"{tolerance} in {dtype}; is {scheme.library} sound on this machine?",
     )  # fmt: skip
-    return Findings(errors, compare(stored, expected).mean, difference, tolerance, dtype)
+    return {
+        "errors": errors, "logit_difference": compare(stored, expected).mean, "loaded_difference": difference,
+        "tolerance": tolerance, "computed_in": dtype,
+    }  # fmt: skip
 
 
 def _unpacked(base: Checkpoint, folder: Path, parts: Parts, scheme: Scheme) -> Checkpoint:
