@@ -8,10 +8,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from amprune.cut.masking import masked, swapped, whole_tensors
-from amprune.model.architecture import Architecture
+from amprune.model.architecture import Architecture, PreTrainedModel
 from amprune.model.shape import ModelShape
 from amprune.plan.artefact import PruningPlan
 from amprune.plan.budget import find_budget, matching_neurons, unrounded

@@ -8,11 +8,11 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from amprune.cut.slicing import output_config
 from amprune.errors import EvaluationError
-from amprune.model.architecture import Architecture, make_config, quiet_transformers
+from amprune.model.architecture import Architecture, PreTrainedModel, make_config, quiet_transformers
 from amprune.model.latency import LatencySettings, measure_latency
 from amprune.model.loading import default_device
 from amprune.model.shape import ModelShape
