@@ -8,11 +8,12 @@ from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from amprune.errors import PlanError
 from amprune.model.architecture import (
     Architecture,
+    PreTrainedModel,
     config_of_blocks,
     config_with_heads,
     describe,

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch.nn.functional import linear
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from amprune.cut.masking import masked
@@ -18,6 +17,7 @@ from amprune.cut.refit.record import RECORD as RECONSTRUCTION
 from amprune.cut.refit.run import digest
 from amprune.cut.slicing import kept_tensors, masks, output_config
 from amprune.errors import AmpruneError, VerificationError
+from amprune.model.architecture import PreTrainedModel
 from amprune.model.loading import has_tokenizer, load_tokenizer
 from amprune.model.reader import Checkpoint, read_checkpoint
 from amprune.model.recovered import RECORD, is_recovered, read_recovery

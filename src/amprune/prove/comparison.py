@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
 
 from amprune.errors import AmpruneError
-from amprune.model.architecture import make_config, quiet_transformers
+from amprune.model.architecture import PreTrainedModel, make_config, quiet_transformers
 from amprune.model.loading import input_device, loading_problems
 from amprune.model.reader import Checkpoint
 from amprune.model.streaming import streamed_model
