@@ -36,7 +36,7 @@ from amprune.model.architecture import describe
 from amprune.model.files import stored_tensors
 from amprune.model.reader import read_checkpoint
 from amprune.plan.artefact import check_plan
-from amprune.plan.depth import find_depth, removable_blocks
+from amprune.plan.budget import find_depth, removable_blocks
 from amprune.prove.card import removal
 from amprune.prove.checks import verify_checkpoint
 from amprune.report.figures_importance import blocks_figure

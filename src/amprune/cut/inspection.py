@@ -10,8 +10,7 @@ from amprune.model.backends import ShapeWarning, shape_warnings
 from amprune.model.reader import read_checkpoint
 from amprune.model.shape import ModelShape
 from amprune.model.source import open_source
-from amprune.plan.budget import largest_ratio
-from amprune.plan.depth import removable_blocks
+from amprune.plan.budget import largest_ratio, removable_blocks
 from amprune.plan.heads import head_choices
 from amprune.records import read_object
 from amprune.settings import PlanOptions

@@ -121,27 +121,17 @@ def _renewed(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_plan(plan: PruningPlan, *, where: str = "plan") -> None:
-    """Holds a plan to its invariants: sorted, in range, the same counts in every layer, groups intact."""
+    """Holds a plan, of units or of blocks, to its invariants: sorted, in range, every layer alike, groups intact."""
     before, after = plan.shape_before, plan.shape_after
     if len(plan.layers) != before.num_layers:
         raise PlanError(f"{where}: has {len(plan.layers)} layers, but the model has {before.num_layers}")
     _check_blocks(plan, where)
-    for index, layer in enumerate(plan.layers):
-        if layer is None:
-            continue
-        for kind, total, kept in (
-            ("query_heads", before.num_attention_heads, after.num_attention_heads),
-            ("key_value_heads", before.num_key_value_heads, after.num_key_value_heads),
-            ("neurons", before.intermediate_size, after.intermediate_size),
-        ):
-            _check_units(getattr(layer, kind), total, kept, f"{where}: layer {index}, {kind}")
-        _check_groups(layer, before.group_size, f"{where}: layer {index}")
+    for index in plan.kept_layers:
+        _check_layer(plan, index, f"{where}: layer {index}")
     expected = before.shrunk(
-        query_heads=after.num_attention_heads,
-        key_value_heads=after.num_key_value_heads,
-        neurons=after.intermediate_size,
-        layers=after.num_layers,
-    )
+        query_heads=after.num_attention_heads, key_value_heads=after.num_key_value_heads,
+        neurons=after.intermediate_size, layers=after.num_layers,
+    )  # fmt: skip
     if after != expected:
         found, wanted = after.to_dict(), expected.to_dict()
         name = next(name for name in wanted if found[name] != wanted[name])
@@ -149,14 +139,14 @@ def check_plan(plan: PruningPlan, *, where: str = "plan") -> None:
             f"{where}: shape_after disagrees with shape_before and the kept units: {name} is {short(found[name])}, "
             f"expected {short(wanted[name])}"
         )
-    if after.num_attention_heads != before.num_attention_heads:
-        if before.heads_refused is not None:
-            raise PlanError(f"{where}: removes heads of a {before.model_type} model: {before.heads_refused}")
-        if after.num_attention_heads not in before.query_head_counts:
-            raise PlanError(
-                f"{where}: keeps {after.num_attention_heads} query heads, but transformers loads a {before.model_type} "
-                f"model of hidden size {before.hidden_size} only with {', '.join(map(str, before.query_head_counts))}"
-            )
+    heads = after.num_attention_heads
+    if heads != before.num_attention_heads and before.heads_refused is not None:
+        raise PlanError(f"{where}: removes heads of a {before.model_type} model: {before.heads_refused}")
+    if heads not in (before.num_attention_heads, *before.query_head_counts):
+        raise PlanError(
+            f"{where}: keeps {heads} query heads, but transformers loads a {before.model_type} model of hidden size "
+            f"{before.hidden_size} only with {', '.join(map(str, before.query_head_counts))}"
+        )
     actual = 1 - after.parameters / before.parameters
     if abs(actual - plan.ratio_actual) > 1e-9:
         raise PlanError(f"{where}: ratio_actual is {plan.ratio_actual}, but the kept units give {actual}")
@@ -176,6 +166,28 @@ def _check_blocks(plan: PruningPlan, where: str) -> None:
         raise PlanError(f"{where}: removes blocks, but does not say how many parameters one holds (layer_parameters)")
 
 
+def _check_layer(plan: PruningPlan, index: int, where: str) -> None:
+    layer, before, after = plan.layers[index], plan.shape_before, plan.shape_after
+    assert layer is not None
+    for kind, total, kept in (
+        ("query_heads", before.num_attention_heads, after.num_attention_heads),
+        ("key_value_heads", before.num_key_value_heads, after.num_key_value_heads),
+        ("neurons", before.intermediate_size, after.intermediate_size),
+    ):
+        _check_units(getattr(layer, kind), total, kept, f"{where}, {kind}")
+    readers = dict.fromkeys(layer.key_value_heads, 0)
+    for head in layer.query_heads:
+        if (read := head // before.group_size) not in readers:
+            raise PlanError(f"{where}: keeps query head {head} but not key-value head {read}, which it reads")
+        readers[read] += 1
+    fewest, most = min(readers, key=lambda k: readers[k]), max(readers, key=lambda k: readers[k])
+    if readers[fewest] != readers[most]:
+        raise PlanError(
+            f"{where}: keeps {readers[fewest]} query heads for key-value head {fewest} and {readers[most]} for "
+            f"key-value head {most}; grouped-query attention needs the same number in every group"
+        )
+
+
 def _check_units(units: Sequence[int], total: int, kept: int, where: str) -> None:
     if len(units) != kept:
         raise PlanError(f"{where}: keeps {len(units)} units, but shape_after says {kept} in every layer")
@@ -188,19 +200,3 @@ def _check_units(units: Sequence[int], total: int, kept: int, where: str) -> Non
     if units[0] < 0 or units[-1] >= total:
         wrong = units[0] if units[0] < 0 else units[-1]
         raise PlanError(f"{where}: unit {wrong} is out of range, the model has 0 to {total - 1}")
-
-
-def _check_groups(layer: LayerPlan, group_size: int, where: str) -> None:
-    readers = dict.fromkeys(layer.key_value_heads, 0)
-    for head in layer.query_heads:
-        if head // group_size not in readers:
-            raise PlanError(
-                f"{where}: keeps query head {head} but not key-value head {head // group_size}, which it reads"
-            )
-        readers[head // group_size] += 1
-    fewest, most = min(readers, key=lambda k: readers[k]), max(readers, key=lambda k: readers[k])
-    if readers[fewest] != readers[most]:
-        raise PlanError(
-            f"{where}: keeps {readers[fewest]} query heads for key-value head {fewest} and {readers[most]} for "
-            f"key-value head {most}; grouped-query attention needs the same number in every group"
-        )

@@ -1,4 +1,7 @@
-"""The exact budget: from a ratio, or from a number of parameters, to the numbers of heads and neurons that stay."""
+"""How much goes: from a ratio, or a number of parameters, to the heads and neurons of each layer, or to the blocks.
+
+START at `find_budget` for heads and neurons, at `find_depth` for blocks; the rest of the module serves the first.
+"""
 
 import math
 from collections.abc import Sequence
@@ -11,6 +14,50 @@ from amprune.model.shape import ModelShape
 from amprune.plan.heads import Budget, HeadChoices, choices_of_all_modes, head_choices, kept_heads, usable_heads
 from amprune.plan.options import SLACK, check_options, heads_stay, multiples, narrower, smallest_multiple
 from amprune.settings import PlanOptions
+
+
+def find_depth(shape: ModelShape, options: PlanOptions) -> int:
+    """Returns how many decoder blocks go: as many as come nearest to the ratio, of two equally near the fewer.
+
+    Of `target_parameters` it is the fewest that leave no more.
+    """
+    check_options(shape, options, depth=True)
+    ratio, target, block = _ratio(shape, options), options.target_parameters, shape.layer_parameters
+    most, step = removable_blocks(shape, options), block / shape.parameters
+    protected = f"the first {options.protect_first} and the last {options.protect_last} blocks are protected"
+    if most < 1:
+        raise PlanError(
+            f"none of the {shape.num_layers} blocks can be removed: {protected}, and at least one stays; lower "
+            "protect_first or protect_last"
+        )
+    removed = math.ceil(ratio / step - 0.5 - 1e-9) if target is None else math.ceil((shape.parameters - target) / block)
+    if removed <= 0 and target is not None:
+        raise PlanError(
+            f"a target of {target:,} parameters would remove no block: the model has {shape.parameters:,}; without one "
+            f"block it has {shape.parameters - block:,}"
+        )
+    if removed <= 0:
+        raise PlanError(
+            f"a ratio of {ratio} would remove no block, as each holds {step:.2%} of the parameters; the "
+            f"nearest ratio that works is {_rounded_up(step)}"
+        )
+    if removed > most:
+        asked, reachable = f"a ratio of {ratio}", f"the largest ratio is {_rounded_down(most * step)}"
+        if target is not None:
+            asked = f"a target of {target:,} parameters"
+            reachable = f"the smallest reachable is {shape.parameters - most * block:,}"
+        raise PlanError(
+            f"{asked} asks for {removed} of {shape.num_layers} blocks, but at most {most} can go: {protected}; "
+            f"{reachable}"
+        )
+    return removed
+
+
+def removable_blocks(shape: ModelShape, options: PlanOptions) -> int:
+    """Returns how many blocks can go: those that are not protected, and never all."""
+    if shape.blocks_refused is not None or not shape.layer_parameters:
+        return 0
+    return max(min(shape.num_layers - options.protect_first - options.protect_last, shape.num_layers - 1), 0)
 
 
 def find_budget(shape: ModelShape, options: PlanOptions) -> Budget:
@@ -35,8 +82,27 @@ def _find(shape: ModelShape, choices: HeadChoices, options: PlanOptions) -> Budg
     removed, neurons = _spend(shape, choices, options)
     if (removed, neurons) == (0, shape.intermediate_size):
         raise _removes_nothing(shape, choices, options)
-    query_heads, key_value_heads = kept_heads(shape, choices.mode, removed)
-    return Budget(choices.mode, query_heads, key_value_heads, neurons)
+    return Budget(choices.mode, *kept_heads(shape, choices.mode, removed), neurons)
+
+
+def _spend(shape: ModelShape, choices: HeadChoices, options: PlanOptions) -> tuple[int, int]:
+    """Returns the number of head units removed and of neurons kept in every layer."""
+    neuron_cost, width = shape.neuron_parameters * shape.num_layers, shape.intermediate_size
+    if options.only == "heads" or options.neurons_ratio is not None:
+        neurons = _neurons_by_hand(shape, options)
+        return _heads_for(shape, choices, options, (width - neurons) * neuron_cost), neurons
+    preferred = _preferred(shape, choices, options)
+    if (equal := _equal_shares(shape, choices, options, preferred)) is not None:
+        return equal
+    for removed in preferred:
+        if (matching := matching_neurons(shape, choices, removed, options)) is not None:
+            return removed, matching
+    if options.target_parameters is not None:
+        # Between two numbers of heads: what all neurons leave with the larger one is the most that does not exceed it.
+        multiple = multiples(shape, options)[-1]
+        most = width // multiple * multiple
+        return _enough_heads(shape, choices, options, (width - most) * neuron_cost, preferred), most
+    raise _unreachable(shape, choices, options)
 
 
 def matching_neurons(shape: ModelShape, choices: HeadChoices, removed: int, options: PlanOptions) -> int | None:
@@ -45,25 +111,22 @@ def matching_neurons(shape: ModelShape, choices: HeadChoices, removed: int, opti
     They come to within half a multiple of the ratio; of `target_parameters` they are the most that do not exceed it,
     by less than one multiple. Of several multiples it is the widest that costs no more than `SLACK`.
     """
+    wanted, width = _exact_neurons(shape, removed * choices.cost, options), shape.intermediate_size
     *wider, usual = multiples(shape, options)
-    for multiple in wider:
-        neurons = _of_multiple(shape, choices, removed, options, multiple)
+
+    def of_multiple(multiple: int) -> int | None:
+        if options.target_parameters is not None:
+            neurons = math.floor(wanted) // multiple * multiple
+            return neurons if multiple <= neurons <= width // multiple * multiple else None
+        neurons = _to_multiple(wanted, multiple, width)
+        return neurons if abs(neurons - wanted) <= multiple / 2 + 1e-6 else None
+
+    for neurons in map(of_multiple, wider):
         if neurons is not None:
             missed = _removed_share(shape, choices, removed, neurons) - _ratio(shape, options)
             if abs(missed) <= SLACK:
                 return neurons
-    return _of_multiple(shape, choices, removed, options, usual)
-
-
-def _of_multiple(
-    shape: ModelShape, choices: HeadChoices, removed: int, options: PlanOptions, multiple: int
-) -> int | None:
-    wanted, width = _exact_neurons(shape, removed * choices.cost, options), shape.intermediate_size
-    if options.target_parameters is not None:
-        neurons = math.floor(wanted) // multiple * multiple
-        return neurons if multiple <= neurons <= width // multiple * multiple else None
-    neurons = _to_multiple(wanted, multiple, width)
-    return neurons if abs(neurons - wanted) <= multiple / 2 + 1e-6 else None
+    return of_multiple(usual)
 
 
 def _exact_neurons(shape: ModelShape, spent: int, options: PlanOptions) -> float:
@@ -88,7 +151,7 @@ def unrounded(shape: ModelShape, budget: Budget, options: PlanOptions) -> Budget
     width = shape.intermediate_size
     if multiples(shape, options) == (1,) or asked_ratio(shape, options) is None:
         return budget
-    whole = shape.shrunk(query_heads=budget.query_heads, key_value_heads=budget.key_value_heads, neurons=width)
+    whole = replace(budget, neurons=width).left_of(shape)
     neurons = round(_exact_neurons(shape, shape.parameters - whole.parameters, options))
     return replace(budget, neurons=min(max(neurons, 1), width))
 
@@ -121,24 +184,16 @@ def _neurons_by_hand(shape: ModelShape, options: PlanOptions) -> int:
     return _to_multiple(width * (1 - (options.neurons_ratio or 0)), multiples(shape, options)[-1], width)
 
 
-def _spend(shape: ModelShape, choices: HeadChoices, options: PlanOptions) -> tuple[int, int]:
-    """Returns the number of head units removed and of neurons kept in every layer."""
-    neuron_cost, width = shape.neuron_parameters * shape.num_layers, shape.intermediate_size
-    if options.only == "heads" or options.neurons_ratio is not None:
-        neurons = _neurons_by_hand(shape, options)
-        return _heads_for(shape, choices, options, (width - neurons) * neuron_cost), neurons
-    preferred = _preferred(shape, choices, options)
-    if (equal := _equal_shares(shape, choices, options, preferred)) is not None:
-        return equal
-    for removed in preferred:
-        if (matching := matching_neurons(shape, choices, removed, options)) is not None:
-            return removed, matching
+def _heads_for(shape: ModelShape, choices: HeadChoices, options: PlanOptions, spent: int) -> int:
+    """Returns the head units to remove where the neurons are settled and have taken `spent` parameters."""
+    if asked_ratio(shape, options) is None or options.heads_ratio is not None or heads_stay(shape, options):
+        return _nearest(choices.removable, (options.heads_ratio or 0) * choices.units)
     if options.target_parameters is not None:
-        # Between two numbers of heads: what all neurons leave with the larger one is the most that does not exceed it.
-        multiple = multiples(shape, options)[-1]
-        most = width // multiple * multiple
-        return _enough_heads(shape, choices, options, (width - most) * neuron_cost, preferred), most
-    raise _unreachable(shape, choices, options)
+        return _enough_heads(shape, choices, options, spent, choices.removable)
+    wanted = (_ratio(shape, options) * shape.parameters - spent) / choices.cost
+    if not min(choices.removable) - 0.5 <= wanted <= max(choices.removable) + 0.5:
+        raise _unreachable(shape, choices, options)
+    return _nearest(choices.removable, wanted)
 
 
 def _enough_heads(
@@ -150,6 +205,20 @@ def _enough_heads(
     if not enough:
         raise _unreachable(shape, choices, options)
     return min(enough)
+
+
+def _preferred(shape: ModelShape, choices: HeadChoices, options: PlanOptions) -> list[int]:
+    """Orders the numbers of head units to remove by how well they suit; the later ones serve extreme ratios."""
+    if choices.removable == (0,):
+        return [0]
+    if options.heads_ratio is not None:
+        return [_nearest(choices.removable, options.heads_ratio * choices.units)]
+    wanted = _prunable_share(shape, _ratio(shape, options)) * shape.attention_parameters / choices.cost
+    if shape.group_size > 1:
+        # Few and large units: one too many costs far more quality than the same parameters in neurons.
+        whole = math.floor(wanted + 1e-9)
+        return sorted(choices.removable, key=lambda removed: (removed > whole, abs(removed - wanted)))
+    return sorted(choices.removable, key=lambda removed: (abs(removed - wanted), removed))
 
 
 def _equal_shares(
@@ -165,22 +234,14 @@ def _equal_shares(
         return None
     if multiples(shape, options) != (1,):
         return None
-    share = _prunable_share(shape, ratio)
-    neurons = _to_multiple(shape.intermediate_size * (1 - share), 1, shape.intermediate_size)
-    removed = preferred[0] * choices.cost
-    removed += (shape.intermediate_size - neurons) * shape.neuron_parameters * shape.num_layers
-    return (preferred[0], neurons) if round(removed / shape.parameters, 4) == ratio else None
+    neurons = _to_multiple(shape.intermediate_size * (1 - _prunable_share(shape, ratio)), 1, shape.intermediate_size)
+    share = _removed_share(shape, choices, preferred[0], neurons)
+    return (preferred[0], neurons) if round(share, 4) == ratio else None
 
 
 def _prunable_share(shape: ModelShape, ratio: float) -> float:
     """Returns r = c * P / (A + M), the share that attention and MLPs must both lose."""
     return ratio * shape.parameters / (shape.attention_parameters + shape.mlp_parameters)
-
-
-def _ratio(shape: ModelShape, options: PlanOptions) -> float:
-    if (ratio := asked_ratio(shape, options)) is None:
-        raise PlanError("give a ratio, or both heads_ratio and neurons_ratio, or target_parameters")
-    return ratio
 
 
 def asked_ratio(shape: ModelShape, options: PlanOptions) -> float | None:
@@ -190,30 +251,11 @@ def asked_ratio(shape: ModelShape, options: PlanOptions) -> float | None:
     return 1 - options.target_parameters / shape.parameters
 
 
-def _heads_for(shape: ModelShape, choices: HeadChoices, options: PlanOptions, spent: int) -> int:
-    """Returns the head units to remove where the neurons are settled and have taken `spent` parameters."""
-    if asked_ratio(shape, options) is None or options.heads_ratio is not None or heads_stay(shape, options):
-        return _nearest(choices.removable, (options.heads_ratio or 0) * choices.units)
-    if options.target_parameters is not None:
-        return _enough_heads(shape, choices, options, spent, choices.removable)
-    wanted = (_ratio(shape, options) * shape.parameters - spent) / choices.cost
-    if not min(choices.removable) - 0.5 <= wanted <= max(choices.removable) + 0.5:
-        raise _unreachable(shape, choices, options)
-    return _nearest(choices.removable, wanted)
-
-
-def _preferred(shape: ModelShape, choices: HeadChoices, options: PlanOptions) -> list[int]:
-    """Orders the numbers of head units to remove by how well they suit; the later ones serve extreme ratios."""
-    if choices.removable == (0,):
-        return [0]
-    if options.heads_ratio is not None:
-        return [_nearest(choices.removable, options.heads_ratio * choices.units)]
-    wanted = _prunable_share(shape, _ratio(shape, options)) * shape.attention_parameters / choices.cost
-    if shape.group_size > 1:
-        # Few and large units: one too many costs far more quality than the same parameters in neurons.
-        whole = math.floor(wanted + 1e-9)
-        return sorted(choices.removable, key=lambda removed: (removed > whole, abs(removed - wanted)))
-    return sorted(choices.removable, key=lambda removed: (abs(removed - wanted), removed))
+def _ratio(shape: ModelShape, options: PlanOptions) -> float:
+    """Returns the ratio that was asked for, which options that were checked have where a share is open."""
+    ratio = asked_ratio(shape, options)
+    assert ratio is not None
+    return ratio
 
 
 def _nearest(allowed: Sequence[int], wanted: float) -> int:
@@ -234,11 +276,11 @@ def _unreachable(shape: ModelShape, choices: HeadChoices, options: PlanOptions) 
         smallest = round((1 - max((high for _, high in ranges), default=0.0)) * shape.parameters)
         asked, what = f"a target of {parameters:,} parameters", f"the smallest reachable is {smallest:,}"
     elif not above:
-        what = f"the largest reachable is {rounded_down(max(below, default=0.0))}"
+        what = f"the largest reachable is {_rounded_down(max(below, default=0.0))}"
     elif not below:
-        what = f"the smallest reachable is {rounded_up(min(above))}"
+        what = f"the smallest reachable is {_rounded_up(min(above))}"
     else:
-        nearest = f"{rounded_down(max(below))} and {rounded_up(min(above))}"
+        nearest = f"{_rounded_down(max(below))} and {_rounded_up(min(above))}"
         what = f"heads come in whole units, and the nearest reachable are {nearest}"
     return PlanError(
         f"{asked} cannot be reached with these options: {what}{because}; every layer keeps at least one "
@@ -261,11 +303,11 @@ def _removes_nothing(shape: ModelShape, choices: HeadChoices, options: PlanOptio
     return PlanError(f"{asked} would remove nothing, as units are whole; {smallest}")
 
 
-def rounded_down(ratio: float) -> float:
+def _rounded_down(ratio: float) -> float:
     """Returns a ratio with four decimals that is no larger."""
     return math.floor(ratio * 1e4) / 1e4
 
 
-def rounded_up(ratio: float) -> float:
+def _rounded_up(ratio: float) -> float:
     """Returns a ratio with four decimals that is no smaller."""
     return math.ceil(ratio * 1e4) / 1e4

@@ -8,17 +8,13 @@ Query heads over key-value heads, and what the two modes remove (9 query heads, 
                                                .       1       2                      0       1       2
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 from amprune.errors import PlanError
 from amprune.model.backends import heads_split
 from amprune.model.shape import ModelShape
-from amprune.plan.options import check_ratio, check_target, check_units, heads_stay
+from amprune.plan.options import check_options, heads_stay
 from amprune.settings import HeadsMode, PlanOptions
-
-_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
@@ -29,6 +25,10 @@ class Budget:
     query_heads: int
     key_value_heads: int
     neurons: int
+
+    def left_of(self, shape: ModelShape) -> ModelShape:
+        """Returns the shape of a model that keeps these units."""
+        return shape.shrunk(query_heads=self.query_heads, key_value_heads=self.key_value_heads, neurons=self.neurons)
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,8 @@ def head_choices(shape: ModelShape, options: PlanOptions) -> HeadChoices:
     devices.
     """
     mode = options.heads_mode or ("within" if shape.num_key_value_heads == 1 else "groups")
-    if shape.group_size == 1:
-        mode = "groups"
-    choices = _choices(shape, options, mode)
-    if options.heads_mode is None and options.tensor_parallel > 1 and not choices.removable and mode == "groups":
+    choices = _choices(shape, options, "groups" if shape.group_size == 1 else mode)
+    if options.heads_mode is None and options.tensor_parallel > 1 and not choices.removable:
         within = _choices(shape, options, "within")
         return within if within.removable else choices
     return choices
@@ -78,7 +76,7 @@ def _choices(shape: ModelShape, options: PlanOptions, mode: HeadsMode) -> HeadCh
 
 
 def usable_heads(shape: ModelShape, options: PlanOptions) -> HeadChoices:
-    """Returns what can be removed of heads, as `head_choices` does."""
+    """Returns what can be removed of heads, as `head_choices` does, and refuses options that leave no number."""
     choices = head_choices(shape, options)
     if choices.removable:
         return choices
@@ -97,12 +95,8 @@ def _no_split(shape: ModelShape, options: PlanOptions) -> PlanError:
     for devices in range(2, shape.num_attention_heads + 1):
         if options.only == "heads" and shape.intermediate_size % devices:
             continue
-        found = choices_of_all_modes(shape, replace(options, tensor_parallel=devices))
-        kept = sorted(
-            {kept_heads(shape, choices.mode, r) for choices in found for r in choices.removable}, reverse=True
-        )
-        if kept:
-            sizes.append(f"{devices} ({', '.join(f'{queries}/{groups}' for queries, groups in kept)})")
+        if kept := kept_by_any_mode(shape, replace(options, tensor_parallel=devices)):
+            sizes.append(f"{devices} ({', '.join(f'{queries}/{groups}' for queries, groups in kept[::-1])})")
     because = f" with heads_mode={options.heads_mode}" if options.heads_mode else ""
     if heads_stay(shape, options):
         because = f" (heads stay: {shape.heads_refused or 'neurons alone are to go'})"
@@ -119,16 +113,22 @@ def choices_of_all_modes(shape: ModelShape, options: PlanOptions) -> tuple[HeadC
 
     What would be listed twice, such as that no head goes, is listed where it comes first.
     """
-    default = head_choices(shape, options)
+    default = head_choices(shape, options).mode
+    other: HeadsMode = "within" if default == "groups" else "groups"
+    modes: tuple[HeadsMode, ...] = (default, other) if options.heads_mode is None else (default,)
     found, seen = [], set[tuple[int, int]]()
-    other: HeadsMode = "within" if default.mode == "groups" else "groups"
-    modes: tuple[HeadsMode, ...] = (default.mode, other) if options.heads_mode is None else (default.mode,)
     for mode in modes:
         choices = head_choices(shape, replace(options, heads_mode=mode))
         kept = {removed: kept_heads(shape, choices.mode, removed) for removed in choices.removable}
         found.append(replace(choices, removable=tuple(r for r in choices.removable if kept[r] not in seen)))
         seen |= set(kept.values())
     return tuple(choices for choices in found if choices.removable)
+
+
+def kept_by_any_mode(shape: ModelShape, options: PlanOptions) -> list[tuple[int, int]]:
+    """Lists the numbers of query and key-value heads that can stay, ascending."""
+    found = choices_of_all_modes(shape, options)
+    return sorted({kept_heads(shape, choices.mode, removed) for choices in found for removed in choices.removable})
 
 
 def kept_heads(shape: ModelShape, mode: HeadsMode, removed: int) -> tuple[int, int]:
@@ -141,18 +141,12 @@ def kept_heads(shape: ModelShape, mode: HeadsMode, removed: int) -> tuple[int, i
 
 def check_budget(shape: ModelShape, budget: Budget, options: PlanOptions) -> None:
     """Refuses numbers of units that no layer of the model can keep, or not with these options."""
-    check_units(shape, options)
-    check_ratio(options)
-    check_target(options)
-    known = {
-        kept_heads(shape, choices.mode, removed)
-        for choices in choices_of_all_modes(shape, replace(options, heads_mode=budget.heads_mode))
-        for removed in choices.removable
-    }
+    check_options(shape, options, decided=False)
+    known = kept_by_any_mode(shape, replace(options, heads_mode=budget.heads_mode))
     if (budget.query_heads, budget.key_value_heads) not in known:
         raise PlanError(
             f"the budget keeps {budget.query_heads} query and {budget.key_value_heads} key-value heads, expected (mode "
-            f"{budget.heads_mode}) {' or '.join(f'{queries} and {groups}' for queries, groups in sorted(known))}"
+            f"{budget.heads_mode}) {' or '.join(f'{queries} and {groups}' for queries, groups in known)}"
         )
     if not 1 <= budget.neurons <= shape.intermediate_size:
         raise PlanError(f"the budget keeps {budget.neurons} neurons, expected 1 to {shape.intermediate_size}")
@@ -161,10 +155,3 @@ def check_budget(shape: ModelShape, budget: Budget, options: PlanOptions) -> Non
             f"the budget keeps {budget.neurons} neurons, expected a multiple of tensor_parallel="
             f"{options.tensor_parallel}"
         )
-
-
-def evenly(items: Sequence[_Item], most: int) -> Sequence[_Item]:
-    """Returns at most so many of the items, spread evenly, the first and the last among them."""
-    if len(items) <= most or most < 2:
-        return items[:most]
-    return [items[round(index * (len(items) - 1) / (most - 1))] for index in range(most)]

@@ -1,4 +1,4 @@
-"""From scores and a ratio to a plan (Algorithm 1, lines 3 to 8)."""
+"""From scores and a ratio to a plan (Algorithm 1, lines 3 to 8). START HERE in this folder."""
 
 import math
 import random
@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any
 from amprune.errors import PlanError
 from amprune.model.shape import ModelShape
 from amprune.plan.artefact import LayerPlan, PruningPlan, check_plan
-from amprune.plan.budget import asked_ratio, find_budget
-from amprune.plan.depth import find_depth, removed_blocks
+from amprune.plan.budget import asked_ratio, find_budget, find_depth
 from amprune.plan.heads import Budget, check_budget
 from amprune.plan.options import applied_multiple, recorded
 from amprune.settings import Order, PlanOptions, settle
 
 if TYPE_CHECKING:  # numbers in a row serve as scores; numpy need not be there
     from amprune.scoring.scores import ImportanceScores, LayerScores, Scores
+
+_Kept = tuple[ModelShape, tuple[LayerPlan | None, ...], dict[str, Any]]
+"""The sizes of what stays, what each layer keeps, and what the plan records of the options."""
 
 
 def make_plan(
@@ -42,12 +44,22 @@ def make_plan(
         PlanError: the ratio is out of reach (says the nearest) or removes nothing, options contradict each other, or
             the family's heads cannot be removed, or no number of heads can be split over the devices.
     """
-    options = settle(PlanOptions, settings, single)
-    if scores.blocks is None:
-        return _by_width(scores, options, budget)
-    if budget is not None:
+    options, shape = settle(PlanOptions, settings, single), scores.shape
+    if scores.blocks is not None and budget is not None:
         raise PlanError("a budget of heads and neurons means nothing to scores of whole blocks; leave it out")
-    return _by_depth(scores, scores.blocks, options)
+    after, layers, told = (
+        _by_width(scores, options, budget) if scores.blocks is None else _by_depth(shape, scores.blocks, options)
+    )
+    actual, asked = 1 - after.parameters / shape.parameters, asked_ratio(shape, options)
+    provenance = {
+        "fingerprint": scores.fingerprint,
+        "criterion": scores.criterion,
+        "calibration": scores.calibration,
+        "scoring": scores.settings,
+    }
+    plan = PruningPlan(actual if asked is None else asked, actual, shape, after, layers, provenance, told)
+    check_plan(plan)
+    return plan
 
 
 def check_request(shape: ModelShape, options: PlanOptions, *, depth: bool) -> None:
@@ -55,64 +67,37 @@ def check_request(shape: ModelShape, options: PlanOptions, *, depth: bool) -> No
     (find_depth if depth else find_budget)(shape, options)
 
 
-def _by_width(scores: "ImportanceScores", options: PlanOptions, budget: Budget | None) -> PruningPlan:
+def _by_width(scores: "ImportanceScores", options: PlanOptions, given: Budget | None) -> _Kept:
     """Chooses the units of each layer."""
-    shape, given = scores.shape, {} if budget is None else {"budget": asdict(budget)}
-    if budget is None:
-        budget = find_budget(shape, options)
-    else:
-        check_budget(shape, budget, options)
-    after = shape.shrunk(query_heads=budget.query_heads, key_value_heads=budget.key_value_heads, neurons=budget.neurons)
-    asked = asked_ratio(shape, options)
+    shape = scores.shape
+    if given is not None:
+        check_budget(shape, given, options)
+    budget = find_budget(shape, options) if given is None else given
+    after, asked = budget.left_of(shape), asked_ratio(shape, options)
     missed = math.inf if asked is None else abs(1 - after.parameters / shape.parameters - asked)
-    used = {
+    told = recorded(options, depth=False) | {
         "heads_mode": budget.heads_mode,
         "neuron_multiple": applied_multiple(shape, budget.neurons, options, missed=missed),
+        **({} if given is None else {"budget": asdict(given)}),
     }
-    layers = tuple(_keep_layer(layer, index, budget, options) for index, layer in enumerate(scores.layers))
-    return _plan(scores, options, after, layers, recorded(options, depth=False) | used | given)
+    return after, tuple(_keep_layer(layer, i, budget, options) for i, layer in enumerate(scores.layers)), told
 
 
-def _by_depth(scores: "ImportanceScores", blocks: "Scores", options: PlanOptions) -> PruningPlan:
-    """Chooses the blocks; those that stay keep every head and neuron."""
-    shape = scores.shape
-    units = {
-        "query_heads": shape.num_attention_heads,
-        "key_value_heads": shape.num_key_value_heads,
-        "neurons": shape.intermediate_size,
-    }
-    gone = removed_blocks(blocks, find_depth(shape, options), options)
-    after = shape.shrunk(**units, layers=shape.num_layers - len(gone))
-    whole = LayerPlan(**{kind: tuple(range(count)) for kind, count in units.items()})
-    layers = tuple(None if layer in gone else whole for layer in range(shape.num_layers))
-    return _plan(scores, options, after, layers, recorded(options, depth=True))
-
-
-def _plan(
-    scores: "ImportanceScores",
-    options: PlanOptions,
-    after: ModelShape,
-    layers: tuple[LayerPlan | None, ...],
-    told: dict[str, Any],
-) -> PruningPlan:
-    """Puts a plan together, and holds it to its invariants."""
-    actual, asked = 1 - after.parameters / scores.shape.parameters, asked_ratio(scores.shape, options)
-    plan = PruningPlan(
-        ratio_target=actual if asked is None else asked,
-        ratio_actual=actual,
-        shape_before=scores.shape,
-        shape_after=after,
-        layers=layers,
-        options=told,
-        provenance={
-            "fingerprint": scores.fingerprint,
-            "criterion": scores.criterion,
-            "calibration": scores.calibration,
-            "scoring": scores.settings,
-        },
+def _by_depth(shape: ModelShape, blocks: "Scores", options: PlanOptions) -> _Kept:
+    """Chooses the blocks, of equal ones those of the lower index; those that stay keep every head and neuron."""
+    count, candidates = find_depth(shape, options), range(options.protect_first, len(blocks) - options.protect_last)
+    if options.order == "random":
+        gone = random.Random(f"{options.seed}/blocks").sample(candidates, count)
+    else:
+        sign = -1 if options.order == "reversed" else 1
+        gone = sorted(candidates, key=lambda block: (sign * blocks[block], -block))[:count]
+    units = (shape.num_attention_heads, shape.num_key_value_heads, shape.intermediate_size)
+    after = shape.shrunk(
+        query_heads=units[0], key_value_heads=units[1], neurons=units[2], layers=shape.num_layers - count
     )
-    check_plan(plan)
-    return plan
+    whole = LayerPlan(*(tuple(range(total)) for total in units))
+    layers = tuple(None if layer in gone else whole for layer in range(shape.num_layers))
+    return after, layers, recorded(options, depth=True)
 
 
 def _keep_layer(scores: "LayerScores", index: int, budget: Budget, options: PlanOptions) -> LayerPlan:
@@ -122,12 +107,10 @@ def _keep_layer(scores: "LayerScores", index: int, budget: Budget, options: Plan
     queries: list[int] = []
     if budget.heads_mode == "groups":
         groups = _keep(scores.groups, budget.key_value_heads, options.order, generator)
-    for group in groups:
-        members = range(group * group_size, (group + 1) * group_size)
-        kept = _keep(
-            scores.heads[members.start : members.stop], budget.query_heads // len(groups), options.order, generator
-        )
-        queries += [members[head] for head in kept]
+    for first in (group * group_size for group in groups):
+        members = scores.heads[first : first + group_size]
+        kept = _keep(members, budget.query_heads // len(groups), options.order, generator)
+        queries += [first + head for head in kept]
     return LayerPlan(tuple(queries), groups, _keep(scores.neurons, budget.neurons, options.order, generator))
 
 

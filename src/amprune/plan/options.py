@@ -1,6 +1,6 @@
 """What a user may ask of a plan, what of it is refused, and of which multiple the number of neurons is then."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from math import lcm
 from typing import Any, get_args
@@ -10,100 +10,59 @@ from amprune.model.backends import GGUF_SUPER_BLOCK, TILE, reason_not_split
 from amprune.model.shape import ModelShape
 from amprune.settings import HeadsMode, Only, Order, PlanOptions
 
-OF_DEPTH = ("ratio", "target_parameters", "order", "seed", "protect_first", "protect_last", "tensor_parallel")
-"""Options that mean something where whole blocks are removed; `protect_*` mean nothing elsewhere."""
 SLACK = 0.0025
 """Share of the parameters by which a ratio may be missed for the sake of a multiple wider than the usual one."""
 _FEWEST = 4
 """Usual multiples that a layer should have: of a narrower one the ratio would be a matter of luck."""
+_OF_BLOCKS = ("protect_first", "protect_last")
+_OF_BOTH = ("ratio", "target_parameters", "order", "seed", "tensor_parallel")
+_CHOICES = {"order": get_args(Order), "only": (None, *get_args(Only)), "heads_mode": (None, *get_args(HeadsMode))}
 
 
-def check_options(shape: ModelShape, options: PlanOptions, *, depth: bool = False) -> None:
+def check_options(shape: ModelShape, options: PlanOptions, *, depth: bool = False, decided: bool = True) -> None:
     """Refuses options that are out of range, contradict each other, do not suit the family, or mean nothing.
 
-    Where whole blocks are removed (`depth`) others mean something than where heads and neurons are.
+    Where whole blocks are removed (`depth`), others mean something than where heads and neurons are. `decided` tells
+    whether they have to say how much goes.
     """
-    if depth:
-        _check_depth(shape, options)
-        return
-    check_units(shape, options)
-    check_ratio(options)
-    for name in ("heads_ratio", "neurons_ratio"):
-        if (share := getattr(options, name)) is not None and not 0 <= share < 1:
-            raise PlanError(f"{name} is {share}, expected at least 0 and less than 1")
-    check_target(options)
-    if (options.only == "neurons" and options.heads_ratio) or (options.only == "heads" and options.neurons_ratio):
-        raise PlanError(f"only={options.only} contradicts a share of the other kind set by hand; leave out one of them")
-    _check_decided(shape, options)
+    if depth and shape.blocks_refused is not None:
+        raise PlanError(f"blocks of a {shape.model_type} model cannot be removed: {shape.blocks_refused}")
+    if depth and not shape.layer_parameters:
+        raise PlanError("the scores do not say how many parameters a block holds; score the model again")
+    meaningful = _meaningful(depth=depth)
+    for name in (field.name for field in fields(PlanOptions)):
+        value, known = getattr(options, name), _CHOICES.get(name)
+        if name in meaningful and known is not None and value not in known:
+            raise PlanError(f"{name} is {value!r}, expected one of {', '.join(map(str, known))}")
+        if name not in meaningful and value != getattr(PlanOptions, name):
+            nothing = "no block is removed by scores of heads and neurons, and every one loses as many"
+            other = "blocks"
+            if depth:
+                nothing, other = "means nothing where whole blocks are removed", "heads and neurons"
+            raise PlanError(f"{name} is {value}, but {nothing}; leave it out, or score by a criterion of {other}")
+    if type(options.tensor_parallel) is not int or options.tensor_parallel < 1:
+        raise PlanError(f"tensor_parallel is {options.tensor_parallel!r}, expected a number of devices, at least 1")
+    (_check_blocks if depth else _check_units)(shape, options)
+    _check_amount(shape, options, depth=depth, decided=decided)
 
 
-def check_units(shape: ModelShape, options: PlanOptions) -> None:
-    """Refuses options, whatever is said of how much goes, that are out of range or do not suit the family."""
-    _check_choice("order", options.order, get_args(Order))
-    _check_choice("only", options.only, (None, *get_args(Only)))
-    _check_choice("heads_mode", options.heads_mode, (None, *get_args(HeadsMode)))
-    _check_no_protection(options)
-    _check_multiples(shape, options)
-    if shape.heads_refused is not None and (options.only == "heads" or options.heads_ratio):
-        raise PlanError(f"heads of a {shape.model_type} model cannot be removed: {shape.heads_refused}")
+def _meaningful(*, depth: bool) -> tuple[str, ...]:
+    """Names the options that mean something where blocks, or heads and neurons, are removed."""
+    of_units = tuple(field.name for field in fields(PlanOptions) if field.name not in _OF_BLOCKS)
+    return (*_OF_BOTH, *_OF_BLOCKS) if depth else of_units
 
 
-def _check_choice(name: str, value: str | None, allowed: Sequence[str | None]) -> None:
-    if value not in allowed:
-        raise PlanError(f"{name} is {value!r}, expected one of {', '.join(str(a) for a in allowed)}")
-
-
-def check_ratio(options: PlanOptions) -> None:
-    """Refuses a ratio that is none."""
-    ratio = options.ratio
-    if ratio is not None and not 0 < ratio < 1:
-        raise PlanError(f"ratio is {ratio}, expected a number between 0 and 1, such as 0.2 for 20 % of the parameters")
-
-
-def check_target(options: PlanOptions) -> None:
-    """Refuses a number of parameters that is none, or that stands beside a ratio."""
-    target = options.target_parameters
-    if target is None:
-        return
-    if options.ratio is not None:
+def _check_blocks(shape: ModelShape, options: PlanOptions) -> None:
+    if (reason := reason_not_split(shape, options.tensor_parallel)) is not None:
         raise PlanError(
-            f"a ratio of {options.ratio} and a target of {target} parameters say the same; give one of them"
+            f"tensor_parallel is {options.tensor_parallel}, but blocks that stay keep their units: {reason}"
         )
-    if type(target) is not int or target < 1:
-        raise PlanError(f"target_parameters is {target!r}, expected a whole number of at least 1")
+    for name in _OF_BLOCKS:
+        if type(value := getattr(options, name)) is not int or value < 0:
+            raise PlanError(f"{name} is {value!r}, expected a number of blocks, at least 0")
 
 
-def _check_no_protection(options: PlanOptions) -> None:
-    for name in ("protect_first", "protect_last"):
-        if (value := getattr(options, name)) != getattr(PlanOptions, name):
-            raise PlanError(
-                f"{name} is {value}, but no block is removed by scores of heads and neurons, and every one loses as "
-                "many; leave it out, or score by a criterion of blocks"
-            )
-
-
-def _check_decided(shape: ModelShape, options: PlanOptions) -> None:
-    """Wants a ratio or a number of parameters where a share is open.
-
-    Where both are settled by hand, they decide: a ratio is what was aimed at then, and a number would have no say.
-    """
-    open_heads = options.heads_ratio is None and not heads_stay(shape, options)
-    open_neurons = options.neurons_ratio is None and options.only != "heads"
-    if options.ratio is None and options.target_parameters is None and (open_heads or open_neurons):
-        raise PlanError("give a ratio, or both heads_ratio and neurons_ratio, or target_parameters")
-    if options.target_parameters is not None and not (open_heads or open_neurons):
-        raise PlanError(
-            "target_parameters decides nothing where the shares of heads and of neurons are both settled; leave one out"
-        )
-
-
-def heads_stay(shape: ModelShape, options: PlanOptions) -> bool:
-    """Tells whether no head is to be removed, because none can be or none is asked for."""
-    return options.only == "neurons" or shape.heads_refused is not None
-
-
-def _check_multiples(shape: ModelShape, options: PlanOptions) -> None:
-    check_devices(options)
+def _check_units(shape: ModelShape, options: PlanOptions) -> None:
     neurons, devices = 1 if options.neuron_multiple == "hardware" else options.neuron_multiple, options.tensor_parallel
     for name, multiple, total in (
         ("neuron_multiple", neurons, shape.intermediate_size),
@@ -121,46 +80,46 @@ def _check_multiples(shape: ModelShape, options: PlanOptions) -> None:
             f"only heads are to go, but the {shape.intermediate_size} neurons that stay cannot be shared out over "
             f"tensor_parallel={devices} devices; let neurons go, too"
         )
+    if shape.heads_refused is not None and (options.only == "heads" or options.heads_ratio):
+        raise PlanError(f"heads of a {shape.model_type} model cannot be removed: {shape.heads_refused}")
 
 
-def check_devices(options: PlanOptions) -> None:
-    """Refuses a number of devices that is none."""
-    if type(options.tensor_parallel) is not int or options.tensor_parallel < 1:
-        raise PlanError(f"tensor_parallel is {options.tensor_parallel!r}, expected a number of devices, at least 1")
-
-
-def _check_depth(shape: ModelShape, options: PlanOptions) -> None:
-    if shape.blocks_refused is not None:
-        raise PlanError(f"blocks of a {shape.model_type} model cannot be removed: {shape.blocks_refused}")
-    if not shape.layer_parameters:
-        raise PlanError("the scores do not say how many parameters a block holds; score the model again")
-    _check_choice("order", options.order, get_args(Order))
-    check_ratio(options)
-    check_target(options)
-    check_devices(options)
-    if (reason := reason_not_split(shape, options.tensor_parallel)) is not None:
+def _check_amount(shape: ModelShape, options: PlanOptions, *, depth: bool, decided: bool) -> None:
+    """Wants a ratio or a number of parameters where a share is open, and no number where it would have no say."""
+    ratio, target = options.ratio, options.target_parameters
+    if ratio is not None and not 0 < ratio < 1:
+        raise PlanError(f"ratio is {ratio}, expected a number between 0 and 1, such as 0.2 for 20 % of the parameters")
+    for name in ("heads_ratio", "neurons_ratio"):
+        if (share := getattr(options, name)) is not None and not 0 <= share < 1:
+            raise PlanError(f"{name} is {share}, expected at least 0 and less than 1")
+    if target is not None and ratio is not None:
+        raise PlanError(f"a ratio of {ratio} and a target of {target} parameters say the same; give one of them")
+    if target is not None and (type(target) is not int or target < 1):
+        raise PlanError(f"target_parameters is {target!r}, expected a whole number of at least 1")
+    if (options.only == "neurons" and options.heads_ratio) or (options.only == "heads" and options.neurons_ratio):
+        raise PlanError(f"only={options.only} contradicts a share of the other kind set by hand; leave out one of them")
+    heads_open = options.heads_ratio is None and not heads_stay(shape, options)
+    is_open = depth or heads_open or (options.neurons_ratio is None and options.only != "heads")
+    if decided and is_open and ratio is None and target is None:
+        if depth:
+            raise PlanError("give a ratio or target_parameters: blocks are removed by their share of the parameters")
+        raise PlanError("give a ratio, or both heads_ratio and neurons_ratio, or target_parameters")
+    if decided and target is not None and not is_open:
         raise PlanError(
-            f"tensor_parallel is {options.tensor_parallel}, but blocks that stay keep their units: {reason}"
+            "target_parameters decides nothing where the shares of heads and of neurons are both settled; leave one out"
         )
-    for field in fields(PlanOptions):
-        value = getattr(options, field.name)
-        if field.name not in OF_DEPTH and value != field.default:
-            raise PlanError(
-                f"{field.name} is {value}, but means nothing where whole blocks are removed; leave it out, or score "
-                "by a criterion of heads and neurons"
-            )
-    for name, value in (("protect_first", options.protect_first), ("protect_last", options.protect_last)):
-        if type(value) is not int or value < 0:
-            raise PlanError(f"{name} is {value!r}, expected a number of blocks, at least 0")
+
+
+def heads_stay(shape: ModelShape, options: PlanOptions) -> bool:
+    """Tells whether no head is to be removed, because none can be or none is asked for."""
+    return options.only == "neurons" or shape.heads_refused is not None
 
 
 def recorded(options: PlanOptions, *, depth: bool) -> dict[str, Any]:
     """Returns what a plan records of its options; a target instead of a ratio, and devices, where asked for."""
-    of_width = tuple(field.name for field in fields(PlanOptions) if not field.name.startswith("protect_"))
-    names = OF_DEPTH if depth else of_width
     rare = ("target_parameters", "tensor_parallel")
     unused = {name for name in rare if getattr(options, name) == getattr(PlanOptions, name)}
-    return {name: getattr(options, name) for name in names if name not in unused}
+    return {name: getattr(options, name) for name in _meaningful(depth=depth) if name not in unused}
 
 
 def multiples(shape: ModelShape, options: PlanOptions) -> tuple[int, ...]:
@@ -198,10 +157,9 @@ def smallest_multiple(options: PlanOptions) -> int:
 
 def applied_multiple(shape: ModelShape, neurons: int, options: PlanOptions, *, missed: float) -> int:
     """Returns the multiple that has shaped this number of neurons, which misses the ratio asked for by `missed`."""
+    *wide, usual = multiples(shape, options)
     if options.neuron_multiple != "hardware":
-        return multiples(shape, options)[-1]
-    wide = [multiple for multiple in multiples(shape, options)[:-1] if missed <= SLACK]
-    usual = multiples(shape, options)[-1]
-    narrow = [multiples(shape, fewer)[-1] for fewer in narrower(shape, options)]
-    fitting = [multiple for multiple in (*wide, usual, *narrow) if neurons % multiple == 0]
-    return fitting[0] if fitting else 1
+        return usual
+    narrow = (multiples(shape, fewer)[-1] for fewer in narrower(shape, options))
+    possible = (*(wide if missed <= SLACK else ()), usual, *narrow)
+    return next((multiple for multiple in possible if neurons % multiple == 0), 1)

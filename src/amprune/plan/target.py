@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, cast, get_args
 from amprune.errors import PlanError, guess
 from amprune.plan.budget import largest_ratio
 from amprune.plan.heads import usable_heads
-from amprune.plan.options import check_units, smallest_multiple
+from amprune.plan.options import check_options, smallest_multiple
 from amprune.settings import PlanOptions
 
 if TYPE_CHECKING:
@@ -66,34 +66,26 @@ def parse_target(text: str) -> Target:
     return Target(kind, value)
 
 
-def with_target(options: PlanOptions, target: Target | None, dense: "Checkpoint", *, depth: bool) -> PlanOptions:
+def with_target(options: PlanOptions, target: Target, dense: "Checkpoint", *, depth: bool) -> PlanOptions:
     """Returns the options with a target of parameters or bytes as the most parameters that may stay.
 
     A speedup is searched for, see `search/`: the options stay as they are then.
     """
-    if target is None:
-        return options
     if options.ratio is not None:
         raise PlanError(f"a ratio of {options.ratio} and the target {target} both say how much goes; give one of them")
+    if target.kind == "speedup" and depth:
+        raise PlanError("a speedup is searched for in numbers of heads and neurons; give depth pruning a ratio")
     if target.kind == "speedup":
-        if depth:
-            raise PlanError("a speedup is searched for in numbers of heads and neurons; give depth pruning a ratio")
         return options
     return replace(options, target_parameters=target_parameters(target, dense, options, depth=depth))
 
 
 def target_parameters(target: Target, checkpoint: "Checkpoint", options: PlanOptions, *, depth: bool = False) -> int:
-    """Returns the most parameters that may stay of a checkpoint: the `target_parameters` of `make_plan`.
+    """Returns the most parameters that may stay of a checkpoint by a target of parameters or bytes.
 
     Bytes are those of all tensors that are written, so that removed bytes are removed parameters times the bytes of an
     element. Where tensors that shrink are of several dtypes, the smallest counts: the target is not exceeded then, but
     met less closely.
-
-    Args:
-        target: of parameters or of bytes.
-        checkpoint: the dense model.
-        options: what else is asked of the plan; tells what can be reached.
-        depth: whole blocks are removed.
     """
     if target.kind == "speedup":
         raise PlanError(f"the target {target} is one of time, which has to be measured; use search.find_shapes")
@@ -101,7 +93,7 @@ def target_parameters(target: Target, checkpoint: "Checkpoint", options: PlanOpt
         return int(target.value)
     shape, element = checkpoint.shape, _element_bytes(checkpoint, depth=depth)
     if not depth:
-        check_units(shape, options)
+        check_options(shape, options, decided=False)
         usable_heads(shape, options)
     neurons = smallest_multiple(options) * shape.neuron_parameters * shape.num_layers
     step = shape.layer_parameters if depth else neurons

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -14,14 +14,16 @@ from amprune.model.architecture import Architecture, PreTrainedModel
 from amprune.model.shape import ModelShape
 from amprune.plan.artefact import PruningPlan
 from amprune.plan.budget import find_budget, matching_neurons, unrounded
-from amprune.plan.heads import Budget, choices_of_all_modes, evenly, kept_heads
+from amprune.plan.heads import Budget, choices_of_all_modes, kept_heads
 from amprune.plan.make import make_plan
+from amprune.plan.options import check_options
 from amprune.running import Progress, no_progress
 from amprune.scoring.scores import ImportanceScores
 from amprune.search.damage import Damage, measure_changes
 from amprune.settings import PlanOptions
 from amprune.text.calibration import CalibrationSet
 
+_Item = TypeVar("_Item")
 logger = logging.getLogger(__name__)
 
 MOST = 12
@@ -79,6 +81,7 @@ def candidates(shape: ModelShape, options: PlanOptions) -> tuple[Budget, ...]:
     Both modes are in it unless one is asked for; those of a mode follow each other. Where a share is set by hand, or
     heads or neurons alone are to go, there is nothing to choose: the one budget of `find_budget` is returned.
     """
+    check_options(shape, options)
     settled = [name for name in ("only", "heads_ratio", "neurons_ratio") if getattr(options, name) is not None]
     default = partial(find_budget, shape, options)
     if settled:
@@ -171,6 +174,13 @@ def plan_of(scores: ImportanceScores, allocation: Allocation, options: PlanOptio
     """Returns the plan of the chosen candidate; its provenance holds the whole table."""
     plan = make_plan(scores, options, budget=allocation.chosen.budget)
     return replace(plan, provenance={**plan.provenance, "allocation": allocation.to_dict()})
+
+
+def evenly(items: Sequence[_Item], most: int) -> Sequence[_Item]:
+    """Returns at most so many of the items, spread evenly, the first and the last among them."""
+    if len(items) <= most or most < 2:
+        return items[:most]
+    return [items[round(index * (len(items) - 1) / (most - 1))] for index in range(most)]
 
 
 def _next(splits: Sequence[Budget], found: Mapping[Budget, Damage]) -> list[Budget]:

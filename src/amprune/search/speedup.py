@@ -8,8 +8,9 @@ from typing import Any
 from amprune.errors import PlanError
 from amprune.model.shape import ModelShape
 from amprune.plan.budget import find_budget
-from amprune.plan.heads import Budget, choices_of_all_modes, evenly, kept_heads
+from amprune.plan.heads import Budget, choices_of_all_modes, kept_heads
 from amprune.plan.options import multiples
+from amprune.search.allocation import evenly
 from amprune.settings import PlanOptions
 
 logger = logging.getLogger(__name__)
