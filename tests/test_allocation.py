@@ -12,14 +12,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_calibration import architecture_of, random_samples
+from tiny_calibration import architecture_of, measure_shape, random_samples
 from tiny_models import PRUNABLE_HEADS, Tiny, config_of, find, make_model
 from transformers import PreTrainedModel
 
 from amprune import CalibrationSet, ImportanceScores, ModelShape, PlanError, PruningPlan, ScoresError, make_plan
 from amprune.cut.masking import masked, swapped, whole_tensors
 from amprune.cut.slicing import cuts_by_tensor, prune_model
-from amprune.model.architecture import Architecture, measure_shape
+from amprune.model.architecture import Architecture
 from amprune.plan.heads import Budget
 from amprune.scoring.weights import random_scores
 from amprune.search import allocation as choice

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 from test_plan import fake_scores, shape_of
+from tiny_calibration import measure_shape
 from tiny_models import find, save_model
 from typer.testing import CliRunner
 
 from amprune import ModelShape, inspect, make_plan
 from amprune.cli.options import app
-from amprune.model.architecture import measure_shape
 from amprune.model.backends import ShapeWarning, heads_split, reason_not_split, shape_warnings
 
 SMOLLM2: dict[str, Any] = {

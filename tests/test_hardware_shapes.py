@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_allocation import HELD_OUT, loud_model, scores_of
 from test_plan import CONFIGS, fake_scores, kept, ratio_of, shape_of
-from tiny_calibration import architecture_of
+from tiny_calibration import architecture_of, measure_shape
 from tiny_models import NEURONS_ONLY, find, make_model
 from tiny_tokenizer import make_tokenizer
 from typer.testing import CliRunner
@@ -22,7 +22,6 @@ from typer.testing import CliRunner
 from amprune import ImportanceScores, ModelShape, PlanError, PruningPlan, make_plan, prune
 from amprune.cli.display import show_plan
 from amprune.cli.options import app
-from amprune.model.architecture import measure_shape
 from amprune.model.backends import heads_split
 from amprune.plan.budget import find_budget, largest_ratio, unrounded
 from amprune.plan.heads import Budget, choices_of_all_modes, kept_heads

@@ -15,11 +15,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny_calibration import measure_shape
 from tiny_models import ALL, NEURONS_ONLY, PRUNABLE_HEADS, Tiny, config_of, find, make_model, save_model
 
 from amprune import CalibrationSet, ImportanceScores, ModelShape, PlanError, PruningPlan, apply_plan, make_plan, score
 from amprune.cut.slicing import prune_model
-from amprune.model.architecture import measure_shape
 from amprune.plan.artefact import check_plan
 from amprune.plan.budget import find_budget, largest_ratio
 from amprune.plan.heads import head_choices

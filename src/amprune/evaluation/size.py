@@ -12,8 +12,7 @@ from torch.nn.functional import linear
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from amprune.model.loading import input_device, vocabulary_size
-from amprune.model.stored import is_quantized, weight_bytes, weight_count
+from amprune.model.loading import input_device, is_quantized, vocabulary_size, weight_bytes, weight_count
 
 MACS_TOKENS = 64
 
