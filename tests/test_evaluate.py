@@ -396,7 +396,13 @@ def full_record(**changes: Any) -> Record:
 
 def test_a_file_says_what_was_saved(dense: Path, text: Path, tmp_path: Path) -> None:
     evaluation = perplexities(dense, tmp_path / "e.json", [text])
-    evaluation.add([full_record(), Record("dense", "size", "model", "x", 0.0, "u"), full_record(note=None, metric="y")])
+    evaluation.add(
+        [
+            full_record(),
+            Record(model="dense", measurement="size", task="model", metric="x", value=0.0, unit="u"),
+            full_record(note=None, metric="y"),
+        ]
+    )
     evaluation.unfinished = {"request": {"limit": None}, "done": ["dense: size"]}
     evaluation.save(tmp_path / "sub" / "again.json")
     assert Evaluation.load(tmp_path / "sub" / "again.json") == evaluation
@@ -420,13 +426,16 @@ DAMAGED = {
     "a list": ("[]", "its format is 'list'"),
     "a config": ('{"model_type": "llama"}', "its format is None"),
     "a plan": ('{"format": "amprune plan 1"}', "its format is 'amprune plan 1'"),
-    "no records": ('{"format": "amprune evaluation 1", "models": []}', "damaged.*records"),
+    "no records": ('{"format": "amprune evaluation 1", "models": []}', "lacks the field records; the file is damaged"),
     "a record of text": ('{"format": "amprune evaluation 1", "models": [], "records": ["x"]}', "damaged"),
-    "a model without fields": ('{"format": "amprune evaluation 1", "models": [{}], "records": []}', "damaged.*missing"),
+    "a model without fields": (
+        '{"format": "amprune evaluation 1", "models": [{}], "records": []}',
+        r"model 0: lacks the field name; the file is damaged",
+    ),
     "a run of text": ('{"format": "amprune evaluation 1", "models": [], "records": [], "unfinished": "x"}', "damaged"),
     "a run without request": (
         '{"format": "amprune evaluation 1", "models": [], "records": [], "unfinished": {"done": []}}',
-        "damaged.*request",
+        "unfinished: lacks the field (done|request); the file is damaged",
     ),
     "a figure of text": (
         '{"format": "amprune evaluation 1", "models": [], "records": [{"model": "m", "measurement": "size", '
@@ -436,7 +445,7 @@ DAMAGED = {
     "no figure": (
         '{"format": "amprune evaluation 1", "models": [], "records": [{"model": "m", "measurement": "size", '
         '"task": "t", "metric": "x", "value": NaN, "unit": "u"}]}',
-        "damaged.*nan",
+        "record 0: value is NaN, expected a number; the file is damaged",
     ),
 }
 

@@ -212,11 +212,6 @@ def _check_sizes(config: PreTrainedConfig, where: str) -> None:
         )
 
 
-def measure_shape(raw: Mapping[str, Any], *, where: str = "config.json") -> ModelShape:
-    """Returns the sizes of a raw config.json; see `describe`."""
-    return describe(raw, where=where).shape
-
-
 def _bare_shape(config: PreTrainedConfig, family: ModelFamily, parameters: int, *, neurons: int) -> ModelShape:
     heads = config.num_attention_heads
     return ModelShape(
