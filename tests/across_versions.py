@@ -16,8 +16,7 @@ from tiny_models import VOCABULARY, Tiny, config_of, find, make_model
 from transformers import AutoModelForCausalLM
 
 from amprune import apply_plan, make_plan, score, verify
-from amprune.model.files import read_json
-from amprune.model.writer import write_json
+from amprune.records import read_object, write
 
 _SOME = {"heads_ratio": 0.34, "neurons_ratio": 0.3}
 _ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
@@ -51,7 +50,7 @@ def _save_dense(name: str, folder: Path) -> dict[str, Any]:
     tiny, request = MODELS["llama-as-mistral" if name == OLD_STYLE else name]
     make_model(tiny).save_pretrained(folder)
     if name == OLD_STYLE:
-        write_json(folder / "config.json", {**config_of(find("llama-gqa")), "rope_theta": 500.0})
+        write(folder / "config.json", {**config_of(find("llama-gqa")), "rope_theta": 500.0})
     return request
 
 
@@ -67,7 +66,7 @@ def _logits(folder: Path) -> torch.Tensor:
 def _record(place: Path, by: str, **said: Any) -> None:
     """Keeps what a pruned model computes and what is said of it."""
     save_file({"logits": _logits(place / "pruned")}, place / f"{by}.safetensors")
-    write_json(place / f"{by}.json", {"transformers": transformers.__version__, **said})
+    write(place / f"{by}.json", {"transformers": transformers.__version__, **said})
 
 
 def prune(folder: Path) -> None:
@@ -89,7 +88,7 @@ def read(folder: Path) -> None:
 
 def recorded(place: Path, by: str) -> tuple[torch.Tensor, dict[str, Any]]:
     """Returns the logits that the writer or the reader of a model has found, and what it says."""
-    return load_file(place / f"{by}.safetensors")["logits"], read_json(place / f"{by}.json")
+    return load_file(place / f"{by}.safetensors")["logits"], read_object(place / f"{by}.json")
 
 
 if __name__ == "__main__":

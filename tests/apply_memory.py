@@ -18,7 +18,8 @@ import amprune.cut.run  # the imports are part of the baseline
 from amprune.model.architecture import describe
 from amprune.model.files import TensorHeader
 from amprune.model.reader import read_checkpoint
-from amprune.model.writer import write_json, write_shards
+from amprune.model.writer import write_shards
+from amprune.records import write
 from amprune.scoring.scores import ImportanceScores, LayerScores
 
 CONFIG = {
@@ -37,7 +38,7 @@ CONFIG = {
 def make_checkpoint(folder: Path, shard_size: str) -> None:
     """Writes random weights shard by shard."""
     folder.mkdir(parents=True)
-    write_json(folder / "config.json", CONFIG)
+    write(folder / "config.json", CONFIG)
     shapes = describe(CONFIG).tensors
     headers = {name: TensorHeader(shape, torch.bfloat16) for name, shape in shapes.items()}
     generator = torch.Generator().manual_seed(0)

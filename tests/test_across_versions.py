@@ -9,7 +9,7 @@ import pytest
 import transformers
 from across_versions import NAMES, OLD_STYLE, recorded
 
-from amprune.model.files import read_json
+from amprune.records import read_object
 
 OTHER = os.environ.get("AMPRUNE_OTHER_PYTHON", "")
 pytestmark = [
@@ -56,7 +56,7 @@ def test_another_transformers_computes_the_same(name: str, folder: Path) -> None
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("llama")])
 def test_a_llama_stays_one_or_is_written_as_an_equivalent(name: str, folder: Path) -> None:
-    assert read_json(folder / name / "pruned" / "config.json")["model_type"] == name.split("-as-")[-1]
+    assert read_object(folder / name / "pruned" / "config.json")["model_type"] == name.split("-as-")[-1]
 
 
 @pytest.mark.parametrize("by", ["writer", "reader"])

@@ -285,7 +285,8 @@ def test_sidecars_are_copied_and_nothing_else(model: Path, plan: PruningPlan) ->
     out = digests(apply_plan(model, plan, model.parent / "out").folder)
     copied = {*kept, "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     assert {name: out[name] for name in copied} == {name: before[name] for name in copied}
-    made = {"config.json", "model.safetensors", "README.md", f"{RECORDS}/plan.json", f"{RECORDS}/verification.json"}
+    made = {"config.json", "model.safetensors", "README.md"}
+    made |= {f"{RECORDS}/{name}" for name in ("plan.json", "recipe.yaml", "verification.json")}
     assert out.keys() == copied | made
     assert all(out[name] != before[name] for name in made & before.keys())
     assert digests(model) == before
@@ -819,6 +820,7 @@ except CheckpointError as error:
 """
 
 
+@pytest.mark.process
 def test_a_write_that_fails_in_the_middle_of_a_file_leaves_nothing(model: Path, plan: PruningPlan) -> None:
     plan.save(model.parent / "plan.json")
     before, out = digests(model), model.parent / "out"
@@ -867,6 +869,7 @@ def stuck_while_writing(model: Path, plan: PruningPlan, out: Path) -> Iterator[s
         process.communicate()
 
 
+@pytest.mark.process
 def test_a_killed_run_leaves_no_out_and_the_next_one_succeeds(model: Path, plan: PruningPlan, tmp_path: Path) -> None:
     before, out = digests(model), tmp_path / "out"
     with stuck_while_writing(model, plan, out) as process:
@@ -879,6 +882,7 @@ def test_a_killed_run_leaves_no_out_and_the_next_one_succeeds(model: Path, plan:
     assert not list(tmp_path.glob("out.*"))
 
 
+@pytest.mark.process
 def test_a_run_keeps_off_the_out_that_another_is_writing(
     model: Path, plan: PruningPlan, pruned: Path, tmp_path: Path
 ) -> None:
@@ -923,7 +927,7 @@ def test_a_lock_that_a_dead_process_left_locks_nothing(tmp_path: Path) -> None:
 
 KILLED_WHILE_REPLACING = """
 import os, pathlib, shutil, signal, sys
-from amprune.checkpoint import staged_folder
+from amprune.model.staging import staged_folder
 step, out = sys.argv[1], pathlib.Path(sys.argv[2])
 kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 rename = pathlib.Path.rename
@@ -942,6 +946,7 @@ with staged_folder(out, overwrite=True) as partial:
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("step", "left", "kept", "said"),
     [

@@ -42,6 +42,7 @@ def scores(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.mark.process
 def test_help_is_instant_and_imports_nothing_heavy() -> None:
     code = "import sys, amprune.cli; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -646,6 +646,7 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "amprune", "evaluate", *map(str, arguments)]
 
 
+@pytest.mark.process
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are those of Unix")
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)], ids=str)
 def test_a_process_that_is_stopped_leaves_a_whole_file(

@@ -16,11 +16,11 @@ from amprune.errors import CheckpointError
 from amprune.evaluation.energy import energy_records
 from amprune.evaluation.records import Evaluation, Record
 from amprune.model import gguf_model
-from amprune.model.files import read_json
 from amprune.model.gguf_file import read_gguf
 from amprune.model.latency import generation_run
 from amprune.model.llama_cpp import llama_cpp_model
 from amprune.model.source import open_source
+from amprune.records import read_object
 from amprune.running import no_progress
 from amprune.settings import EvaluationSettings
 
@@ -92,7 +92,7 @@ def test_whatever_llama_cpp_calls_llama_is_dequantised_to_what_was_exported(
     export_gguf(pruned, tmp_path / "f32.gguf", type="f32", check=False)
     assert read_gguf(tmp_path / "f32.gguf").architecture == "llama"
     source = open_source(tmp_path / "f32.gguf", dtype="float32")
-    assert read_json(source.folder / "config.json")["model_type"] == written_as
+    assert read_object(source.folder / "config.json")["model_type"] == written_as
     ids = torch.arange(3, 40)[None]
     with torch.inference_mode():
         found, expected = (

@@ -110,7 +110,7 @@ def test_best_is_the_preset_on_its_own_set(dense: Path, place: Path, tmp_path: P
     assert (found["best 20 %"].making_seconds or 0) > 0
     plan = json.loads((tmp_path / "out/dense/models/best-amp-both-0.2/amprune/plan.json").read_text())
     assert (plan["provenance"]["preset"], plan["provenance"]["criterion"]) == ("best", "activation-l2")
-    assert plan["provenance"]["options"]["neuron_multiple"] == 1
+    assert plan["options"]["neuron_multiple"] == 1
     before = plan["shape_before"]
     neuron = before["neuron_parameters"] * before["num_layers"] / before["parameters"]
     for cell in ("best 20 %", "amp 20 %"):

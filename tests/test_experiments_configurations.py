@@ -8,10 +8,9 @@ import pytest
 from tiny_experiments import dense_model, settings, states
 
 from amprune.errors import EvaluationError
-from amprune.experiments.configurations import load_configuration, shipped
 from amprune.experiments.recipes import RECIPES
 from amprune.experiments.run import experiment
-from amprune.experiments.settings import Settings, make_cells, make_settings
+from amprune.experiments.settings import Settings, load_configuration, make_cells, make_settings, shipped
 from amprune.settings import Training
 
 

@@ -63,8 +63,8 @@ def drawn(folder: Path, name: str, figures: Figures, **given: Any) -> ReportFile
         evaluation.add_model(ModelEntry(cell.name, "gone", cell.name, "llama", "bfloat16", 1000, 2000))
         evaluation.add(records(cell.name, first, float(second)))
     evaluation.save(folder / "smollm2-135m" / "evaluation.json")
-    results = Results(folder / FILE, name, {}, {"amprune": "0.1.0"}, [found])
-    return write_contents(folder, experiment_contents(recipe, settings, cells, results))
+    results = Results(name, {}, {"amprune": "0.1.0"}, [found])
+    return write_contents(folder, experiment_contents(recipe, settings, cells, results, folder))
 
 
 TABLE1: Figures = {
@@ -221,8 +221,8 @@ def test_the_terminal_shows_perplexity_and_average(tmp_path: Path, capsys: pytes
         "amp 20 %": CellResult("done", ratio=0.2, figures=figures),
         "taylor 20 %": CellResult("failed", "gradients need 9 GB"),
     }
-    results = Results(tmp_path / FILE, "table1", {}, {}, [ModelResults("a-model", "a-model", cells=cells)])
-    files = ExperimentFiles(results.path, ReportFiles(tmp_path / "report.md", tmp_path / "report.html", ()), results)
+    results = Results("table1", {}, {}, [ModelResults("a-model", "a-model", cells=cells)])
+    files = ExperimentFiles(tmp_path / FILE, ReportFiles(tmp_path / "report.md", tmp_path / "report.html", ()), results)
     show_experiment(files)
     shown = capsys.readouterr().out
     cut = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if line.startswith("│")]

@@ -12,11 +12,10 @@ from tiny_evaluation import text_file
 from tiny_experiments import dense_model, invoke, left, settings, states
 
 from amprune.errors import AmpruneError, CheckpointError, EvaluationError, PlanError, ScoresError
-from amprune.experiments.configurations import load_configuration
 from amprune.experiments.recipes import RECIPES
 from amprune.experiments.results import FORMAT
 from amprune.experiments.run import experiment
-from amprune.experiments.settings import Settings, make_settings
+from amprune.experiments.settings import Settings, load_configuration, make_settings
 from amprune.settings import Training
 
 

@@ -164,6 +164,7 @@ def run(environment: dict[str, str], *commands: str, folder: Path) -> list[tuple
     return [(code, " ".join(output.split())) for code, output in found]
 
 
+@pytest.mark.process
 def test_the_plain_installation_prunes(plain: dict[str, str], tmp_path: Path) -> None:
     make_model(find("llama-gqa")).save_pretrained(tmp_path / "dense")
     make_tokenizer().save_pretrained(tmp_path / "dense")
@@ -211,6 +212,7 @@ FREE = (
 )
 
 
+@pytest.mark.process
 def test_a_command_that_lacks_its_extra_says_what_to_type_before_anything_is_done(
     plain: dict[str, str], tmp_path: Path
 ) -> None:

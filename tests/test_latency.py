@@ -233,6 +233,7 @@ assert max(found.total) < 2, found.total  # compiling takes longer
 """
 
 
+@pytest.mark.compilation
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_runs_are_timed_once_they_are_compiled(tmp_path: Path) -> None:
     script = COMPILED.format(tests=str(Path(__file__).parent))

@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,17 @@ def test_functions_stay_short(path: Path) -> None:
 def test_the_list_of_rooms_is_whole() -> None:
     rooms = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
     assert sorted(ORDER) == sorted(rooms - {"__init__"})
+
+
+@pytest.mark.process
+def test_importing_the_pipeline_loads_only_what_pruning_needs() -> None:
+    heavy = (
+        "matplotlib lm_eval codecarbon torchao bitsandbytes peft datasets scipy gguf pandas sklearn pyarrow "
+        "torch._dynamo torch._inductor transformers.modeling_utils"
+    )
+    code = f"import sys, amprune.pipeline; print(*sorted(set({heavy.split()}) & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert found.stdout.split() == []
 
 
 def test_every_public_name_resolves_and_is_documented() -> None:

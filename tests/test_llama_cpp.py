@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from tiny_gguf import PROMPTS, greedy, save_dense, save_pruned
 from tiny_models import find, save_model
 from tiny_tokenizer import make_tokenizer
@@ -142,6 +143,19 @@ def test_a_file_of_another_model_is_found_out(dense: Path, pruned: Path, tmp_pat
     convert_always(tmp_path, dense)
     with pytest.raises(ExportError, match=r"feed_forward_length = 128, but the checkpoint has 96"):
         export_gguf(pruned, tmp_path / "q.gguf", llama_cpp=tmp_path, check=False)
+
+
+@pytest.mark.parametrize("type", ["f32", "q8_0"])
+def test_a_model_whose_logits_are_not_finite_is_refused(type: Any, pruned: Path, tmp_path: Path) -> None:
+    """Greedy tokens tell nothing then: no logit lies below the best."""
+    broken = Path(shutil.copytree(pruned, tmp_path / "broken"))
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    convert_always(tmp_path, pruned)
+    with pytest.raises(ExportError, match=r"broken gives logits that are not finite, so that nothing can be said"):
+        export_gguf(broken, tmp_path / "q.gguf", type=type, llama_cpp=tmp_path)
+    assert not list(tmp_path.glob("q.gguf*"))
 
 
 def convert_always(folder: Path, model: Path) -> None:

@@ -281,7 +281,7 @@ def test_only_head_counts_that_transformers_accepts_are_kept(name: str, mode: An
         assert query in shape.query_head_counts
         counted = key_value if mode == "groups" or shape.group_size == 1 else query
         assert counted % multiple == 0
-        describe({**CONFIGS[name], "num_attention_heads": query, "num_key_value_heads": key_value}).shape
+        describe({**CONFIGS[name], "num_attention_heads": query, "num_key_value_heads": key_value})
 
 
 IMPOSSIBLE: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -489,6 +489,7 @@ def test_a_plan_that_cannot_be_written_is_a_plan_error(tmp_path: Path) -> None:
         make_plan(fake_scores("llama-gqa"), ratio=0.2).save(tmp_path / "file" / "plan.json")
 
 
+@pytest.mark.process
 def test_planning_imports_no_torch() -> None:
     code = """
 import importlib, pkgutil, sys

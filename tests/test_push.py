@@ -139,8 +139,10 @@ def test_a_recovered_model_goes_with_its_training_and_without_its_teacher_s_fold
     out, hub = tmp_path / "recovered", FakeHub()
     assert str(made / "dense") in (out / "amprune" / "recovery.json").read_text(encoding="utf-8")
     result = pushed(out, "ann/small", hub)
-    assert result.shortened == {"amprune/recovery.json": ("teacher",)}
-    assert json.loads(hub.files("ann/small")["amprune/recovery.json"])["teacher"] == "dense"
+    assert result.shortened == {"amprune/recipe.yaml": ("data", "teacher"), "amprune/recovery.json": ("teacher",)}
+    sent = hub.files("ann/small")
+    assert json.loads(sent["amprune/recovery.json"])["teacher"] == "dense"
+    assert b"teacher: dense\n" in sent["amprune/recipe.yaml"]
     assert "amprune/training.jsonl" in result.files
     assert set(result.files) == set(files_of(out))
 

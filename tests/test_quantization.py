@@ -37,7 +37,7 @@ from amprune import (
 )
 from amprune.cli.options import app
 from amprune.evaluation.size import measure_size
-from amprune.model.quantization import Quantization, read_quantization
+from amprune.model.quantization import read_quantization
 from amprune.model.writer import RECORDS
 from amprune.prove.card import CARD
 from amprune.serve.hub.checks import check_folder
@@ -170,6 +170,7 @@ def test_the_files_are_those_that_transformers_writes(
     assert settings[0]["quantization_config"] == settings[1]["quantization_config"]
 
 
+@pytest.mark.process
 def test_a_fresh_process_with_nothing_but_transformers_loads_and_generates(made: dict[str, QuantizedModel]) -> None:
     code = (
         "import sys, torch\n"
@@ -374,10 +375,10 @@ DAMAGES: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], None], str]] =
 def test_weights_that_are_not_the_sources_are_noticed(
     damage: str, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from amprune.serve.quantize import write
+    from amprune.serve.quantize import run
 
     type, change, message = DAMAGES[damage]
-    written = write.write_shards
+    written = run.write_shards
 
     def damaged(folder: Path, *arguments: Any, metadata: dict[str, str], **options: Any) -> Any:
         found = written(folder, *arguments, metadata=metadata, **options)
@@ -386,7 +387,7 @@ def test_weights_that_are_not_the_sources_are_noticed(
         save_file(stored, folder / "model.safetensors", metadata={"format": "pt", **metadata})
         return found
 
-    monkeypatch.setattr(write, "write_shards", damaged)
+    monkeypatch.setattr(run, "write_shards", damaged)
     with pytest.raises(QuantizationError, match=message):
         quantize(dense, tmp_path / "out", type=type)  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
@@ -557,10 +558,12 @@ def test_the_command_prints_what_the_record_says(dense: Path, tmp_path: Path) ->
     [("format", 2), ("type", 8), ("quantized_from", None), ("bytes_after", True), ("tolerance", float("nan")),
      ("group_size", "64"), ("errors", {}), ("errors", {"model.layers.0": None})],
 )  # fmt: skip
-def test_a_damaged_record_is_refused(field: str, value: Any, made: dict[str, QuantizedModel]) -> None:
+def test_a_damaged_record_is_refused(field: str, value: Any, made: dict[str, QuantizedModel], tmp_path: Path) -> None:
+    (tmp_path / RECORDS).mkdir()
     content = {**made["int4"].record.to_dict(), field: value}
-    with pytest.raises(QuantizationError, match=f"mine: {field} is"):
-        Quantization.from_dict(content, where="mine")
+    (tmp_path / RECORDS / "quantization.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(QuantizationError, match=rf"quantization\.json: {field}.* is .*: quantise the model again"):
+        read_quantization(tmp_path)
 
 
 def test_a_record_reads_back(made: dict[str, QuantizedModel]) -> None:

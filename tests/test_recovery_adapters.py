@@ -213,7 +213,7 @@ def test_a_merge_that_went_wrong_is_noticed(noticed: str, tmp_path: Path, monkey
 def test_a_folder_that_does_not_load_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = save_tiny(tmp_path / "model")
     adapter = save_adapter(model, tmp_path / "adapter")
-    monkeypatch.setattr(merging, "loading_problems", lambda _: {"missing_keys": ["lm_head.weight"]})
+    monkeypatch.setattr("amprune.prove.comparison.loading_problems", lambda _: {"missing_keys": ["lm_head.weight"]})
     with pytest.raises(RecoveryError, match=r"from_pretrained finds 1 missing keys, such as lm_head\.weight"):
         merged(model, adapter, tmp_path / "out")
 

@@ -40,7 +40,6 @@ from amprune.report.numbers import number, percent, probability, scaled, seconds
 from amprune.report.quality import _lines
 from amprune.report.write import ReportFiles, write_report
 from amprune.scoring.scores import ImportanceScores, LayerScores
-from amprune.settings import Workload
 
 DENSE = "smollm2-135m"
 TASKS = {"winogrande": 0.53, "piqa": 0.68, "arc_easy": 0.585, "arc_challenge": 0.29, "hellaswag": 0.43}
@@ -449,8 +448,8 @@ def test_the_baseline_can_be_another(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("undrawn")
 def test_costs_follow_the_workload(tmp_path: Path) -> None:
     write_example(tmp_path, [("pruned", 0.2, 58.97, 0.07, 1.18)])
-    workload = Workload(tokens_per_day=5e6, price_per_hour=2.0, currency="EUR", grid_intensity=0.1, days=7)
-    text = write_report(tmp_path, workload=workload).markdown.read_text()
+    workload = {"tokens_per_day": 5e6, "price_per_hour": 2.0, "currency": "EUR", "grid_intensity": 0.1, "days": 7}
+    text = write_report(tmp_path, **workload).markdown.read_text()
     assert "7 days of 5,000,000 tokens a day" in text
     assert "2 EUR an hour" in text
     assert "0.1 kg CO2e a kWh" in text
@@ -586,6 +585,7 @@ MANY = [(f"m{i} {'a very long name of a pruned model ' * 2}{i}" if i % 2 else f"
          17.67 * 10 ** (i * i / 9), 0.02 * i, 1 + 0.05 * i) for i in range(1, 10)]  # fmt: skip
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("models", "trained"),
     [([], ()), (MANY, ()), ([(NASTY, 0.3, 58.97, 0.07, 1.18)], (0,)), (MANY, range(9))],
@@ -654,6 +654,12 @@ def train_on_paper(folder: Path, *, seed: int = 0, every: int = 2, **choices: An
     return folder
 
 
+def write_card_of(folder: Path, record: dict[str, Any], *, source: Path) -> None:
+    """Keeps a record of a training, and writes the card that tells of it."""
+    (folder / "amprune" / "recovery.json").write_text(json.dumps(record))
+    write_recovered_card(folder, source=open_source(source))
+
+
 @pytest.fixture
 def recovered(tiny: tuple[Path, Path], tmp_path: Path) -> Path:
     """A pruned checkpoint whose weights were changed, with the records and the card of a training."""
@@ -662,7 +668,7 @@ def recovered(tiny: tuple[Path, Path], tmp_path: Path) -> Path:
     weights = {name: tensor + 0.01 * tensor.mean() for name, tensor in load_file(out / "model.safetensors").items()}
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     train_on_paper(out)
-    write_recovered_card(out, record_of(), source=open_source(tiny[1]))
+    write_card_of(out, record_of(), source=tiny[1])
     return out
 
 
@@ -682,7 +688,7 @@ def test_the_card_of_a_recovered_model_tells_of_the_training(recovered: Path, ti
     assert "Verified: its logits equal" not in card
     assert "should be measured before use. It was trained on alpaca, whose licence applies" in card
     assert "CC BY-NC 4.0" in card
-    assert "plan.json, recovery.json, scores.safetensors, training.jsonl" in card
+    assert "plan.json, recipe.yaml, recovery.json, scores.safetensors, training.jsonl" in card
     assert "Taught" not in card
     assert read_card(recovered).dense == "dense"
 
@@ -701,7 +707,7 @@ def test_the_card_of_a_recovered_model_tells_of_the_training(recovered: Path, ti
 def test_the_card_names_the_way_of_training(
     choices: dict[str, Any], said: list[str], unsaid: list[str], recovered: Path, tiny: tuple[Path, Path]
 ) -> None:
-    write_recovered_card(recovered, record_of(**choices), source=open_source(tiny[1]))
+    write_card_of(recovered, record_of(**choices), source=tiny[1])
     card = (recovered / "README.md").read_text()
     assert [words for words in said if words not in card] == []
     assert [words for words in unsaid if words in card] == []
@@ -709,9 +715,8 @@ def test_the_card_names_the_way_of_training(
 
 def test_a_recovered_model_without_validation_says_nothing_of_it(recovered: Path, tiny: tuple[Path, Path]) -> None:
     record = {**record_of(), "validation_before": None, "validation_after": None}
-    write_recovered_card(recovered, record, source=open_source(tiny[1]))
+    write_card_of(recovered, record, source=tiny[1])
     assert "alidation loss" not in (recovered / "README.md").read_text().replace("the validation loss is all", "")
-    (recovered / "amprune" / "recovery.json").write_text(json.dumps(record))
     (recovered / "amprune" / "training.jsonl").write_text('{"step": 2, "loss": 3.5}\n{"step": 4, "loss": 3.25}\n')
     text = write_report(recovered).markdown.read_text()
     section = text[text.index("## Recovery") :]
@@ -722,7 +727,7 @@ def test_a_recovered_model_without_validation_says_nothing_of_it(recovered: Path
 @pytest.mark.usefixtures("undrawn")
 def test_results_of_the_pruned_model_are_not_those_of_the_recovered(recovered: Path, checkpoint: Path) -> None:
     write_report(checkpoint)
-    write_recovered_card(recovered, record_of(), source=open_source(checkpoint))
+    write_card_of(recovered, record_of(), source=checkpoint)
     front = metadata_load(recovered / "README.md")
     assert front is not None
     assert "model-index" not in front
@@ -735,7 +740,7 @@ def test_a_foreign_card_lends_its_licence_and_base(recovered: Path, tmp_path: Pa
     pruned.mkdir()
     front = "---\nlicense: gemma\nlanguage: de\nbase_model: [a/b]\nmodel-index: []\nwidget: x\ntags: [x]\n---\n"
     (pruned / "README.md").write_text(front)
-    write_recovered_card(recovered, record_of(), source=open_source(pruned))
+    write_card_of(recovered, record_of(), source=pruned)
     assert metadata_load(recovered / "README.md") == {
         "library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["pruned", "amprune", "recovered"],
         "license": "gemma", "language": "de", "base_model": ["a/b"],
@@ -749,8 +754,7 @@ def test_a_dense_model_that_was_trained_gets_a_plain_card_and_a_report(
     for name in ("plan.json", "scores.safetensors"):
         (recovered / "amprune" / name).unlink()
     record = {**record_of(), "recovered_from": "dense"}
-    (recovered / "amprune" / "recovery.json").write_text(json.dumps(record))
-    write_recovered_card(recovered, record, source=open_source(tiny[0]))
+    write_card_of(recovered, record, source=tiny[0])
     card, front = (recovered / "README.md").read_text(), metadata_load(recovered / "README.md")
     assert front is not None
     assert (front["tags"], front["license"]) == (["amprune", "recovered"], "mit")
@@ -993,7 +997,7 @@ def test_a_damaged_record_excuses_no_comparison(recovered: Path, tiny: tuple[Pat
     (recovered / "amprune" / "recovery.json").write_text("{}")
     found = {check.name: check for check in amprune.verify(recovered, dense=tiny[0]).checks if not check.passed}
     assert set(found) == {"logits"}
-    assert "format is None" in found["logits"].detail
+    assert "format is null" in found["logits"].detail
 
 
 def test_what_recover_writes_has_a_card_a_proof_and_a_report(tiny: tuple[Path, Path], tmp_path: Path) -> None:

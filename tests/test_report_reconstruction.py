@@ -141,6 +141,7 @@ def test_the_figure_shows_both_errors_and_is_logarithmic_over_decades(tmp_path: 
         assert first == 0 if scale == "linear" else np.isnan(first)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("count", [2, 30, 126])
 def test_a_browser_shows_it_whole(count: int, tmp_path: Path) -> None:
     if count == 30:

@@ -22,7 +22,7 @@ from tiny_models import NEURONS_ONLY, PRUNABLE_HEADS, Tiny
 from transformers import AutoTokenizer
 
 import amprune
-from amprune.model.files import read_json
+from amprune.records import read_object
 
 pytestmark = pytest.mark.serving
 
@@ -114,7 +114,7 @@ def test_a_pruned_model_gives_the_tokens_of_transformers(case: Case, served: dic
     assert_same(found, folder, PROMPTS, tolerance=TOLERANCES.get(case.tiny.model_type, TOLERANCE))
     assert len({token for answer in found["tokens"] for token in answer}) >= 6
     assert found["implementation"].startswith("Transformers") == _by_transformers(case)
-    assert case.written_as in (None, read_json(folder / "config.json")["model_type"])
+    assert case.written_as in (None, read_object(folder / "config.json")["model_type"])
 
 
 @pytest.mark.parametrize("case", REFUSED, ids=str)
@@ -171,7 +171,7 @@ def test_the_pruned_models_answer_otherwise_than_the_dense_one(smollm2: dict[str
 
 def test_a_model_is_split_over_two_processes_where_its_heads_can_be(smollm2: dict[str, Served]) -> None:
     """Nine query heads and three key-value heads cannot be shared by two."""
-    config = read_json(smollm2["heads and neurons"].folder / "config.json")
+    config = read_object(smollm2["heads and neurons"].folder / "config.json")
     assert [config[n] for n in ("num_attention_heads", "num_key_value_heads", "intermediate_size")] == [6, 2, 1216]
     whole, split = smollm2["heads and neurons"], smollm2["heads and neurons, split"]
     assert split.found.get("error") is None

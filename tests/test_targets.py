@@ -25,8 +25,9 @@ from amprune.plan.budget import find_budget
 from amprune.plan.heads import Budget, choices_of_all_modes, kept_heads
 from amprune.plan.target import Target, parse_target, target_parameters
 from amprune.scoring.scores import ImportanceScores
+from amprune.search import timing as timing_module
 from amprune.search.speedup import find_shapes
-from amprune.search.timing import SETTINGS, shape_timer
+from amprune.search.timing import shape_timer
 from amprune.settings import PlanOptions
 
 SMALL = sorted(name for name in CONFIGS if name not in ("Llama-2-7B", "Llama-3-8B", "Phi-2", "Falcon-7B"))
@@ -129,9 +130,9 @@ def test_a_size_that_can_be_reached_is_met_exactly_and_one_less_is_not(name: str
         step = shape.neuron_parameters * shape.num_layers
         assert size - step < plan.shape_after.parameters <= size
         assert plan.ratio_target == pytest.approx(1 - size / shape.parameters)
-        assert plan.provenance["options"]["target_parameters"] == size
+        assert plan.options["target_parameters"] == size
         assert make_plan(scores, target_parameters=size - 1).shape_after.parameters < size
-    assert "target_parameters" not in make_plan(scores, ratio=0.1).provenance["options"]
+    assert "target_parameters" not in make_plan(scores, ratio=0.1).options
 
 
 @pytest.mark.parametrize("options", [{"only": "heads"}, {"neurons_ratio": 0.25}, {"heads_ratio": 0.5}], ids=str)
@@ -189,7 +190,7 @@ def test_blocks_take_a_target_too() -> None:
         for target in (size, size + shape.layer_parameters - 1):
             plan = make_plan(scores, target_parameters=target, **free)
             assert plan.shape_after.parameters == size
-        assert plan.provenance["options"]["target_parameters"] == target
+        assert plan.options["target_parameters"] == target
     smallest = shape.parameters - 5 * shape.layer_parameters
     with pytest.raises(PlanError, match=f"at most 5 can go: .*; the smallest reachable is {smallest:,}"):
         make_plan(scores, target_parameters=smallest - 1, **free)
@@ -206,7 +207,7 @@ def test_a_budget_becomes_a_plan_that_says_so() -> None:
     after = plan.shape_after
     assert (after.num_attention_heads, after.num_key_value_heads, after.intermediate_size) == (8, 4, 57)
     assert plan.ratio_target == 0.2
-    recorded = plan.provenance["options"]
+    recorded = plan.options
     assert recorded["heads_mode"] == "within"
     assert make_plan(scores, budget=Budget(**recorded["budget"]), ratio=recorded["ratio"]) == plan
     same = find_budget(scores.shape, PlanOptions(ratio=0.2))
@@ -368,15 +369,16 @@ def by_parameters(layer: float = 1.0, rest: float = 100_000.0) -> Any:
     return measure
 
 
-@pytest.mark.parametrize("phase", ["decode", "prefill"])
-def test_models_that_do_not_fit_are_timed_with_fewer_layers(phase: Any) -> None:
+def test_models_that_do_not_fit_are_timed_with_fewer_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = Tiny("llama", "deep", {**config_of(find("llama-gqa")), "num_hidden_layers": 8})
     architecture, config = architecture_of(tiny), config_of(tiny)
     shape = architecture.shape
     after = shape.shrunk(query_heads=9, key_value_heads=3, neurons=40)
     found = {}
-    for free in (None, 5 * shape.parameters):
-        with shape_timer(config, architecture, device="cpu", phase=phase, free=free, measure=by_parameters()) as timing:
+    monkeypatch.setattr(timing_module, "measure_latency", by_parameters())
+    for free in (1 << 40, 5 * shape.parameters):
+        monkeypatch.setattr(timing_module, "free_memory", lambda _, free=free: free)
+        with shape_timer(config, architecture, device="cpu") as timing:
             found[timing.layers] = timing.speedup(after)
     assert len(found) == 2
     whole, extrapolated = found
@@ -390,30 +392,30 @@ def test_models_that_do_not_fit_are_timed_with_fewer_layers(phase: Any) -> None:
     assert timing.words(8) == f"models of {few} and {more} of 8 layers, extrapolated linearly"
 
 
-def test_timing_is_refused_where_no_two_layers_fit_or_nothing_can_be_told() -> None:
+def test_timing_is_refused_where_no_two_layers_fit_or_nothing_can_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = find("llama-gqa")
+    monkeypatch.setattr(timing_module, "free_memory", lambda _: 1000)
     with (
         pytest.raises(EvaluationError, match="2 layers, dense and pruned, do not fit"),
-        shape_timer(config_of(tiny), architecture_of(tiny), device="cpu", free=1000),
+        shape_timer(config_of(tiny), architecture_of(tiny), device="cpu"),
     ):
         pass
     tiny = Tiny("llama", "deep", {**config_of(tiny), "num_hidden_layers": 8})
     architecture = architecture_of(tiny)
-    noisy = by_parameters(layer=-1.0, rest=200_000.0)
+    monkeypatch.setattr(timing_module, "free_memory", lambda _: 5 * architecture.shape.parameters)
+    monkeypatch.setattr(timing_module, "measure_latency", by_parameters(layer=-1.0, rest=200_000.0))
     with (
-        shape_timer(
-            config_of(tiny), architecture, device="cpu", free=5 * architecture.shape.parameters, measure=noisy
-        ) as timing,
+        shape_timer(config_of(tiny), architecture, device="cpu") as timing,
         pytest.raises(EvaluationError, match="too noisy"),
     ):
         timing.speedup(architecture.shape)
 
 
-def test_a_real_model_is_timed_beside_the_dense_one() -> None:
+def test_a_real_model_is_timed_beside_the_dense_one(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = find("llama-gqa")
     architecture, before = architecture_of(tiny), torch.get_rng_state()
-    quick = replace(SETTINGS["decode"], new_tokens=4, warmup=1, runs=3)
-    with shape_timer(config_of(tiny), architecture, device="cpu", settings=quick) as timing:
+    monkeypatch.setattr(timing_module, "DECODING", replace(timing_module.DECODING, new_tokens=4, warmup=1, runs=3))
+    with shape_timer(config_of(tiny), architecture, device="cpu") as timing:
         assert timing.layers == (2,)
         assert timing.words(2) == "whole models of random weights"
         # 8 query heads in 4 groups: LlamaConfig refuses them, and mistral stands in.

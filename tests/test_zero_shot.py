@@ -41,8 +41,10 @@ LIMIT = 6
 
 @pytest.fixture(scope="module", autouse=True)
 def one_index() -> Iterator[None]:
-    """The harness reads thousands of files to learn its tasks: once is enough."""
+    """The harness reads thousands of files to learn its tasks: once is enough. Nobody reads its environment."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)
+        patch.setattr("lm_eval.evaluator.get_git_commit_hash", lambda: None)
         everything = lru_cache(TaskManager)
         patch.setattr(lm_eval.tasks, "TaskManager", lambda **given: TaskManager(**given) if given else everything())
         yield

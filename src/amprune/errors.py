@@ -1,22 +1,5 @@
 """What can go wrong, as exceptions that a caller can tell apart.
 
-AmpruneError
-├── RecipeError              a recipe cannot be read
-├── UnsupportedModelError    the architecture, or what was asked of it, is not supported
-├── CheckpointError          a checkpoint cannot be read or written
-├── CalibrationError         a calibration set cannot be read or is too small
-├── ScoresError              scores cannot be computed, read, or belong to another model
-├── PlanError                a plan cannot be made, read, or belongs to another model
-├── ReconstructionError      kept weights cannot be refitted
-├── VerificationError        a written checkpoint is not the model that it should be
-├── ExportError              a model cannot be written in another format
-├── QuantizationError        a model cannot be quantised, or is not what it should be afterwards
-├── RecoveryError            a model cannot be recovered
-├── EvaluationError          a model cannot be measured, or the data for it cannot be read
-├── ReportError              a report cannot be drawn
-├── PushError                a model cannot be pushed to the hub
-└── MissingDependencyError   an optional library or program is not installed
-
 Every message says what failed, where, what was found against what was expected, and what to do next.
 """
 

@@ -23,12 +23,12 @@ from amprune.errors import CheckpointError, VerificationError, required
 from amprune.model.reader import Checkpoint, open_model, read_checkpoint
 from amprune.model.source import Source, open_source
 from amprune.model.staging import check_output, staged_folder
-from amprune.model.writer import RECORDS, parse_size, write_json
+from amprune.model.writer import RECORDS, parse_size
 from amprune.plan.artefact import PruningPlan
 from amprune.plan.target import parse_target
 from amprune.prove.card import write_model_card
 from amprune.prove.checks import VerificationReport, read_plan, verify_checkpoint
-from amprune.records import Run, begin
+from amprune.records import Run, begin, write
 from amprune.running import Progress, no_progress
 from amprune.scoring.catalogue import find_criterion
 from amprune.scoring.run import score_criteria
@@ -183,7 +183,7 @@ def _write(
         plan.save(records / "plan.json")
         if scores is not None:
             scores.save(records / "scores.safetensors")
-        write_json(records / "verification.json", report.to_dict())
+        write(records / "verification.json", report.to_dict())
         command = "prune" if isinstance(asked, PruneSettings) else "apply"
         write_recipe(records / "recipe.yaml", command, asked)
         write_model_card(partial, plan, report, source=source)
@@ -341,5 +341,5 @@ def _begin(
         )
     for place in places:
         check_output(place, overwrite=asked.overwrite, protected=protected)
-    begun.save(file)
+    write(file, begun.begun())
     return begun

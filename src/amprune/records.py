@@ -77,25 +77,13 @@ def read(
 
 
 def parse(
-    cls: type[_Record],
-    content: object,
-    *,
-    where: str,
-    error: type[AmpruneError],
-    remedy: str,
-    format: object = None,
+    cls: type[_Record], content: object, *, where: str, error: type[AmpruneError], remedy: str, format: object = None,
     extra: bool = True,
-) -> _Record:
-    """Makes a record of what a JSON file held.
+) -> _Record:  # fmt: skip
+    """Makes a record, a dataclass, of what a JSON file held.
 
-    Args:
-        cls: a dataclass.
-        content: what was read.
-        where: what errors begin with, such as the file.
-        error: what is raised where an entry is missing or is not what its type says.
-        remedy: what errors end with: what to do next.
-        format: what the entry `format` has to be; None where that is checked already.
-        extra: whether there may be entries that the record does not know.
+    Errors begin with `where`, such as the file, and end with the `remedy`. `format` is what the entry of that name has
+    to be; without `extra` there may be no entries that the record does not know.
     """
     place = _Place(where, error, remedy, extra)
     if isinstance(content, dict):
@@ -140,9 +128,8 @@ def _wrong(place: _Place, found: object, expected: str, *, contained: bool) -> A
 def _value(hint: Any, found: Any, place: _Place) -> Any:
     kinds = _kinds(hint)
     if not _fits(hint, found):
-        raise _wrong(
-            place, found, _words(hint), contained=not any(_is_list(kind) or _is_object(kind) for kind in kinds)
-        )
+        single = not any(_is_list(kind) or _is_object(kind) for kind in kinds)
+        raise _wrong(place, found, _words(hint), contained=single)
     return _content(next(kind for kind in kinds if _fits(kind, found)), found, place)
 
 
@@ -306,10 +293,9 @@ class Begun(TypedDict):
 
 @dataclass(frozen=True)
 class Run:
-    """What a run was asked for, and what of it is done."""
+    """What a run was asked for, as it reads once it has been written, and what of it is done."""
 
     request: dict[str, Any]
-    """As it reads once it has been written."""
     done: list[str] = field(default_factory=list)
     resumed: bool = False
     """Whether an interrupted run of the same request was found."""
@@ -323,27 +309,21 @@ class Run:
     def finish(self, step: str, path: Path) -> None:
         """Keeps in a file that a step is done."""
         self.done.append(step)
-        self.save(path)
-
-    def save(self, path: Path) -> None:
-        """Keeps in a file what was begun."""
         write(path, self.begun())
 
 
 def begin(path: Path, request: Mapping[str, Any], *, error: type[AmpruneError], remedy: str) -> Run:
     """Finds in a file what an interrupted run has done, if it was asked for the same; writes nothing."""
-    if not path.is_file():
-        return go_on(None, request)
-    return go_on(read(Begun, path, error=error, remedy=remedy), request)
+    return go_on(read(Begun, path, error=error, remedy=remedy) if path.is_file() else None, request)
 
 
 def go_on(before: Begun | None, request: Mapping[str, Any]) -> Run:
     """Compares what an interrupted run was asked for with what is asked for now."""
     now = json.loads(json.dumps(request, default=str))
-    if before is None:
-        return Run(now)
-    otherwise = tuple(changes(before["request"], now))
-    return Run(now, otherwise=otherwise) if otherwise else Run(now, list(before["done"]), resumed=True)
+    otherwise = tuple(changes(before["request"], now)) if before is not None else ()
+    if before is None or otherwise:
+        return Run(now, otherwise=otherwise)
+    return Run(now, list(before["done"]), resumed=True)
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

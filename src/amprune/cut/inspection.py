@@ -7,13 +7,13 @@ from typing import Any
 
 from amprune.model.architecture import Architecture, describe
 from amprune.model.backends import ShapeWarning, shape_warnings
-from amprune.model.files import read_json
 from amprune.model.reader import read_checkpoint
 from amprune.model.shape import ModelShape
 from amprune.model.source import open_source
 from amprune.plan.budget import largest_ratio
 from amprune.plan.depth import removable_blocks
 from amprune.plan.heads import head_choices
+from amprune.records import read_object
 from amprune.settings import PlanOptions
 
 
@@ -64,7 +64,7 @@ def inspect(model: str | os.PathLike[str], *, revision: str | None = None) -> In
     source = open_source(model, revision=revision, config_only=True)
     has_weights = any(source.folder.glob("*.safetensors*")) or any(source.folder.glob("pytorch_model*.bin*"))
     checkpoint = read_checkpoint(source.folder) if has_weights else None
-    config = checkpoint.config if checkpoint else read_json(source.folder / "config.json")
+    config = checkpoint.config if checkpoint else read_object(source.folder / "config.json")
     architecture = checkpoint.architecture if checkpoint else describe(config, where=str(model))
     shape = architecture.shape
     dtypes = {str(checkpoint.header(name).dtype).removeprefix("torch.") for name in checkpoint} if checkpoint else ()

@@ -4,10 +4,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import torch
-from transformers import PreTrainedModel
 
 from amprune.cut.slicing import cuts_by_tensor, masks
-from amprune.model.architecture import Architecture
+from amprune.model.architecture import Architecture, PreTrainedModel
 from amprune.plan.artefact import PruningPlan
 from amprune.scoring.blocks import handed_on
 

@@ -10,8 +10,9 @@ from amprune.cut.refit.record import RECORD as RECONSTRUCTION
 from amprune.cut.refit.run import reconstruct
 from amprune.cut.slicing import write_pruned
 from amprune.model.reader import Checkpoint
-from amprune.model.writer import RECORDS, write_json
+from amprune.model.writer import RECORDS
 from amprune.plan.artefact import PruningPlan
+from amprune.records import write
 from amprune.running import Progress
 from amprune.settings import ApplySettings
 from amprune.text.calibration import CalibrationSet
@@ -38,5 +39,5 @@ def cut(
             fitted = reconstruct(dense, plan, refit_on, Path(spill), settings, progress=progress)
             replaced = fitted.tensors
             (folder / RECORDS).mkdir(exist_ok=True)
-            write_json(folder / RECORDS / RECONSTRUCTION, fitted.record)
+            write(folder / RECORDS / RECONSTRUCTION, fitted.record)
         write_pruned(dense, plan, folder, replaced=replaced, max_shard_size=settings.max_shard_size, progress=progress)

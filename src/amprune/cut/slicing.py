@@ -8,11 +8,12 @@ from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from amprune.errors import PlanError
 from amprune.model.architecture import (
     Architecture,
+    PreTrainedModel,
     config_of_blocks,
     config_with_heads,
     describe,
@@ -23,8 +24,9 @@ from amprune.model.families import Cut, Unit
 from amprune.model.files import TensorHeader
 from amprune.model.reader import Checkpoint, fingerprint
 from amprune.model.shape import ModelShape
-from amprune.model.writer import copy_sidecars, write_json, write_shards
+from amprune.model.writer import copy_sidecars, write_shards
 from amprune.plan.artefact import LayerPlan, PruningPlan, check_plan
+from amprune.records import write
 from amprune.running import Progress, no_progress
 
 
@@ -123,7 +125,7 @@ def write_pruned(
     headers = {new: _sliced_header(checkpoint.header(old), changes.get(old)) for new, old in kept.items()}
     config = output_config(checkpoint.config, checkpoint.architecture, plan)
     _check_against_meta(headers, describe(config, where="the output's config.json"))
-    write_json(folder / "config.json", config)
+    write(folder / "config.json", config)
     copy_sidecars(checkpoint.folder, folder)
     stored = {_stored_name(checkpoint, old, new): new for new, old in kept.items()}
     with progress("Writing", sum(header.bytes for header in headers.values())) as advance:

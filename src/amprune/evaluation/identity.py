@@ -17,13 +17,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from amprune.errors import CheckpointError, EvaluationError
 from amprune.evaluation.records import ModelEntry
 from amprune.model.architecture import quiet_transformers
-from amprune.model.files import read_front_matter, read_json, stored_tensors, weight_files, what_else
+from amprune.model.files import read_front_matter, stored_tensors, weight_files, what_else
 from amprune.model.gguf_file import GgufFile, read_gguf
 from amprune.model.loading import loading_problems
 from amprune.model.quantized import quantization_of, quantization_words, require_library
 from amprune.model.source import open_source
 from amprune.model.writer import RECORDS
 from amprune.plan.artefact import PruningPlan
+from amprune.records import read_object
 from amprune.running import Progress, no_progress
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ def _open(name: str, model: str, revision: str | None, dtype: str, progress: Pro
     file = Path(model).expanduser()
     gguf = read_gguf(file) if file.suffix.lower() == ".gguf" and file.is_file() else None
     source = open_source(model, revision=revision, dtype=dtype)
-    config = read_json(source.folder / "config.json", hint=what_else(source.folder))
+    config = read_object(source.folder / "config.json", hint=what_else(source.folder))
     quantization = quantization_of(config)
     if quantization is not None:
         require_library(str(quantization.get("quant_method")), f"{source.folder}, which is quantised,")

@@ -16,15 +16,15 @@ from amprune.evaluation.records import Evaluation
 from amprune.evaluation.run import evaluate
 from amprune.experiments.recipes import Cell
 from amprune.experiments.settings import Settings
-from amprune.model.files import read_json
 from amprune.model.reader import open_model
 from amprune.model.writer import RECORDS
 from amprune.pipeline import apply_plan, prune
 from amprune.plan.artefact import PruningPlan
 from amprune.plan.make import make_plan
+from amprune.records import read_object, replaced
 from amprune.recovery.run import recover
 from amprune.running import Progress, release_memory
-from amprune.scoring.catalogue import CRITERIA
+from amprune.scoring.catalogue import CRITERIA, Criterion
 from amprune.scoring.run import score_criteria
 from amprune.scoring.scores import ImportanceScores
 from amprune.settings import PRESETS, Measurement, RecoverySettings, ScoreSettings, with_preset
@@ -33,6 +33,9 @@ from amprune.text.records import read_records
 
 EVALUATION, SCORES, MODELS = "evaluation.json", "scores", "models"
 """In the folder of each model."""
+_MEASURED_ON = (
+    "data_dir", "texts", "sequence_length", "windows", "tasks", "limit", "latency", "energy_seconds", "device", "dtype"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,24 +51,14 @@ class Bench:
     measure: tuple[Measurement, ...]
     progress: Progress
 
-    @property
-    def evaluation(self) -> Path:
-        """Returns the file of the figures."""
-        return self.folder / EVALUATION
-
     def scores(self, criterion: str) -> Path:
         """Returns the score file of a criterion."""
         return self.folder / SCORES / f"{criterion}.safetensors"
 
-    @property
-    def models(self) -> Path:
-        """Returns where models lie while they are measured."""
-        return self.folder / MODELS
-
     def pruned(self, cell: Cell) -> Path:
         """Returns where a cell's pruned model lies; cells that differ in training alone share it."""
         parts = (cell.preset or cell.criterion, cell.order, cell.only or "both", f"{cell.ratio:.6g}")
-        return self.models / "-".join(map(str, parts))
+        return self.folder / MODELS / "-".join(map(str, parts))
 
     def trained(self, cell: Cell) -> Path:
         """Returns where the trained model of a cell lies, at the end of its training."""
@@ -80,14 +73,14 @@ class Bench:
         return end if cell.epoch is None else end.with_name(f"{end.name}.epoch-{cell.epoch}")
 
 
-def failure(error: BaseException) -> AmpruneError | None:
-    """Returns what a cell failed of, if that is no fault of the program: the experiment then goes on."""
+def failure(error: Exception) -> AmpruneError:
+    """Returns what a cell failed of; a fault of the program is raised, else the experiment goes on."""
     if isinstance(error, AmpruneError):
         return error
     if isinstance(error, RuntimeError | MemoryError) and out_of_memory(error):
         release_memory()
         return EvaluationError(f"memory ran out ({reason(error)}); use a smaller --dtype or another --device")
-    return None
+    raise error
 
 
 def slug(name: str) -> str:
@@ -100,36 +93,30 @@ def score_cells(bench: Bench, cells: Sequence[Cell]) -> tuple[dict[str, AmpruneE
 
     Returns the criteria that failed and why, and the seconds of each pass by its criteria, with commas.
     """
-    wanted = dict.fromkeys(cell.criterion for cell in cells if cell.criterion is not None)
-    missing = [name for name in wanted if not _is_scored(bench.scores(name))]
+    names = dict.fromkeys(cell.criterion for cell in cells if cell.criterion is not None)
+    missing = [CRITERIA[name] for name in names if not _is_scored(bench.scores(name))]
     failed: dict[str, AmpruneError] = {}
     seconds: dict[str, float] = {}
-    for needs in dict.fromkeys(CRITERIA[name].needs for name in missing):
-        names = [name for name in missing if CRITERIA[name].needs is needs]
+    for needs in dict.fromkeys(one.needs for one in missing):
+        criteria = [one for one in missing if one.needs is needs]
         start = time.perf_counter()
         try:
-            found = _score(bench, names)
+            found = _score(bench, criteria)
         except Exception as error:
-            if (known := failure(error)) is None:
-                raise
-            failed |= dict.fromkeys(names, known)
+            failed |= dict.fromkeys((one.name for one in criteria), failure(error))
             continue
         for name, scores in found.items():
-            _save(scores, bench.scores(name))
-        seconds[",".join(names)] = round(time.perf_counter() - start, 1)
+            with replaced(bench.scores(name), error=ScoresError) as partial:  # a later run takes it for finished
+                scores.save(partial)
+        seconds[",".join(one.name for one in criteria)] = round(time.perf_counter() - start, 1)
     return failed, seconds
 
 
-def _score(bench: Bench, names: Sequence[str]) -> dict[str, ImportanceScores]:
+def _score(bench: Bench, criteria: Sequence[Criterion]) -> dict[str, ImportanceScores]:
     settings = bench.settings
-    asked = with_preset(
-        ScoreSettings(
-            preset="paper", calibration=settings.calibration, samples=settings.samples, seed=settings.seed,
-            device=settings.device, dtype=settings.dtype,  # type: ignore[arg-type]
-        )
-    )  # fmt: skip
+    shared = {name: getattr(settings, name) for name in ("calibration", "samples", "seed", "device", "dtype")}
+    asked = with_preset(ScoreSettings(preset="paper", **shared))
     _, dense = open_model(bench.model, dtype=settings.dtype)
-    criteria = [CRITERIA[name] for name in names]
     samples = draw(dense, asked) if any(one.calibrated for one in criteria) else None
     return score_criteria(dense, criteria, samples, asked, seed=settings.seed, progress=bench.progress)
 
@@ -142,20 +129,8 @@ def _is_scored(file: Path) -> bool:
     return True
 
 
-def _save(scores: ImportanceScores, file: Path) -> None:
-    """Writes a score file whole or not at all: a later run takes it for finished."""
-    partial = file.with_name(f".{file.name}.partial")
-    scores.save(partial)
-    partial.replace(file)
-
-
 def make_model(bench: Bench, cell: Cell) -> None:
-    """Prunes the model of a cell, and trains it where the cell says so, unless an interrupted run has.
-
-    Raises:
-        PlanError: the model has no such cell; of cells with a criterion, `plan_cell` alone tells so.
-        AmpruneError: pruning, verifying or training failed.
-    """
+    """Prunes the model of a cell, and trains it where the cell says so, unless an interrupted run has."""
     if not cell.is_pruned or bench.place(cell).is_dir():
         return
     settings, pruned = bench.settings, bench.pruned(cell)
@@ -165,19 +140,13 @@ def make_model(bench: Bench, cell: Cell) -> None:
         apply_plan(bench.model, plan_cell(bench, cell), pruned, dtype=settings.dtype, progress=bench.progress)
     if cell.trained:
         end = bench.trained(cell)
-        recover(
-            pruned,
-            end,
-            RecoverySettings(**vars(settings.recovery)),
-            data=settings.data,
-            samples=settings.training_samples,
+        recovery = RecoverySettings(
+            **vars(settings.recovery), data=settings.data, samples=settings.training_samples, device=settings.device,
+            dtype=settings.dtype, keep_epochs=cell.epoch is not None,  # type: ignore[arg-type]
             resume=end.with_name(f"{end.name}.training").is_dir(),
-            keep_epochs=cell.epoch is not None,
-            device=settings.device,
-            dtype=settings.dtype,
             overwrite=True,  # of an interrupted run, which ended before all epochs were written
-            progress=bench.progress,
-        )
+        )  # fmt: skip
+        recover(pruned, end, recovery, progress=bench.progress)
 
 
 def _prune_whole(bench: Bench, cell: Cell, preset: str) -> None:
@@ -190,67 +159,33 @@ def _prune_whole(bench: Bench, cell: Cell, preset: str) -> None:
     if settings.preset_samples is not None:
         samples, tokens = min(settings.preset_samples, len(read_records(own.calibration)[1])), own.tokens
     prune(
-        bench.model,
-        bench.pruned(cell),
-        ratio=cell.ratio,
-        preset=preset,
-        neuron_multiple=1,
-        samples=samples,
-        tokens=tokens,
-        seed=settings.seed,
-        device=settings.device,
-        dtype=settings.dtype,
-        progress=bench.progress,
-    )
+        bench.model, bench.pruned(cell), ratio=cell.ratio, preset=preset, neuron_multiple=1, samples=samples,
+        tokens=tokens, seed=settings.seed, device=settings.device, dtype=settings.dtype, progress=bench.progress,
+    )  # fmt: skip
 
 
 def own_calibration(bench: Bench, cell: Cell) -> dict[str, Any] | None:
     """Returns what the pruned model of a preset says of the set that it was made with; None where it says nothing."""
     file = bench.pruned(cell) / RECORDS / RECORD
-    return read_json(file).get("calibration") if cell.preset is not None and file.is_file() else None
+    return read_object(file).get("calibration") if cell.preset is not None and file.is_file() else None
 
 
 def plan_cell(bench: Bench, cell: Cell) -> PruningPlan:
-    """Chooses what the pruned model of a cell keeps.
-
-    Raises:
-        PlanError: the model has no such cell.
-    """
+    """Chooses what the pruned model of a cell keeps; a PlanError says that the model has no such cell."""
     scores = ImportanceScores.load(bench.scores(str(cell.criterion)))
     return make_plan(scores, ratio=cell.ratio, order=cell.order, only=cell.only, seed=bench.settings.seed)
 
 
 def measure_cells(bench: Bench, cells: Sequence[Cell]) -> Evaluation:
-    """Measures models, the first being the baseline, into the evaluation of the bench; goes on where it was cut off.
-
-    Raises:
-        AmpruneError: one cannot be measured.
-    """
-    settings = bench.settings
-    places = {cell.name: _source(bench, cell) for cell in cells}
-    _forget_others(bench.evaluation, {cell.name: bench.place(cell) for cell in cells if cell.is_pruned})
-    return evaluate(
-        [f"{name}={place}" for name, place in places.items()],
-        bench.evaluation,
-        measure=bench.measure,
-        data_dir=settings.data_dir,
-        texts=settings.texts,
-        sequence_length=settings.sequence_length,
-        windows=settings.windows,
-        tasks=settings.tasks,
-        limit=settings.limit,
-        latency=settings.latency,
-        energy_seconds=settings.energy_seconds,
-        device=settings.device,
-        dtype=settings.dtype,
-        progress=bench.progress,
-    )
-
-
-def _source(bench: Bench, cell: Cell) -> str:
-    if cell.checkpoint is not None:
-        return cell.checkpoint.removeprefix(f"{cell.name}=")
-    return str(bench.place(cell)) if cell.is_pruned else bench.model
+    """Measures models, the first being the baseline, into the evaluation of the bench; goes on where it was cut off."""
+    file = bench.folder / EVALUATION
+    _forget_others(file, {cell.name: bench.place(cell) for cell in cells if cell.is_pruned})
+    models = []
+    for cell in cells:
+        place = str(bench.place(cell)) if cell.is_pruned else bench.model
+        models.append(f"{cell.name}={place}" if cell.checkpoint is None else cell.checkpoint)
+    settings = {name: getattr(bench.settings, name) for name in _MEASURED_ON}
+    return evaluate(models, file, measure=bench.measure, progress=bench.progress, **settings)
 
 
 def _forget_others(file: Path, places: Mapping[str, Path]) -> None:
@@ -274,8 +209,9 @@ def remove_models(bench: Bench, cell: Cell, *, needed: Sequence[Cell]) -> None:
     for place in _places(bench, cell):
         if place not in kept and place.is_dir():
             shutil.rmtree(place)
-    if bench.models.is_dir() and not any(bench.models.iterdir()):
-        bench.models.rmdir()
+    models = bench.folder / MODELS
+    if models.is_dir() and not any(models.iterdir()):
+        models.rmdir()
 
 
 def _places(bench: Bench, cell: Cell) -> tuple[Path, ...]:
@@ -283,5 +219,5 @@ def _places(bench: Bench, cell: Cell) -> tuple[Path, ...]:
     if not cell.trained:
         return (bench.pruned(cell),)
     end = bench.trained(cell)
-    epochs = tuple(sorted(bench.models.glob(f"{end.name}.epoch-*"))) if cell.epoch is not None else ()
+    epochs = sorted(end.parent.glob(f"{end.name}.epoch-*")) if cell.epoch is not None else ()
     return (bench.pruned(cell), end, end.with_name(f"{end.name}.training"), *epochs)

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from amprune.evaluation.identity import names_of
 from amprune.evaluation.records import Evaluation
@@ -14,7 +15,6 @@ from amprune.experiments.settings import Settings
 from amprune.experiments.tables import Shown
 from amprune.report.blocks import Block, Bullets, Contents, Section, Text
 from amprune.report.drawing import colours_of
-from amprune.settings import Training
 
 _SECTIONS: Mapping[str, Callable[[Shown], list[Section]]] = {
     "table1": sections.table1,
@@ -27,25 +27,39 @@ _SECTIONS: Mapping[str, Callable[[Shown], list[Section]]] = {
 }
 
 
-def experiment_contents(recipe: Recipe, settings: Settings, cells: tuple[Cell, ...], results: Results) -> Contents:
-    """Puts the report of an experiment together."""
+def experiment_contents(
+    recipe: Recipe, settings: Settings, cells: tuple[Cell, ...], results: Results, folder: Path
+) -> Contents:
+    """Puts the report of an experiment together, from its results and the evaluations in its folder."""
     several = len(results.models) > 1
     parts: list[Section] = []
     colours: dict[str, str] = {}
+    devices: dict[str, None] = {}
     for found in results.models:
-        evaluation = _evaluation(results, found)
-        shown = Shown(recipe, settings, cells, found, evaluation, _prefix(found) if several else "")
+        file = folder / found.folder / EVALUATION
+        evaluation = Evaluation.load(file) if file.is_file() else Evaluation()
+        devices |= dict.fromkeys(record.device for record in evaluation.records.values())
+        # Names of figures have letters, digits and hyphens alone.
+        prefix = re.sub(r"[^\w-]+", "-", found.folder.lower()) + "-" if several else ""
+        shown = Shown(recipe, settings, cells, found, evaluation, prefix)
         first, *others = _SECTIONS[recipe.name](shown)
         parts.append(replace(first, title=_name(found), blocks=(*first.blocks, *_missing(shown))))
         parts += [replace(part, title=f"{part.title}, {_name(found)}") if several else part for part in others]
         if recipe.together:
             colours |= colours_of(evaluation.models, DENSE)
-    parts.append(_how(recipe, settings, results))
+    lines = [
+        _amount(recipe, settings),
+        _calibration(settings),
+        _training(recipe, settings),
+        *([f"Measured on {'; '.join(devices)}, dtype {settings.dtype}."] if devices else []),
+        f"Versions: {', '.join(f'{name} {number}' for name, number in results.versions.items())}.",
+        *map(_time, results.models),
+    ]
     return Contents(
         title=f"{recipe.title}: {', '.join(map(_name, results.models))}",
         lead=recipe.about + (" A quick run: little was measured, as is said at the end." if settings.quick else ""),
         groups=(),
-        sections=tuple(parts),
+        sections=(*parts, Section("How it was measured", (Bullets(tuple(lines)),))),
         colours=colours,
         drawn_from="experiment.json and evaluation.json",
     )
@@ -55,38 +69,12 @@ def _name(found: ModelResults) -> str:
     return names_of([found.model])[0]
 
 
-def _prefix(found: ModelResults) -> str:
-    """Returns what the names of a model's figures begin with: letters, digits and hyphens alone."""
-    return re.sub(r"[^\w-]+", "-", found.folder.lower()) + "-"
-
-
-def _evaluation(results: Results, found: ModelResults) -> Evaluation:
-    file = results.path.parent / found.folder / EVALUATION
-    return Evaluation.load(file) if file.is_file() else Evaluation()
-
-
 def _missing(shown: Shown) -> tuple[Block, ...]:
     """Says why cells have no figures."""
-    lines = [
-        f"{cell.name}: {'not possible with this model' if shown.state(cell) == 'n/a' else shown.state(cell)}; "
-        f"{shown.found.cells[cell.name].reason}"
-        for cell in shown.cells
-        if shown.state(cell) in ("n/a", "failed")
-    ]
+    words = {"n/a": "not possible with this model", "failed": "failed"}
+    results = [(cell.name, shown.result(cell)) for cell in shown.cells]
+    lines = [f"{name}: {words[r.state]}; {r.reason}" for name, r in results if r is not None and r.state in words]
     return (Text("Without figures:"), Bullets(tuple(lines))) if lines else ()
-
-
-def _how(recipe: Recipe, settings: Settings, results: Results) -> Section:
-    """Says with which settings, where, with which versions and in what time."""
-    lines = [_amount(recipe, settings), _calibration(settings), _training(recipe, settings)]
-    devices = dict.fromkeys(
-        record.device for found in results.models for record in _evaluation(results, found).records.values()
-    )
-    if devices:
-        lines.append(f"Measured on {'; '.join(devices)}, dtype {settings.dtype}.")
-    lines.append(f"Versions: {', '.join(f'{name} {number}' for name, number in results.versions.items())}.")
-    lines += [_time(found) for found in results.models]
-    return Section("How it was measured", (Bullets(tuple(line for line in lines if line)),))
 
 
 def _amount(recipe: Recipe, settings: Settings) -> str:
@@ -128,34 +116,26 @@ def _training(recipe: Recipe, settings: Settings) -> str:
     amount = epochs if recovery.max_steps is None else f"{recovery.max_steps} steps"
     samples = "all samples" if settings.training_samples is None else f"{settings.training_samples} samples"
     which = "Models that are called trained were" if recipe.trains else "Every pruned model was"
+    how = "full fine-tuning" if recovery.full else f"LoRA of rank {recovery.lora_rank}"
     others = "; models of other tools were left as they are" if settings.checkpoints else ""
     return (
-        f"{which} trained the same way: {_method(recovery)}, {amount} on {samples} of {_file_name(settings.data)}, "
+        f"{which} trained the same way: {how}, {amount} on {samples} of {_file_name(settings.data)}, "
         f"learning rate {recovery.learning_rate:g}, {recovery.batch_size} x {recovery.gradient_accumulation} samples a "
         f"step, {recovery.max_length} tokens{others}."
     )
 
 
-def _method(recovery: Training) -> str:
-    return "full fine-tuning" if recovery.full else f"LoRA of rank {recovery.lora_rank}"
-
-
 def _time(found: ModelResults) -> str:
     cells = found.cells.values()
-    scoring = sum(found.scoring_seconds.values())
     making = sum(cell.making_seconds or 0.0 for cell in cells)
-    measuring = [cell.measuring_seconds or 0.0 for cell in cells]
+    measuring = sum(cell.measuring_seconds or 0.0 for cell in cells)
     return (
-        f"{_name(found)}: {_minutes(scoring)} for scores, {_minutes(making)} for making models, "
-        f"{_minutes(sum(measuring))} for measuring."
+        f"{_name(found)}: {_minutes(sum(found.scoring_seconds.values()))} for scores, {_minutes(making)} for making "
+        f"models, {_minutes(measuring)} for measuring."
     )
 
 
 def _minutes(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )
+    if seconds < 7200:
+        return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -12,6 +13,7 @@ from amprune.report.labels import Label, write_column
 from amprune.report.numbers import shortened
 
 _LOG_RANGE = 10.0
+_DASHED: dict[str, Any] = {"color": BASELINE_COLOUR, "linestyle": "--", "linewidth": 1.1, "zorder": 2}
 
 
 @dataclass(frozen=True)
@@ -33,21 +35,12 @@ class Level:
 
 
 def lines_figure(
-    lines: Mapping[str, Sequence[Point]],
-    *,
-    level: Level | None,
-    x_label: str,
-    y_label: str,
+    lines: Mapping[str, Sequence[Point]], *, level: Level | None, x_label: str, y_label: str,
     dashed: Mapping[str, Sequence[Point]] | None = None,
-) -> Figure:
+) -> Figure:  # fmt: skip
     """Draws a line of points each, named at its end; logarithmic where the values differ by more than ten times.
 
-    Args:
-        lines: points by name.
-        level: across, dashed.
-        x_label: what the points are at.
-        y_label: what they are.
-        dashed: under some of the names another line each, in the same colour.
+    `dashed` has under some of the names another line each, in the same colour.
     """
     with style():
         figure = new_figure(3.3)
@@ -55,9 +48,10 @@ def lines_figure(
         colours = colours_of(lines, None)
         for kind, drawn in (("o-", lines), ("s--", dashed or {})):
             for name, points in drawn.items():
-                _draw(axes, points, kind, colours[name])
+                x, y = [point.x for point in points], [point.y for point in points]
+                _draw(axes, x, y, kind, colours[name], yerr=_bars(points))
         every = [point for drawn in (lines, dashed or {}) for points in drawn.values() for point in points]
-        _scale(axes, [point.y for point in every] + ([level.y] if level else []))
+        _scale(axes, "y", [point.y for point in every] + ([level.y] if level else []))
         left, right = min(point.x for point in every), max(point.x for point in every)
         room = (right - left) or 1.0
         axes.set_xlim(left - 0.06 * room, right + 0.42 * room)
@@ -67,24 +61,29 @@ def lines_figure(
         axes.grid(axis="y")
         labels = [Label(points[-1].x, points[-1].y, name, colours[name]) for name, points in lines.items()]
         if level is not None:
-            across = [left - 0.06 * room, right]
-            axes.plot(across, [level.y] * 2, color=BASELINE_COLOUR, linestyle="--", linewidth=1.1, zorder=2)
+            axes.plot([left - 0.06 * room, right], [level.y] * 2, **_DASHED)
             labels.append(Label(right, level.y, level.name, BASELINE_COLOUR))
         write_column(figure, axes, labels, right)
         return figure
 
 
-def _draw(axes: Axes, points: Sequence[Point], kind: str, colour: str) -> None:
-    x, y = [point.x for point in points], [point.y for point in points]
-    bars = [[point.below for point in points], [point.above for point in points]]
-    axes.errorbar(x, y, yerr=bars, fmt=kind, color=colour, markersize=4.5, capsize=2.5, linewidth=1.2, zorder=3)
+def _bars(points: Sequence[Point]) -> list[list[float]]:
+    return [[point.below for point in points], [point.above for point in points]]
 
 
-def _scale(axes: Axes, values: Sequence[float]) -> None:
+def _draw(axes: Axes, x: Sequence[float], y: Sequence[float], kind: str, colour: str, **bars: Any) -> None:
+    axes.errorbar(x, y, fmt=kind, color=colour, markersize=4.5, capsize=2.5, linewidth=1.2, zorder=3, **bars)
+
+
+def _scale(axes: Axes, which: str, values: Sequence[float]) -> float:
+    """Makes an axis logarithmic where it is of use; returns by how many times the values differ, then."""
     low, high = min(values), max(values)
-    if low > 0 and high / low > _LOG_RANGE:
-        axes.set_ylim(low / (high / low) ** 0.08, high * (high / low) ** 0.08)
-        logarithmic(axes, "y")
+    if low <= 0 or high / low <= _LOG_RANGE:
+        return 0.0
+    room = (high / low) ** 0.08
+    (axes.set_xlim if which == "x" else axes.set_ylim)(low / room, high * room)
+    logarithmic(axes, which)
+    return high / low
 
 
 @dataclass(frozen=True)
@@ -93,8 +92,8 @@ class Panel:
 
     label: str
     values: Mapping[str, Point]
-    """By name of the row; the figure is `x`, its error `below` and `above`."""
-    level: float | None
+    """By name of the row; its place counts for nothing."""
+    level: Level | None
     """What the dense model has."""
 
 
@@ -106,26 +105,16 @@ def rows_figure(names: Sequence[str], panels: Sequence[Panel]) -> Figure:
         places = {name: index for index, name in enumerate(names)}
         for axes, panel in zip(every, panels, strict=True):
             if panel.level is not None:
-                axes.axvline(panel.level, color=BASELINE_COLOUR, linestyle="--", linewidth=1.1, zorder=2)
-            _draw_rows(axes, panel, places)
+                axes.axvline(panel.level.y, **_DASHED)
+            x, points = [point.y for point in panel.values.values()], list(panel.values.values())
+            _draw(axes, x, [places[name] for name in panel.values], "o", ROW_COLOUR, xerr=_bars(points))
+            spread = _scale(axes, "x", [*x, *([] if panel.level is None else [panel.level.y])])
+            if spread > 300:  # half as wide as other figures
+                axes.xaxis.set_major_locator(LogLocator(base=10, numticks=4))
+            elif not spread:
+                axes.xaxis.set_major_locator(MaxNLocator(4))
             axes.set_xlabel(panel.label)
             axes.grid(axis="x")
         every[0].set_yticks(range(len(names)), [shortened(name) for name in names])
         every[0].set_ylim(len(names) - 0.4, -0.6)
         return figure
-
-
-def _draw_rows(axes: Axes, panel: Panel, places: Mapping[str, int]) -> None:
-    points = panel.values.values()
-    bars = [[point.below for point in points], [point.above for point in points]]
-    x, y = [point.x for point in points], [places[name] for name in panel.values]
-    axes.errorbar(x, y, xerr=bars, fmt="o", color=ROW_COLOUR, markersize=4.5, capsize=2.5, linewidth=1.2, zorder=3)
-    found = [*x, *([] if panel.level is None else [panel.level])]
-    low, high = min(found), max(found)
-    if low > 0 and high / low > _LOG_RANGE:
-        axes.set_xlim(low / (high / low) ** 0.08, high * (high / low) ** 0.08)
-        logarithmic(axes, "x")
-        if high / low > 300:  # half as wide as other figures
-            axes.xaxis.set_major_locator(LogLocator(base=10, numticks=4))
-    else:
-        axes.xaxis.set_major_locator(MaxNLocator(4))

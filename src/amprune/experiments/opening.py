@@ -1,6 +1,5 @@
 """What an experiment was asked for -> models and data, opened before anything is begun."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +9,6 @@ from amprune.evaluation.identity import names_of
 from amprune.evaluation.perplexity import check_windows
 from amprune.evaluation.zero_shot import open_tasks
 from amprune.experiments.cells import Bench, slug
-from amprune.experiments.configurations import Configuration
 from amprune.experiments.recipes import Recipe
 from amprune.experiments.settings import Settings
 from amprune.model.latency import check_positions
@@ -21,54 +19,44 @@ from amprune.scoring.catalogue import CRITERIA
 from amprune.settings import MEASURED_BY
 from amprune.text.records import read_records
 
-PathLike = str | os.PathLike[str]
-
-
-def models_of(given: PathLike | Sequence[PathLike], configuration: Configuration | None) -> list[str]:
-    """Returns the models that were given, or that of the configuration.
-
-    Raises:
-        EvaluationError: there is neither.
-    """
-    models = [str(given)] if isinstance(given, str | os.PathLike) else [str(model) for model in given]
-    if not models and configuration is None:
-        raise EvaluationError("no model is given; give --model one or more times, or a --config")
-    return models or [configuration.model]  # type: ignore[union-attr]
-
 
 def open_benches(
     models: Sequence[str], folder: Path, recipe: Recipe, settings: Settings, *, progress: Progress
 ) -> tuple[Bench, ...]:
-    """Opens every model and all data, so that nothing is begun for a request that cannot be met.
-
-    Raises:
-        AmpruneError: a model is none, data cannot be read, or a model lacks the positions.
-    """
+    """Opens every model and all data, so that nothing is begun for a request that cannot be met."""
+    if not models:
+        raise EvaluationError("no model is given; give --model one or more times, or a --config")
     folders = [slug(name) for name in names_of(models)]
     if twice := [name for name in folders if folders.count(name) > 1]:
         raise EvaluationError(f"two models would be kept in {folder / twice[0]}; run the experiment for each alone")
     if settings.checkpoints and len(models) > 1:
         raise EvaluationError("a --checkpoint is compared with one --model; run the experiment for each model alone")
-    for checkpoint in settings.checkpoints:
-        open_source(checkpoint.split("=", 1)[-1])
     measure = tuple(m for m in recipe.measure if m != "zero_shot" or settings.tasks)
     if not measure:
         raise EvaluationError("there is nothing to measure; give one task or more")
     required(f"the experiment {recipe.name}", *(library for kind in measure for library in MEASURED_BY.get(kind, ())))
     _check_data(settings, measure)
     benches = []
-    for model, place in zip(models, folders, strict=True):
+    for model, name in zip(models, folders, strict=True):
         source = open_source(model, dtype=settings.dtype)
-        _check_apart(folder.resolve(), source.protected)
+        for place in (path.resolve() for path in source.protected):
+            if folder.resolve() == place or place in folder.resolve().parents:
+                raise EvaluationError(f"the experiment cannot be written into the model {place}; choose another folder")
         dense = read_checkpoint(source.folder)
-        _check_positions(model, dense.positions, settings, measure)
+        if "perplexity" in measure:
+            check_windows(dense.positions, settings.sequence_length, settings.windows)
+        for case in settings.latency if {"latency", "energy"} & set(measure) else ():
+            case.check()
+            check_positions(model, dense.positions, case)
         size, mark = dense.shape.parameters, dense.fingerprint
-        benches.append(Bench(model, size, mark, folder / place, settings, measure, progress))
+        benches.append(Bench(model, size, mark, folder / name, settings, measure, progress))
     return tuple(benches)
 
 
 def _check_data(settings: Settings, measure: Sequence[str]) -> None:
     folder = None if settings.data_dir is None else Path(settings.data_dir)
+    for checkpoint in settings.checkpoints:
+        open_source(checkpoint.split("=", 1)[-1])
     if "zero_shot" in measure:
         open_tasks(settings.tasks, data_dir=folder)
     if "perplexity" in measure and not settings.texts:
@@ -76,29 +64,14 @@ def _check_data(settings: Settings, measure: Sequence[str]) -> None:
     for text in settings.texts:
         load_text(Path(text))
     if any(name in CRITERIA and CRITERIA[name].calibrated for name in settings.methods):
-        _check_samples(settings.calibration, settings.samples, "--calibration", "--samples")
+        _check_samples(settings.calibration, settings.samples, "calibration", "samples")
     if settings.recovery is not None:
-        _check_samples(settings.data, settings.training_samples or 1, "--data", "--training-samples")
+        _check_samples(settings.data, settings.training_samples or 1, "data", "training-samples")
 
 
 def _check_samples(source: str, wanted: int, option: str, counted: str) -> None:
-    name, records = read_records(source, option=option)
+    name, records = read_records(source, option=f"--{option}")
     if len(records) < wanted:
         raise CalibrationError(
-            f"{name} holds {len(records)} samples, {wanted} were asked for; give a larger set or a smaller {counted}"
+            f"{name} holds {len(records)} samples, {wanted} were asked for; give a larger set or a smaller --{counted}"
         )
-
-
-def _check_positions(model: str, positions: int | None, settings: Settings, measure: Sequence[str]) -> None:
-    if "perplexity" in measure:
-        check_windows(positions, settings.sequence_length, settings.windows)
-    for case in settings.latency if {"latency", "energy"} & set(measure) else ():
-        case.check()
-        check_positions(model, positions, case)
-
-
-def _check_apart(folder: Path, protected: Sequence[Path]) -> None:
-    """Refuses a folder that lies in a model, which is never written to, or is one."""
-    for source in (path.resolve() for path in protected):
-        if folder == source or source in folder.parents:
-            raise EvaluationError(f"the experiment cannot be written into the model {source}; choose another folder")

@@ -1,12 +1,18 @@
 """Which models each experiment makes, and what is measured on them."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from __future__ import annotations
 
-from amprune.errors import EvaluationError, ScoresError, guess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from amprune.errors import EvaluationError, guess
 from amprune.evaluation.identity import names_of
 from amprune.scoring.catalogue import CRITERIA
 from amprune.settings import Measurement, Only, Order
+
+if TYPE_CHECKING:
+    from amprune.experiments.settings import Settings
 
 DENSE = "dense"
 QUALITY: tuple[Measurement, ...] = ("perplexity", "zero_shot")
@@ -28,7 +34,7 @@ class Cell:
     criterion: str | None = None
     """By which it is pruned here, on the scores that all cells share."""
     preset: str | None = None
-    """In the place of a criterion: what is pruned as a whole, with a calibration set of its own."""
+    """Instead of a criterion: what is pruned as a whole, with a calibration set of its own."""
     order: Order = "amp"
     only: Only | None = None
     checkpoint: str | None = None
@@ -44,17 +50,6 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Choices:
-    """What decides which cells there are."""
-
-    ratios: tuple[float, ...]
-    methods: tuple[str, ...]
-    checkpoints: tuple[str, ...]
-    trained: bool
-    epochs: int
-
-
-@dataclass(frozen=True)
 class Recipe:
     """An experiment of the paper."""
 
@@ -62,7 +57,8 @@ class Recipe:
     title: str
     about: str
     ratios: tuple[float, ...]
-    cells: Callable[[Choices], list[Cell]]
+    cells: Callable[[Settings], list[Cell]]
+    """Those beside the dense model."""
     methods: tuple[str, ...] = ("amp",)
     measure: tuple[Measurement, ...] = QUALITY
     together: bool = False
@@ -79,86 +75,54 @@ def percentage(ratio: float) -> str:
     return f"{100 * ratio:.6g} %"
 
 
-def _dense() -> Cell:
-    return Cell(DENSE, DENSE)
-
-
-def _pruned(name: str, ratio: float, *, method: str = "amp", trained: bool = False, **choice: object) -> Cell:
+def _pruned(name: str, ratio: float, trained: object = None, *, method: str = "amp", **choice: object) -> Cell:
+    """Makes a cell; it is trained where `trained` is given, such as settings of a training."""
     criterion, preset = (None, BEST) if method == BEST else (method, None)
-    return Cell(f"{name} {percentage(ratio)}", name, ratio, criterion, preset, trained=trained, **choice)  # type: ignore[arg-type]
+    more = {**choice, "trained": bool(trained)}
+    return Cell(f"{name} {percentage(ratio)}", name, ratio, criterion, preset, **more)  # type: ignore[arg-type]
 
 
-def _table1(choices: Choices) -> list[Cell]:
-    pruned = [
-        _pruned(method, ratio, method=method, trained=choices.trained)
-        for ratio in choices.ratios
-        for method in choices.methods
-    ]
-    others = [Cell(name, name, checkpoint=given) for name, given in _named(choices.checkpoints)]
-    return [_dense(), *pruned, *others]
+def _table1(asked: Settings) -> list[Cell]:
+    pruned = [_pruned(name, ratio, asked.recovery, method=name) for ratio in asked.ratios for name in asked.methods]
+    names = zip(names_of(list(asked.checkpoints)), asked.checkpoints, strict=True)
+    return [*pruned, *(Cell(name, name, checkpoint=given) for name, given in names)]
 
 
-def _named(checkpoints: Sequence[str]) -> list[tuple[str, str]]:
-    return list(zip(names_of(list(checkpoints)), checkpoints, strict=True))
+def _table2(asked: Settings) -> list[Cell]:
+    orders: tuple[Order, ...] = ("amp", "random", "reversed")
+    return [_pruned(order, ratio, asked.recovery, order=order) for ratio in asked.ratios for order in orders]
 
 
-_ORDERS: Mapping[str, Order] = {"amp": "amp", "random": "random", "reversed": "reversed"}
+def _table3(asked: Settings) -> list[Cell]:
+    parts = {"heads and neurons": None, "neurons only": "neurons", "heads only": "heads"}
+    return [_pruned(name, ratio, asked.recovery, only=only) for ratio in asked.ratios for name, only in parts.items()]
 
 
-def _table2(choices: Choices) -> list[Cell]:
+def _figure1(asked: Settings) -> list[Cell]:
+    trainings = (None, asked.recovery) if asked.recovery else (None,)
     return [
-        _dense(),
-        *(
-            _pruned(name, ratio, order=order, trained=choices.trained)
-            for ratio in choices.ratios
-            for name, order in _ORDERS.items()
-        ),
+        _pruned(f"{name}, trained" if training else name, ratio, training, method=name)
+        for ratio in asked.ratios
+        for name in asked.methods
+        for training in trainings
     ]
 
 
-PARTS: Mapping[str, Only | None] = {"heads and neurons": None, "neurons only": "neurons", "heads only": "heads"}
+def _speedup(asked: Settings) -> list[Cell]:
+    return [_pruned(name, ratio, method=name) for name in asked.methods for ratio in asked.ratios]
 
 
-def _table3(choices: Choices) -> list[Cell]:
-    return [
-        _dense(),
-        *(
-            _pruned(name, ratio, only=only, trained=choices.trained)
-            for ratio in choices.ratios
-            for name, only in PARTS.items()
-        ),
-    ]
-
-
-def _figure1(choices: Choices) -> list[Cell]:
-    cells = [_dense()]
-    for ratio in choices.ratios:
-        for method in choices.methods:
-            cells.append(_pruned(method, ratio, method=method))
-            if choices.trained:
-                cells.append(_pruned(f"{method}, trained", ratio, method=method, trained=True))
-    return cells
-
-
-def _speedup(choices: Choices) -> list[Cell]:
-    return [
-        _dense(),
-        *(_pruned(method, ratio, method=method) for method in choices.methods for ratio in choices.ratios),
-    ]
-
-
-def _epochs(choices: Choices) -> list[Cell]:
-    cells = [_dense()]
-    for ratio in choices.ratios:
+def _epochs(asked: Settings) -> list[Cell]:
+    cells = []
+    for ratio in asked.ratios:
         cells.append(_pruned("not trained", ratio))
-        for epoch in range(1, choices.epochs + 1):
-            words = f"{epoch} epoch" + ("s" if epoch > 1 else "")
-            cells.append(_pruned(words, ratio, trained=True, epoch=epoch))
+        for epoch in range(1, int(asked.recovery.epochs) + 1 if asked.recovery else 1):
+            cells.append(_pruned(f"{epoch} epoch{'s' if epoch > 1 else ''}", ratio, asked.recovery, epoch=epoch))
     return cells
 
 
-def _cost(choices: Choices) -> list[Cell]:
-    return [_dense(), *(_pruned("amp", ratio, trained=choices.trained) for ratio in choices.ratios)]
+def _cost(asked: Settings) -> list[Cell]:
+    return [_pruned("amp", ratio, asked.recovery) for ratio in asked.ratios]
 
 
 _PAPER_RATIOS = (0.0901, 0.2102, 0.3003)
@@ -201,22 +165,7 @@ RECIPES: Mapping[str, Recipe] = {
 
 
 def find_recipe(name: str) -> Recipe:
-    """Returns an experiment by its name.
-
-    Raises:
-        EvaluationError: there is none; the message suggests the nearest and lists all.
-    """
+    """Returns an experiment by its name; the error suggests the nearest and lists all."""
     if name in RECIPES:
         return RECIPES[name]
     raise EvaluationError(f"no experiment {name!r}; {guess(name, RECIPES)}The experiments are {', '.join(RECIPES)}")
-
-
-def check_method(name: str) -> None:
-    """Makes sure that there is a method of a name.
-
-    Raises:
-        ScoresError: there is none; the message suggests the nearest and lists all.
-    """
-    known = (BEST, *CRITERIA)
-    if name not in known:
-        raise ScoresError(f"unknown method {name!r}; {guess(name, known)}The methods are {', '.join(known)}")

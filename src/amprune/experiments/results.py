@@ -1,25 +1,35 @@
-"""`experiment.json`: what was asked for, and what became of every cell."""
+"""The folder of an experiment and its `experiment.json`: alone in it, begun or gone on with, emptied of another."""
 
-import json
-import os
-from collections.abc import Iterator, Mapping
+import logging
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
+
+from filelock import FileLock, Timeout
 
 from amprune.errors import EvaluationError
-from amprune.model.writer import write_json
+from amprune.evaluation.session import versions
+from amprune.experiments.cells import EVALUATION, MODELS, SCORES, Bench
+from amprune.experiments.recipes import Recipe
+from amprune.experiments.settings import Settings
+from amprune.records import Rule, go_on, read, write
+from amprune.report.write import remove_report
 
+logger = logging.getLogger(__name__)
 FILE = "experiment.json"
 FORMAT = "amprune experiment 1"
-State = Literal["done", "n/a", "failed"]
+_LOCK = ".experiment.lock"
+_REMEDY = "it is damaged or no record of an experiment: move it away, or write to another folder"
 
 
 @dataclass(frozen=True)
 class CellResult:
     """What became of a cell; its figures are in `evaluation.json`, under the same name."""
 
-    state: State
+    state: Literal["done", "n/a", "failed"]
     """`n/a`: the model has no such cell, as where heads alone cannot give the ratio."""
     reason: str | None = None
     """Of `n/a` and `failed`."""
@@ -36,13 +46,15 @@ class CellResult:
     """Perplexities and accuracies by the titles of the table's columns: `value` and `standard_error`."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModelResults:
     """What is done of one model."""
 
     model: str
     """As it was asked for."""
-    folder: str
+    folder: Annotated[
+        str, Rule("the name of a folder", lambda name: name not in ("", "..") and Path(name).name == name)
+    ]
     """Of its figures, below that of the experiment."""
     scoring_seconds: dict[str, float] = field(default_factory=dict)
     """By criteria that one pass served, with commas."""
@@ -53,11 +65,10 @@ class ModelResults:
         return cell in self.cells and self.cells[cell].state != "failed"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Results:
     """The content of `experiment.json`."""
 
-    path: Path
     experiment: str
     request: dict[str, Any]
     versions: dict[str, str]
@@ -76,68 +87,71 @@ class Results:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the JSON form."""
-        return {
-            "format": FORMAT,
-            "experiment": self.experiment,
-            "request": self.request,
-            "versions": self.versions,
-            "models": [asdict(found) for found in self.models],
-        }
+        return {"format": FORMAT, **asdict(self)}
 
-    def save(self) -> None:
-        """Writes the file whole or not at all.
+    def save(self, folder: Path) -> None:
+        """Writes the file whole or not at all."""
+        write(folder / FILE, self.to_dict(), error=EvaluationError)
 
-        Raises:
-            EvaluationError: the disk refuses.
-        """
-        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(partial, self.to_dict())
-            partial.replace(self.path)
-        except OSError as error:
-            raise EvaluationError(f"cannot write {self.path}: {error.strerror or error}") from error
-        finally:
-            partial.unlink(missing_ok=True)
 
-    @classmethod
-    def load(cls, path: Path) -> "Results":
-        """Reads a file.
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of the folder; the system lets go of the lock when the process dies."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / _LOCK)
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise EvaluationError(f"another run writes {folder}; wait until it ends, or choose another folder") from None
+    except OSError as error:
+        raise EvaluationError(f"cannot write {folder}: {error.strerror or error}; choose another folder") from error
+    try:
+        yield
+    finally:
+        (folder / _LOCK).unlink(missing_ok=True)
+        lock.release()
+        with suppress(OSError):  # it stays unless the request was refused, and left it empty
+            folder.rmdir()
 
-        Raises:
-            EvaluationError: it is none of an experiment, or damaged.
-        """
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if content["format"] != FORMAT:
-                raise ValueError(f"its format is {content['format']!r}, expected {FORMAT!r}")
-            models = [_model(entry) for entry in content["models"]]
-            return cls(path, content["experiment"], content["request"], content["versions"], models)
-        except OSError as error:
-            raise EvaluationError(f"cannot read {path}: {error.strerror or error}") from error
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+
+def begin(folder: Path, recipe: Recipe, settings: Settings, benches: Sequence[Bench], *, overwrite: bool) -> Results:
+    """Finds what an earlier run of the same request has finished, or begins anew where nothing is in the way."""
+    request = {"settings": settings.to_dict(), "models": {bench.model: bench.fingerprint for bench in benches}}
+    if (file := folder / FILE).is_file():
+        before = read(Results, file, error=EvaluationError, remedy=_REMEDY, format=FORMAT)
+        begun = go_on({"request": before.request, "done": []}, request)
+        if begun.resumed and before.experiment == recipe.name:
+            finished = sum(found.is_finished(cell) for found in before.models for cell in found.cells)
+            if finished or before.failed:
+                again = f", {len(before.failed)} failed ones are tried again" if before.failed else ""
+                logger.info("going on with the experiment in %s: %d cells are finished%s", file, finished, again)
+            return before
+        if not overwrite:
+            names = {name.removeprefix("settings.").removeprefix("models.") for name in begun.otherwise}
+            what = f"with another {', '.join(sorted(names))}"
             raise EvaluationError(
-                f"{path} is damaged or no record of an experiment ({type(error).__name__}: {error}); move it away, or "
-                "write to another folder"
-            ) from error
-
-
-def _model(entry: Mapping[str, Any]) -> ModelResults:
-    cells = {name: CellResult(**cell) for name, cell in entry["cells"].items()}
-    if any(cell.state not in get_args(State) for cell in cells.values()):
-        raise ValueError("a cell has an unknown state")
-    if Path(entry["folder"]).name != entry["folder"] or entry["folder"] == "..":
-        raise ValueError(f"{entry['folder']!r} is no folder of it")
-    return ModelResults(**{**entry, "cells": cells})
-
-
-def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """Yields what another request asked for otherwise, as `ratios`, `recovery.epochs`."""
-    for name in dict.fromkeys([*before, *now]):
-        theirs, ours = before.get(name), now.get(name)
-        if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
-            yield from (
-                entry if name in ("settings", "models") else f"{name}.{entry}" for entry in changes(theirs, ours)
+                f"{folder} holds an experiment that was asked for "
+                f"{what if before.experiment == recipe.name else f'for {before.experiment}'}; ask for the same again, "
+                "choose another folder, or give --overwrite to remove it"
             )
-        elif theirs != ours:
-            yield name
+        _remove(folder, before)
+    elif there := [path.name for path in folder.iterdir() if path.name != _LOCK]:
+        raise EvaluationError(f"{folder} holds {there[0]} and no {FILE}; choose an empty folder or a new one")
+    models = [ModelResults(bench.model, bench.folder.name) for bench in benches]
+    new = Results(recipe.name, go_on(None, request).request, versions(), models)
+    new.save(folder)
+    return new
+
+
+def _remove(folder: Path, results: Results) -> None:
+    """Removes what an experiment has written, and nothing else; its record last."""
+    for found in results.models:
+        place = folder / found.folder
+        for name in (SCORES, MODELS):
+            if (place / name).is_dir():
+                shutil.rmtree(place / name)
+        (place / EVALUATION).unlink(missing_ok=True)
+        with suppress(OSError):  # it stays where someone else has put something into it
+            place.rmdir()
+    remove_report(folder)
+    (folder / FILE).unlink()

@@ -1,23 +1,25 @@
-"""Everything that decides an experiment's figures, beside the models."""
+"""Everything that decides an experiment's figures, beside the models; and settings that ship, as JSON files."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from amprune.errors import EvaluationError, PlanError
-from amprune.experiments.recipes import BEST, Cell, Choices, Recipe, check_method
+from amprune.errors import EvaluationError, PlanError, ScoresError, guess
+from amprune.experiments.recipes import BEST, DENSE, RECIPES, Cell, Recipe
 from amprune.model.latency import LatencySettings
+from amprune.records import Rule, parse, read_object
 from amprune.recovery.training import check_training
-from amprune.settings import TASKS, EvaluationSettings, ExperimentSettings, PathLike, Training
+from amprune.scoring.catalogue import CRITERIA
+from amprune.settings import TASKS, EvaluationSettings, ExperimentSettings, Training
 
 _QUICK: Mapping[str, Any] = {"samples": 20, "limit": 40, "windows": 8, "training_samples": 64, "energy_seconds": 2.0}
 _QUICK_TRAINING: Mapping[str, Any] = {"gradient_accumulation": 4}
 _QUICK_LATENCY: Mapping[str, Any] = {"new_tokens": 32, "warmup": 2, "runs": 5}
 _OF_THE_RUN = ("config", "quick", "keep", "overwrite")
 _CASES = ("latency_batch", "prompt_tokens", "mode", "new_tokens", "warmup", "runs")
-TRAINING = ("epochs", "max_steps", "gradient_accumulation")
+_TRAINING = ("epochs", "max_steps", "gradient_accumulation")
 """Fields of `Training` that may be given one by one."""
 
 
@@ -52,131 +54,84 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns what `experiment.json` keeps, with a hash of every file that data are read from."""
-        found = asdict(self)
         places = (Path(place).expanduser() for place in (self.calibration, self.data, *self.texts))
         digests = {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in places if file.is_file()}
-        return {**found, "sha256": digests}
+        return {**asdict(self), "sha256": digests}
 
 
-def given_of(asked: ExperimentSettings, recipe: Recipe, latency: Sequence[LatencySettings] | None) -> dict[str, Any]:
-    """Returns the options that were given, by the names of `make_settings`, with paths that hold from anywhere."""
+_UNUSED_WITHOUT: Mapping[str, tuple[str, ...]] = {
+    "perplexity": ("texts", "windows", "sequence_length"),
+    "zero_shot": ("tasks", "limit"),
+    "latency": ("latency",),
+    "energy": ("energy_seconds",),
+}
+
+
+def given_of(asked: ExperimentSettings, latency: Sequence[LatencySettings] | None) -> dict[str, Any]:
+    """Returns the options that were given, with paths that hold from anywhere."""
     given = {name: value for name, value in vars(asked).items() if name not in _OF_THE_RUN and value is not None}
-    cases = {name: given.pop(name) for name in _CASES if name in given}
     if latency is not None:
         given["latency"] = tuple(latency)
-    elif cases:
-        given["latency"] = latency_cases(
-            recipe, quick=asked.quick, batches=cases.pop("latency_batch", None),
-            prompts=cases.pop("prompt_tokens", None), modes=cases.pop("mode", None), **cases,
-        )  # fmt: skip
-    for name in ("calibration", "data"):
-        if name in given:
-            given[name] = str(given[name])
+    given |= {name: str(given[name]) for name in ("calibration", "data") if name in given}
     if "data_dir" in given:
-        given["data_dir"] = _absolute(given["data_dir"])
+        given["data_dir"] = str(Path(given["data_dir"]).expanduser().resolve())
     if "texts" in given:
-        given["texts"] = [_absolute(text) for text in given["texts"]]
+        given["texts"] = [str(Path(text).expanduser().resolve()) for text in given["texts"]]
     return given
-
-
-def _absolute(place: PathLike) -> str:
-    return str(Path(place).expanduser().resolve())
 
 
 def make_settings(recipe: Recipe, given: Mapping[str, Any], *, configured: Mapping[str, Any], quick: bool) -> Settings:
     """Puts settings together: what is given counts before what --quick shrinks, that before a configuration.
 
-    Args:
-        recipe: whose defaults count last.
-        given: fields of `Settings`, and `recover`, `epochs`, `max_steps`, `gradient_accumulation`; None is not given.
-        configured: the same of a configuration, and `recovery`, fields of `Training`.
-        quick: fewer questions, windows, samples and runs.
-
-    Raises:
-        EvaluationError: a value makes no sense, or is none of the experiment's.
-        ScoresError: a method is unknown.
-        PlanError: a ratio is none.
+    `given` holds options of the experiment, `configured` the same of a configuration and, under `recovery`, fields of
+    `Training`; the defaults of the recipe count last.
     """
     chosen = {name: value for name, value in given.items() if value is not None}
     merged = {"ratios": recipe.ratios, "methods": recipe.methods, **configured, **(_QUICK if quick else {}), **chosen}
-    own = {name: merged.pop(name) for name in TRAINING if name in merged}
-    training = {**merged.pop("recovery", {}), **(_QUICK_TRAINING if quick else {}), **own}
+    training = {**merged.pop("recovery", {}), **(_QUICK_TRAINING if quick else {})}
+    training |= {name: merged.pop(name) for name in _TRAINING if name in merged}
+    cases = {**(_QUICK_LATENCY if quick else {}), **{name: merged.pop(name) for name in _CASES if name in merged}}
     recover = merged.pop("recover", recipe.trains)
     if BEST in merged["methods"]:  # a configuration speaks of the set that all others share
         merged["preset_samples"] = chosen.get("samples", _QUICK["samples"] if quick else None)
-    settings = Settings(**{name: _frozen(value) for name, value in merged.items()}, quick=quick)
-    if "latency" not in merged:
-        settings = replace(settings, latency=latency_cases(recipe, quick=quick))
+    values: dict[str, Any] = {"latency": _latency_cases(recipe, **cases), **merged}
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    settings = Settings(**values, quick=quick)
     if recover:
-        settings = replace(settings, recovery=_recovery(recipe, training, settings))
+        found = Training(**{"epochs": recipe.epochs, "seed": settings.seed, **training})
+        check_training(found)
+        if recipe.name == "epochs" and (found.max_steps is not None or not float(found.epochs).is_integer()):
+            raise EvaluationError(
+                "the experiment epochs measures after every epoch; give whole --epochs and no --max-steps"
+            )
+        settings = replace(settings, recovery=found)
     _check(recipe, settings)
-    return _relevant(recipe, settings)
-
-
-def _relevant(recipe: Recipe, settings: Settings) -> Settings:
-    """Leaves out what decides none of the experiment's figures: another value of it is no other request."""
-    unused = {
-        "texts": "perplexity" not in recipe.measure,
-        "windows": "perplexity" not in recipe.measure,
-        "sequence_length": "perplexity" not in recipe.measure,
-        "tasks": "zero_shot" not in recipe.measure,
-        "limit": "zero_shot" not in recipe.measure,
-        "latency": "latency" not in recipe.measure,
-        "energy_seconds": "energy" not in recipe.measure,
-        "data": settings.recovery is None,
-        "training_samples": settings.recovery is None,
-    }
+    # What decides none of the experiment's figures is left out: another value of it is no other request.
+    unused = [name for kind, names in _UNUSED_WITHOUT.items() if kind not in recipe.measure for name in names]
+    unused += ["data", "training_samples"] if settings.recovery is None else []
     plain = Settings(settings.ratios, settings.methods)
-    return replace(settings, **{name: getattr(plain, name) for name, out in unused.items() if out})
+    return replace(settings, **{name: getattr(plain, name) for name in unused})
 
 
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list | tuple) else value
-
-
-def latency_cases(
-    recipe: Recipe,
-    *,
-    quick: bool,
-    batches: Sequence[int] | None = None,
-    prompts: Sequence[int] | None = None,
-    modes: Sequence[str] | None = None,
-    **others: int | None,
-) -> tuple[LatencySettings, ...]:
-    """Returns the cases that an experiment times; of speedup, two batch sizes, eager and compiled.
-
-    Args:
-        recipe: whose cases are taken where none are given.
-        quick: fewer tokens and runs.
-        batches: batch sizes.
-        prompts: prompt lengths.
-        modes: eager, compile.
-        others: further fields of `LatencySettings`; None is not given.
-    """
+def _latency_cases(
+    recipe: Recipe, *, latency_batch: Sequence[int] = (), prompt_tokens: Sequence[int] = (), mode: Sequence[str] = (),
+    **common: int,
+) -> tuple[LatencySettings, ...]:  # fmt: skip
+    """Returns the cases that an experiment times; where none are given, `speedup` has two batch sizes and two modes."""
     many = recipe.name == "speedup"
-    given = {name: value for name, value in others.items() if value is not None}
-    common: dict[str, Any] = {**(_QUICK_LATENCY if quick else {}), **given}
     return tuple(
-        LatencySettings(batch_size=batch, prompt_tokens=prompt, mode=mode, **common)  # type: ignore[arg-type]
-        for mode in modes or (("eager", "compile") if many else ("eager",))
-        for batch in batches or ((1, 8) if many else (1,))
-        for prompt in prompts or (LatencySettings().prompt_tokens,)
+        LatencySettings(batch_size=batch, prompt_tokens=prompt, mode=one, **common)  # type: ignore[arg-type]
+        for one in mode or (("eager", "compile") if many else ("eager",))
+        for batch in latency_batch or ((1, 8) if many else (1,))
+        for prompt in prompt_tokens or (LatencySettings().prompt_tokens,)
     )
 
 
-def _recovery(recipe: Recipe, training: Mapping[str, Any], settings: Settings) -> Training:
-    found = Training(**{"epochs": recipe.epochs, "seed": settings.seed, **training})
-    check_training(found)
-    if recipe.name == "epochs" and (found.max_steps is not None or not float(found.epochs).is_integer()):
-        raise EvaluationError(
-            "the experiment epochs measures after every epoch; give whole --epochs and no --max-steps"
-        )
-    return found
-
-
 def _check(recipe: Recipe, settings: Settings) -> None:
+    known = (BEST, *CRITERIA)
     for name in settings.methods:
-        check_method(name)
+        if name not in known:
+            raise ScoresError(f"unknown method {name!r}; {guess(name, known)}The methods are {', '.join(known)}")
     alone, trained = len(recipe.methods) == 1, settings.recovery is not None
     refused = {
         f"{recipe.name} is about amp alone; --method belongs to table1, figure1 and speedup": (
@@ -203,16 +158,71 @@ def _check(recipe: Recipe, settings: Settings) -> None:
 
 
 def make_cells(recipe: Recipe, settings: Settings) -> tuple[Cell, ...]:
-    """Returns the models of an experiment, the dense one first.
-
-    Raises:
-        EvaluationError: two of them have the same name.
-    """
-    training = settings.recovery
-    epochs = int(training.epochs) if training is not None else 0
-    choices = Choices(settings.ratios, settings.methods, settings.checkpoints, training is not None, epochs)
-    cells = tuple(recipe.cells(choices))
+    """Returns the models of an experiment, the dense one first."""
+    cells = (Cell(DENSE, DENSE), *recipe.cells(settings))
     names = [cell.name for cell in cells]
     if twice := [name for name in names if names.count(name) > 1]:
         raise EvaluationError(f"two models of the experiment are called {twice[0]!r}; give each ratio and name once")
     return cells
+
+
+# Configurations: settings as JSON files. Those of the paper ship, others are a user's own.
+
+_FORMAT = "amprune configuration 1"
+_SHIPPED = Path(__file__).with_name("configurations")
+_OTHERS = ("recovery", "quick", "latency", "checkpoints", "preset_samples")
+_SETTINGS = ("recover", *_TRAINING, *(one.name for one in fields(Settings) if one.name not in _OTHERS))
+_REMEDY = "see the configurations that ship"
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Which model, and with which settings each experiment is run on it."""
+
+    model: Annotated[str, Rule("a folder or a hub id")]
+    experiments: Mapping[str, Mapping[str, Any]]
+    """By name, what replaces some of `settings`."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    recovery: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `Training`."""
+    name: str = ""
+    about: str = ""
+
+    def settings_of(self, experiment: str) -> dict[str, Any]:
+        """Returns the settings of one experiment; `recovery` holds how is trained."""
+        if experiment not in self.experiments:
+            there = ", ".join(self.experiments)
+            raise EvaluationError(
+                f"the configuration {self.name} is not for {experiment}, only for {there}; give --model in its place"
+            )
+        return {**self.settings, **self.experiments[experiment], "recovery": self.recovery}
+
+
+def shipped() -> tuple[str, ...]:
+    """Returns the names of the configurations that ship."""
+    return tuple(sorted(file.stem for file in _SHIPPED.glob("*.json")))
+
+
+def load_configuration(name: str) -> Configuration:
+    """Reads a configuration that ships, by its name, or a JSON file."""
+    file = _SHIPPED / f"{name}.json" if name in shipped() else Path(name).expanduser()
+    if not file.is_file():
+        raise EvaluationError(
+            f"no configuration {name!r}; {guess(name, shipped())}There are {', '.join(shipped())}, or give a JSON file "
+            "of your own"
+        )
+    content = read_object(file, error=EvaluationError, hint=f"; {_REMEDY}")
+    _check_names(name, content, ("format", *(one.name for one in fields(Configuration) if one.name != "name")))
+    content["name"] = str(name)
+    found = parse(Configuration, content, where=str(name), error=EvaluationError, remedy=_REMEDY, format=_FORMAT)
+    _check_names(f"recovery of {name}", found.recovery, [one.name for one in fields(Training)])
+    _check_names(f"experiments of {name}", found.experiments, list(RECIPES))
+    for experiment, own in found.experiments.items():
+        _check_names(f"{experiment} of {name}", {**found.settings, **own}, _SETTINGS)
+    return found
+
+
+def _check_names(where: str, content: Mapping[str, Any], known: Sequence[str]) -> None:
+    for key in content:
+        if key not in known:
+            raise EvaluationError(f"{where} has an entry {key!r}; {guess(key, known)}Known are {', '.join(known)}")

@@ -1,16 +1,16 @@
 """Tables of quality: a row a cell, the best of each column in bold, and paired differences from one of them."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from amprune.evaluation.comparison import Difference
 from amprune.evaluation.records import Evaluation, Record
-from amprune.experiments.recipes import Cell, Recipe
-from amprune.experiments.results import ModelResults
+from amprune.experiments.figures import Point
+from amprune.experiments.recipes import DENSE, QUALITY, Cell, Recipe, percentage
+from amprune.experiments.results import CellResult, ModelResults
 from amprune.experiments.settings import Settings
 from amprune.report.blocks import Table, drop_empty_columns
-from amprune.report.measures import Measure, average_change, averages, change, find_measures, headlines
+from amprune.report.measures import Change, Measure, average_change, averages, change, find_measures, headlines
 from amprune.report.numbers import MISSING, number, percent
 from amprune.report.quality import difference
 
@@ -22,7 +22,6 @@ _TITLES: Mapping[str, str] = {
     "piqa": "PIQA",
 }
 """In the order of the paper's tables."""
-_QUALITY = ("perplexity", "zero_shot")
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,11 @@ class Shown:
     """Of the names of its figures, where several models have some."""
 
     @property
+    def dense(self) -> Cell:
+        """Returns the cell of the dense model."""
+        return next(cell for cell in self.cells if cell.name == DENSE)
+
+    @property
     def ratios(self) -> tuple[float, ...]:
         """Returns the ratios asked for, in the order of the cells."""
         return tuple(dict.fromkeys(cell.ratio for cell in self.cells if cell.is_pruned))
@@ -46,24 +50,22 @@ class Shown:
         """Returns the cells that are pruned here at a ratio."""
         return tuple(cell for cell in self.cells if cell.is_pruned and cell.ratio == ratio)
 
-    @property
-    def beside(self) -> tuple[Cell, ...]:
-        """Returns the models of other tools."""
-        return tuple(cell for cell in self.cells if cell.checkpoint is not None)
+    def result(self, cell: Cell) -> CellResult | None:
+        """Returns what became of a cell; None where it was never tried."""
+        return self.found.cells.get(cell.name)
 
     def state(self, cell: Cell) -> str:
-        """Returns what became of a cell; a dash where it was never tried."""
-        result = self.found.cells.get(cell.name)
+        """Returns what became of a cell, in a word; a dash where it was never tried."""
+        result = self.result(cell)
         return MISSING if result is None else result.state
 
-    def calibration(self, cell: Cell) -> Mapping[str, Any] | None:
-        """Returns what is known of the set that the preset of a cell drew."""
-        result = self.found.cells.get(cell.name)
-        return None if result is None else result.calibration
+    def done(self, cells: Sequence[Cell]) -> list[Cell]:
+        """Returns the cells that have figures."""
+        return [cell for cell in cells if self.state(cell) == "done"]
 
     def removed(self, cell: Cell) -> float | None:
         """Returns the share of the parameters that a measured model lacks."""
-        result = self.found.cells.get(cell.name)
+        result = self.result(cell)
         return None if result is None else result.ratio
 
 
@@ -86,112 +88,113 @@ class Column:
         """Tells perplexities from accuracies."""
         return self.measure.measurement == "perplexity"
 
+    @property
+    def kind(self) -> str:
+        """Names what sums a model up: its perplexity, or its average over tasks."""
+        return "perplexity" if self.low_is_better else "average accuracy"
+
+    def record(self, cell: Cell) -> Record | None:
+        """Returns what was measured of a cell."""
+        return self.measure.records.get(cell.name)
+
     def value(self, cell: Cell) -> float | None:
         """Returns the figure of a cell, as it was measured."""
-        record = self.measure.records.get(cell.name)
+        record = self.record(cell)
         return None if record is None else record.value
 
     def text(self, cell: Cell) -> str:
         """Returns the figure of a cell with its standard error."""
-        record = self.measure.records.get(cell.name)
-        return MISSING if record is None else _text(record, self.scale)
+        if (record := self.record(cell)) is None:
+            return MISSING
+        error = record.standard_error
+        return number(self.scale * record.value, None if error is None else self.scale * error)
+
+    def point(self, cell: Cell, x: float = 0.0) -> Point | None:
+        """Returns the figure of a cell as it is drawn."""
+        if (record := self.record(cell)) is None:
+            return None
+        error = self.scale * (record.standard_error or 0.0)
+        return Point(x, self.scale * record.value, error, error)
+
+    def change(self, cell: Cell, baseline: Cell) -> Change | None:
+        """Returns how a cell differs from another: window by window, question by question."""
+        if self.tasks:
+            return average_change(self.measure, self.tasks, cell.name, baseline.name)
+        return change(self.measure, cell.name, baseline.name)
 
     def against(self, cell: Cell, baseline: Cell) -> Difference | None:
-        """Returns by how much a cell differs from another: window by window, question by question."""
-        if self.tasks:
-            found = average_change(self.measure, self.tasks, cell.name, baseline.name)
-        else:
-            found = change(self.measure, cell.name, baseline.name)
+        """Returns by how much a cell differs from another."""
+        found = self.change(cell, baseline)
         return None if found is None else found.difference
-
-    def against_text(self, cell: Cell, baseline: Cell) -> str:
-        """Returns the same as text, marked where the items are not the same."""
-        if self.tasks:
-            return difference(average_change(self.measure, self.tasks, cell.name, baseline.name), scale=self.scale)
-        return difference(change(self.measure, cell.name, baseline.name), scale=self.scale)
-
-
-def _text(record: Record, scale: float) -> str:
-    error = record.standard_error
-    return number(scale * record.value, None if error is None else scale * error)
 
 
 def columns_of(evaluation: Evaluation) -> tuple[Column, ...]:
-    """Returns perplexity, the tasks in the paper's order, other tasks, and the average."""
-    evaluation = _on_one_device(evaluation)
+    """Returns perplexity, the tasks in the paper's order, other tasks, and the average.
+
+    On what each figure was measured is set aside, which a run that goes on elsewhere changes; it is told apart.
+    """
+    records = (
+        replace(record, device="") if record.measurement in QUALITY else record
+        for record in evaluation.records.values()
+    )
+    evaluation = Evaluation(evaluation.models, {record.key: record for record in records})
+    order = list(_TITLES)
+    tasks = sorted(headlines(evaluation), key=lambda m: order.index(m.task) if m.task in order else len(order))
     found = [Column(f"perplexity, {m.label}", m) for m in find_measures(evaluation, "perplexity")]
-    tasks = sorted(headlines(evaluation), key=lambda m: _place(m.task))
-    found += [Column(_TITLES.get(m.task, m.label) + _metric(m), m) for m in tasks]
+    for measure in tasks:
+        usual = measure.metric == ("acc" if measure.task == "winogrande" else "acc_norm")
+        metric = "" if measure.task in _TITLES and usual else f", {measure.metric}"
+        found.append(Column(_TITLES.get(measure.task, measure.label) + metric, measure))
     return (*found, *(Column("Avg", m, tuple(tasks)) for m in averages(evaluation)))
+
+
+def summary_columns(shown: Shown) -> list[Column]:
+    """Returns perplexity and the average over tasks."""
+    return [column for column in columns_of(shown.evaluation) if column.low_is_better or column.tasks]
 
 
 def figures_of(evaluation: Evaluation, cell: Cell) -> dict[str, dict[str, float | None]]:
     """Returns what `experiment.json` keeps of a cell: value and standard error by the titles of the columns."""
-    found = {column.title: column.measure.records.get(cell.name) for column in columns_of(evaluation)}
     return {
-        title: {"value": record.value, "standard_error": record.standard_error}
-        for title, record in found.items()
-        if record is not None
+        column.title: {"value": record.value, "standard_error": record.standard_error}
+        for column in columns_of(evaluation)
+        if (record := column.record(cell)) is not None
     }
 
 
-def _metric(measure: Measure) -> str:
-    usual = "acc" if measure.task == "winogrande" else "acc_norm"
-    return "" if measure.task in _TITLES and measure.metric == usual else f", {measure.metric}"
-
-
-def _place(task: str) -> int:
-    return list(_TITLES).index(task) if task in _TITLES else len(_TITLES)
-
-
-def _on_one_device(evaluation: Evaluation) -> Evaluation:
-    """Sets aside on what each figure was measured, which a run that goes on elsewhere changes; it is told apart."""
-    records = (
-        replace(record, device="") if record.measurement in _QUALITY else record
-        for record in evaluation.records.values()
-    )
-    return Evaluation(evaluation.models, {record.key: record for record in records})
-
-
 def quality_table(
-    shown: Shown,
-    cells: Sequence[Cell],
-    caption: str,
-    *,
-    heading: str = "method",
+    shown: Shown, cells: Sequence[Cell], ratio: float | None, *, heading: str = "method",
     label: Callable[[Cell], str] = lambda cell: cell.method,
-) -> Table:
-    """Returns a row a cell: how much it lacks, its figures, the best of each column among the pruned in bold."""
+) -> Table:  # fmt: skip
+    """Returns a row a cell: how much it lacks, its figures.
+
+    Where all are of one ratio, which the caption then names, the best of each column among the pruned is in bold.
+    """
     columns = columns_of(shown.evaluation)
     rows, bold = [], set()
     for cell in cells:
-        share = shown.removed(cell)
-        state = shown.state(cell)
+        share, state = shown.removed(cell), shown.state(cell)
         figures = [column.text(cell) if state == "done" else state for column in columns]
         rows.append((label(cell), MISSING if share is None else percent(share, 2), *figures))
-    pruned = [index for index, cell in enumerate(cells) if cell.ratio or cell.checkpoint is not None]
+    pruned = [] if ratio is None else shown.done([c for c in cells if c.ratio or c.checkpoint is not None])
     for place, column in enumerate(columns, start=2):
-        values = {row: value for row in pruned if (value := _value(shown, column, cells[row])) is not None}
-        best = _best(column, values.values())
+        values = {cells.index(cell): value for cell in pruned if (value := column.value(cell)) is not None}
+        best = (min if column.low_is_better else max)(values.values(), default=None)
         bold |= {(row, place) for row, value in values.items() if value == best and len(set(values.values())) > 1}
     header = (heading, "removed", *(column.title for column in columns))
+    caption = "" if ratio is None else f"{percentage(ratio)} of the parameters \u00b1 standard error"
     return drop_empty_columns(Table(caption, header, tuple(rows), bold=frozenset(bold)), MISSING)
-
-
-def _value(shown: Shown, column: Column, cell: Cell) -> float | None:
-    return column.value(cell) if shown.state(cell) == "done" else None
-
-
-def _best(column: Column, values: Iterable[float]) -> float | None:
-    return (min if column.low_is_better else max)(values, default=None)
 
 
 def difference_table(shown: Shown, cells: Sequence[Cell], baseline: Cell) -> Table | None:
     """Returns by how much each cell differs from one of them; None where there is nothing to compare."""
     columns = columns_of(shown.evaluation)
-    others = [cell for cell in cells if cell != baseline and shown.state(cell) == "done"]
-    if shown.state(baseline) != "done" or not others:
+    others = [cell for cell in shown.done(cells) if cell != baseline]
+    if not shown.done([baseline]) or not others:
         return None
-    rows = tuple((cell.method, *(column.against_text(cell, baseline) for column in columns)) for cell in others)
+    rows = [
+        (cell.method, *(difference(column.change(cell, baseline), scale=column.scale) for column in columns))
+        for cell in others
+    ]
     caption = f"Difference from {baseline.name}, \u00b1 standard error"
-    return drop_empty_columns(Table(caption, ("method", *(c.title for c in columns)), rows), MISSING)
+    return drop_empty_columns(Table(caption, ("method", *(c.title for c in columns)), tuple(rows)), MISSING)

@@ -1,9 +1,10 @@
 """What is shown of speed: measured and ideal, with whole blocks removed beside; what a workload costs."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from amprune.experiments.figures import Point, lines_figure
-from amprune.experiments.recipes import DENSE, Cell, percentage
+from amprune.experiments.recipes import DENSE, percentage
 from amprune.experiments.tables import Shown
 from amprune.report.blocks import Block, Bullets, Picture, Section, Table, Text
 from amprune.report.drawing import colours_of
@@ -17,29 +18,34 @@ from amprune.settings import Workload
 def speedup(shown: Shown) -> list[Section]:
     """Sets measured and ideal speedups of every case side by side; the times behind them follow."""
     measures = find_measures(shown.evaluation, "latency", "decode")
-    blocks: list[Block] = [_speedup_table(shown)]
+    rows = []
+    for cell in shown.cells:
+        share, state = shown.removed(cell), shown.state(cell)
+        ideal, missing = ideal_speedup(shown.evaluation, cell.name, DENSE), MISSING if state == "done" else state
+        changes = [change(measure, cell.name, DENSE) for measure in measures]
+        figures = [missing if found is None else speedup_words(found) for found in changes]
+        removed = MISSING if share is None else percent(share, 2)
+        rows.append((cell.name, removed, times(ideal) if ideal else missing, *figures))
+    header = ("model", "removed", "ideal", *(m.label for m in measures))
+    blocks: list[Block] = [Table("Speedup of decoding", header, tuple(rows))]
     if lines := tuple(line for measure in measures for line in _rivals(shown, measure)):
         blocks.insert(0, Bullets(lines))
-    blocks.append(
-        Text(
-            "Speedup of decoding: the median over rounds of the dense model's time over the model's, with its "
-            "quartiles. Ideal: the dense model's weight bytes read for a token over the model's."
-        )
+    words = (
+        "Speedup of decoding: the median over rounds of the dense model's time over the model's, with its quartiles. "
+        "Ideal: the dense model's weight bytes read for a token over the model's."
     )
-    for index, measure in enumerate(measures, start=1):
-        if (picture := _picture(shown, measure, index)) is not None:
-            blocks.append(picture)
+    pictures = [_picture(shown, measure, index) for index, measure in enumerate(measures, start=1)]
+    blocks += [Text(words), *(picture for picture in pictures if picture is not None)]
     return [Section(shown.recipe.title, tuple(blocks)), *_measured(shown)]
 
 
 def cost(shown: Shown) -> list[Section]:
     """Says what a workload takes with each model, beside what making it took."""
-    inputs = _inputs(shown)
-    workload = workload_section(inputs, Workload())
+    workload = workload_section(_inputs(shown), Workload())
     made = tuple(
         f"Making {cell.name}, {'trained' if cell.trained else 'not trained'}, took {result.making_seconds:,.0f} s."
         for cell in shown.cells
-        if (result := shown.found.cells.get(cell.name)) is not None and result.making_seconds is not None
+        if (result := shown.result(cell)) is not None and result.making_seconds is not None
     )
     scoring = sum(shown.found.scoring_seconds.values())
     said: list[Block] = [Bullets((f"Scoring took {scoring:,.0f} s.", *made))] if made else []
@@ -49,17 +55,14 @@ def cost(shown: Shown) -> list[Section]:
 
 def _measured(shown: Shown) -> list[Section]:
     """Returns the sections of the report on latency, memory and energy."""
-    inputs = _inputs(shown)
-    colours = colours_of(shown.evaluation.models, DENSE)
+    inputs, colours = _inputs(shown), colours_of(shown.evaluation.models, DENSE)
     latency = latency_section(inputs, colours)
-    if latency is not None and shown.prefix:
-        blocks = [
-            Picture(f"{shown.prefix}{block.name}", block.figure, block.alt, block.caption)
-            if isinstance(block, Picture)
-            else block
+    if latency is not None:
+        named = [
+            replace(block, name=f"{shown.prefix}{block.name}") if isinstance(block, Picture) else block
             for block in latency.blocks
         ]
-        latency = Section(latency.title, tuple(blocks))
+        latency = Section(latency.title, tuple(named))
     return [section for section in (latency, resources_section(inputs, colours)) if section is not None]
 
 
@@ -68,25 +71,6 @@ def _inputs(shown: Shown) -> Inputs:
     subjects = tuple(Subject(entry.name, entry.parameters, entry) for entry in models)
     baseline = DENSE if DENSE in shown.evaluation.models else None
     return Inputs(Path(shown.found.folder), shown.evaluation, subjects, baseline, None)
-
-
-def _speedup_table(shown: Shown) -> Table:
-    measures = find_measures(shown.evaluation, "latency", "decode")
-    rows = []
-    for cell in shown.cells:
-        share, state = shown.removed(cell), shown.state(cell)
-        ideal = ideal_speedup(shown.evaluation, cell.name, DENSE)
-        missing = MISSING if state == "done" else state
-        figures = [_gain(measure, cell) or missing for measure in measures]
-        rows.append(
-            (cell.name, MISSING if share is None else percent(share, 2), times(ideal) if ideal else missing, *figures)
-        )
-    return Table("Speedup of decoding", ("model", "removed", "ideal", *(m.label for m in measures)), tuple(rows))
-
-
-def _gain(measure: Measure, cell: Cell) -> str | None:
-    found = change(measure, cell.name, DENSE)
-    return None if found is None else speedup_words(found)
 
 
 def _rivals(shown: Shown, measure: Measure) -> list[str]:

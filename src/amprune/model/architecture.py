@@ -9,15 +9,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from amprune.errors import UnsupportedModelError
 from amprune.model.families import Cut, ModelFamily, Unit, find_family, refusal_of_blocks, refusal_of_heads
 from amprune.model.shape import ModelShape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel as PreTrainedModel
+else:  # the module that it is in loads torchao, SciPy and torch._dynamo: what opens no model does without them
+    PreTrainedModel = torch.nn.Module
 
 logger = logging.getLogger(__name__)
 

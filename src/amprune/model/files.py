@@ -1,6 +1,5 @@
 """The files of a Hugging Face folder: which hold weights, what their headers say, how to open one."""
 
-import json
 import math
 import pickle
 import re
@@ -16,6 +15,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from amprune.errors import CheckpointError
+from amprune.records import read_object
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -62,19 +62,6 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     return stored
 
 
-def read_json(file: Path, *, hint: str = "") -> dict[str, Any]:
-    """Reads a JSON object, with an error that names the file."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{file} is missing{hint}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} holds a {type(content).__name__}, expected a JSON object")
-    return content
-
-
 def read_front_matter(card: Path) -> dict[str, Any]:
     """Reads the YAML front matter of a model card; empty where there is none that can be read."""
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
@@ -112,7 +99,7 @@ def weight_files(folder: Path) -> list[tuple[Path, list[str] | None]]:
 
 
 def _indexed(folder: Path, index: Path) -> list[tuple[Path, list[str] | None]]:
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{index} has no weight_map from tensor names to file names")
     by_file: dict[str, list[str]] = {}

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from amprune.errors import CheckpointError
-from amprune.model.architecture import config_with_heads, describe, make_config
+from amprune.model.architecture import PreTrainedModel, config_with_heads, describe, make_config
 from amprune.model.families import find_family
 
 _COMPUTED = "rope_"

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from transformers import CompileConfig, GenerationConfig, PreTrainedModel
+from transformers import CompileConfig, GenerationConfig
 
 from amprune.errors import EvaluationError
-from amprune.model.architecture import quiet_transformers
+from amprune.model.architecture import PreTrainedModel, quiet_transformers
 from amprune.model.llama_cpp import LlamaCppModel
 from amprune.model.loading import input_device, vocabulary_size
 from amprune.model.stored import weight_bytes

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from amprune.errors import CheckpointError
-from amprune.model.architecture import quiet_transformers
+from amprune.model.architecture import PreTrainedModel, quiet_transformers
 from amprune.model.files import stored_tensors
 from amprune.model.quantized import folder_quantization, require_library
 from amprune.model.reader import read_checkpoint

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from amprune.errors import CheckpointError, MissingDependencyError, UnsupportedModelError, required
-from amprune.model.files import read_json
 from amprune.model.writer import RECORDS
+from amprune.records import read_object
 
 RECORD = "quantization.json"
 _PACKAGES = {"compressed-tensors": "compressed-tensors", "gptq": "gptqmodel", "awq": "gptqmodel", "hqq": "hqq"}
@@ -26,7 +26,7 @@ def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
 def folder_quantization(folder: Path) -> Mapping[str, Any] | None:
     """Returns how the weights of a folder are quantised; None where they are not, or where there is no config.json."""
     file = folder / "config.json"
-    return quantization_of(read_json(file)) if file.is_file() else None
+    return quantization_of(read_object(file)) if file.is_file() else None
 
 
 def quantization_words(quantization: Mapping[str, Any]) -> str:
@@ -64,7 +64,7 @@ def refuse_quantized(folder: Path, config: Mapping[str, Any]) -> None:
 
 def _source(folder: Path) -> str | None:
     try:
-        found = read_json(folder / RECORDS / RECORD).get("quantized_from")
+        found = read_object(folder / RECORDS / RECORD).get("quantized_from")
     except CheckpointError:
         return None
     return found if isinstance(found, str) else None

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -18,13 +19,13 @@ from amprune.model.files import (
     StoredTensor,
     TensorHeader,
     opened,
-    read_json,
     stored_tensors,
     what_else,
 )
 from amprune.model.quantized import refuse_quantized
 from amprune.model.shape import ModelShape
 from amprune.model.source import Source, open_source
+from amprune.records import read_object
 from amprune.settings import PathLike
 
 logger = logging.getLogger(__name__)
@@ -37,12 +38,19 @@ class Checkpoint(Mapping[str, torch.Tensor]):
     """
 
     def __init__(
-        self, folder: Path, config: dict[str, Any], architecture: Architecture, stored: Mapping[str, "StoredTensor"]
+        self,
+        folder: Path,
+        config: dict[str, Any],
+        architecture: Architecture,
+        stored: Mapping[str, "StoredTensor"],
+        computed: Mapping[str, Callable[[], torch.Tensor]] = MappingProxyType({}),
     ) -> None:
         self.folder = folder
         self.config = config
         self.architecture = architecture
         self._stored = stored
+        self._computed = computed
+        """What is computed on reading instead of being read as it is stored."""
 
     @property
     def shape(self) -> ModelShape:
@@ -83,14 +91,20 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         """Returns a tensor's name in the file, which may lack the base model's prefix."""
         return self._stored[name].name
 
+    def replaced(self, computed: Mapping[str, Callable[[], torch.Tensor]]) -> "Checkpoint":
+        """Returns the checkpoint with other values of some tensors, computed each time that one is read."""
+        return Checkpoint(self.folder, self.config, self.architecture, self._stored, computed)
+
     def __getitem__(self, name: str) -> torch.Tensor:
+        if name in self._computed:
+            return self._computed[name]()
         tensor = self._stored[name]
         with opened(tensor.file) as file:
             return cast(torch.Tensor, file.get_tensor(tensor.name))
 
     def resolve(self, name: str) -> str:
         """Returns the tensor of the checkpoint that a name of the model stands for, itself or the one it is tied to."""
-        if name in self._stored:
+        if name in self._stored or name in self._computed:
             return name
         partners = [source for target, source in self.architecture.tied.items() if target == name]
         partners += [target for target, source in self.architecture.tied.items() if source == name]
@@ -131,7 +145,7 @@ def open_model(model: PathLike, *, revision: str | None = None, dtype: str = "au
 
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Opens a folder, reading config.json and every shard's header, and matches the two."""
-    config = read_json(folder / "config.json", hint=what_else(folder))
+    config = read_object(folder / "config.json", hint=what_else(folder))
     refuse_quantized(folder, config)
     architecture = describe(config, where=str(folder))
     stored = stored_tensors(folder)

@@ -117,12 +117,27 @@ def _is_number(value: object) -> bool:
 
 def training_sentences(recovery: Recovery) -> tuple[str, ...]:
     """Says how a model was trained, what it did to the validation loss, and what storing the result cost."""
-    return (*recipe(recovery), *filter(None, (_losses(recovery), _stored(recovery))))
+    said = list(recipe(recovery))
+    if recovery.before is not None and recovery.after is not None:
+        held = recovery.data["validation"]
+        samples = f"{held:,} sample{'' if held == 1 else 's'} held out"
+        said.append(
+            f"Validation loss: {recovery.before:#.4g} before the training, {recovery.after:#.4g} after it ({samples})."
+        )
+    amount = f"{recovery.rounding:.1e} of their standard deviation, root mean square" if recovery.rounding else "0"
+    if recovery.settings["full"]:
+        said.append(f"Rounding the trained weights to the checkpoint's dtype moved the logits by {amount}.")
+    else:
+        said.append(
+            "The adapters are merged into the weights: the logits equal those of the model with its adapters but for "
+            f"rounding to the checkpoint's dtype ({amount})."
+        )
+    return tuple(said)
 
 
 def recipe(recovery: Recovery) -> tuple[str, ...]:
     """Says how a model was trained, and by whom it was taught."""
-    settings, data = recovery.settings, recovery.data
+    settings, data, teacher = recovery.settings, recovery.data, recovery.teacher
     passes = "" if settings["max_steps"] is not None else f" ({settings['epochs']:g} passes over the data)"
     samples = "packed sequences" if settings["packing"] else "samples"
     trained = (
@@ -131,7 +146,14 @@ def recipe(recovery: Recovery) -> tuple[str, ...]:
         f"{settings['batch_size']} x {settings['gradient_accumulation']} on each device{passes}, at a learning "
         f"rate of {settings['learning_rate']:g} that falls to 0."
     )
-    return (trained,) if recovery.teacher is None else (trained, _lesson(recovery, recovery.teacher))
+    if teacher is None:
+        return (trained,)
+    if Path(teacher).expanduser().is_absolute():  # where on this machine a model lies is left out: cards are shared
+        teacher = Path(teacher).name
+    return trained, (
+        f"Taught by {teacher}: {100 * settings['teacher_weight']:g} % of the loss is the divergence from its "
+        f"next-token distributions, at a temperature of {settings['temperature']:g}; the rest is that of the data."
+    )
 
 
 def method(recovery: Recovery) -> str:
@@ -143,39 +165,8 @@ def method(recovery: Recovery) -> str:
     return f"LoRA (rank {settings['lora_rank']}, alpha {settings['lora_alpha']:g}{bits})"
 
 
-def _lesson(recovery: Recovery, teacher: str) -> str:
-    share, temperature = 100 * recovery.settings["teacher_weight"], recovery.settings["temperature"]
-    return (
-        f"Taught by {_place(teacher)}: {share:g} % of the loss is the divergence from its next-token distributions, at "
-        f"a temperature of {temperature:g}; the rest is that of the data."
-    )
-
-
-def _losses(recovery: Recovery) -> str | None:
-    if recovery.before is None or recovery.after is None:
-        return None
-    held = recovery.data["validation"]
-    samples = f"{held:,} sample{'' if held == 1 else 's'} held out"
-    return f"Validation loss: {recovery.before:#.4g} before the training, {recovery.after:#.4g} after it ({samples})."
-
-
-def _stored(recovery: Recovery) -> str:
-    amount = f"{recovery.rounding:.1e} of their standard deviation, root mean square" if recovery.rounding else "0"
-    if recovery.settings["full"]:
-        return f"Rounding the trained weights to the checkpoint's dtype moved the logits by {amount}."
-    return (
-        "The adapters are merged into the weights: the logits equal those of the model with its adapters but for "
-        f"rounding to the checkpoint's dtype ({amount})."
-    )
-
-
 def data_sentence(recovery: Recovery) -> str:
     """Says that the licence of the training data holds for the model as well."""
     name = str(recovery.data["name"])
     known = f" ({_LICENCES[name]})" if name in _LICENCES else ""
     return f"It was trained on {name}, whose licence applies to it as well{known}."
-
-
-def _place(model: str) -> str:
-    """Leaves out where on this machine a model lies: cards are shared."""
-    return Path(model).name if Path(model).expanduser().is_absolute() else model

@@ -9,9 +9,9 @@ from typing import Any, cast
 import torch
 from accelerate import init_empty_weights
 from torch.nn.functional import linear
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
-from amprune.model.architecture import make_config, quiet_transformers
+from amprune.model.architecture import PreTrainedModel, make_config, quiet_transformers
 from amprune.model.reader import Checkpoint
 
 _HEAD_ROWS = 2048

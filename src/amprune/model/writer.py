@@ -1,7 +1,5 @@
 """Shards, index and sidecar files of an output."""
 
-import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -14,6 +12,7 @@ from safetensors.torch import save_file
 
 from amprune.errors import CheckpointError
 from amprune.model.files import TensorHeader
+from amprune.records import umask, write
 from amprune.running import release_memory
 
 RECORDS = "amprune"
@@ -65,24 +64,13 @@ def write_shards(
         )
     for file, names in split.filename_to_tensors.items():
         save_file({name: get(name) for name in names}, folder / file, metadata={"format": "pt", **metadata})
-        (folder / file).chmod(0o666 & ~_umask())
+        (folder / file).chmod(0o666 & ~umask())
         release_memory()
         advance(sum(sizes[name] for name in names))
     if split.is_sharded:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
-        write_json(folder / "model.safetensors.index.json", index)
+        write(folder / "model.safetensors.index.json", index)
     return list(split.filename_to_tensors)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def write_json(file: Path, content: object) -> None:
-    """Writes JSON with two spaces, as the hub's own files have it."""
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def copy_sidecars(source: Path, target: Path) -> list[str]:

@@ -1,6 +1,6 @@
 """Proof that a written checkpoint is the dense model without the removed units, and nothing else.
 
-checks.py   every check, and the report of them; start at `verify_checkpoint`
-logits.py   the masked dense model, and by how much the output's logits differ from its
-card.py     README.md of an output, which tells of it
+checks.py       every check of an output against its masked dense model; start at `verify_checkpoint`
+comparison.py   one comparison of two models by their logits, for recovered, quantised and exported ones alike
+card.py         README.md of an output, which tells of it
 """

@@ -1,25 +1,29 @@
 """Every check of an output, and the report of them."""
 
-import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch.nn.functional import linear
+from transformers.pytorch_utils import Conv1D
 
+from amprune.cut.masking import masked
 from amprune.cut.refit.record import RECORD as RECONSTRUCTION
 from amprune.cut.refit.run import digest
-from amprune.cut.slicing import kept_tensors, output_config
+from amprune.cut.slicing import kept_tensors, masks, output_config
 from amprune.errors import AmpruneError, VerificationError
-from amprune.model.loading import has_tokenizer, load_tokenizer, loading_problems
+from amprune.model.architecture import PreTrainedModel
+from amprune.model.loading import has_tokenizer, load_tokenizer
 from amprune.model.reader import Checkpoint, read_checkpoint
 from amprune.model.recovered import RECORD, is_recovered, read_recovery
 from amprune.model.writer import RECORDS
 from amprune.plan.artefact import PruningPlan, check_plan
-from amprune.prove.logits import logit_difference, probe_logits
+from amprune.prove.comparison import check_loading, compare, finite, hold, probe_logits
 from amprune.running import Progress, no_progress
 
 TOLERANCE = 1e-5
@@ -77,8 +81,6 @@ def verify_checkpoint(
 ) -> VerificationReport:
     """Holds an output to the four invariants: it reloads, it equals the masked dense model, groups and files are whole.
 
-    Both models are streamed module by module from their files, so that memory stays small, and computed in float64
-    whatever dtype is stored: stored values are exact there, so that one tolerance serves every dtype and depth.
     Of an output that was trained after pruning, the logits are held to be finite alone, as is every weight.
 
     `biases`, of float64 and by their dense names, are those that make up for what was removed: stored ones are held to
@@ -95,22 +97,18 @@ def verify_checkpoint(
         except AmpruneError as error:
             checks.append(Check(name, False, str(error)))
 
-    removed = "blocks skipped" if len(plan.kept_layers) < len(plan.layers) else "units masked"
-
     def compare_logits() -> str:
         nonlocal difference
-        difference = logit_difference(output(), dense, plan, {*biases, *refitted}, advance)
-        if not difference <= TOLERANCE:
-            raise VerificationError(
-                f"logits differ from those of the masked dense model by {difference:.1e} of their standard deviation, "
-                f"more than {TOLERANCE:.0e}"
-            )
+        difference = _logit_difference(output(), dense, plan, {*biases, *refitted}, advance)
+        what = "logits differ from those of the masked dense model"
+        hold(difference, TOLERANCE, VerificationError, what, f"{TOLERANCE:.0e}")
         found = "identical" if difference == 0 else f"within {difference:.1e} of their standard deviation"
+        removed = "blocks skipped" if len(plan.kept_layers) < len(plan.layers) else "units masked"
         refit = " and its output projections refitted" if refitted else ""
         return f"{found}, to the dense model with the removed {removed}{refit} (tolerance {TOLERANCE:.0e}, float64)"
 
     with progress("Verifying", 2) as advance:
-        run("groups", lambda: _check_plan(folder, plan))
+        run("groups", lambda: _check_plan(plan))
         run("config", lambda: _check_config(output(), dense, plan))
         run("dtype and ties", lambda: _check_tensors(output(), dense, plan))
         run("files", lambda: _check_files(folder, dense.folder))
@@ -128,7 +126,7 @@ def verify_checkpoint(
     return VerificationReport(tuple(checks), difference)
 
 
-def _check_plan(folder: Path, plan: PruningPlan) -> str:
+def _check_plan(plan: PruningPlan) -> str:
     check_plan(plan)
     before, after = plan.shape_before, plan.shape_after
     if after.num_layers < before.num_layers:
@@ -189,13 +187,9 @@ def _check_files(folder: Path, source: Path) -> str:
     for name in present:
         if not (folder / name).is_file():
             raise VerificationError(f"{name} of the dense model is missing")
-        if _sha256(folder / name) != _sha256(source / name):
+        if (folder / name).read_bytes() != (source / name).read_bytes():
             raise VerificationError(f"{name} differs from the dense model's")
     return ", ".join(present) or "the dense model has none"
-
-
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 _PROBE = "The quick brown fox: naïve café, 12,345.67 € — 你好!\n\tdef f(x): return x**2"
@@ -214,8 +208,7 @@ def _check_tokenizer(folder: Path, source: Path, *, trust_remote_code: bool) -> 
 
 
 def _check_reload(folder: Path) -> str:
-    for kind, names in loading_problems(folder).items():
-        raise VerificationError(f"from_pretrained finds {len(names)} {kind.replace('_', ' ')}, such as {names[0]}")
+    check_loading(folder, VerificationError)
     return "AutoModelForCausalLM takes every tensor: none missing, unexpected or mismatched"
 
 
@@ -229,11 +222,53 @@ def _check_finite(output: Checkpoint) -> str:
 def _check_trained(folder: Path, output: Checkpoint, advance: Callable[[int], None]) -> str:
     """Computes the logits of an output whose weights are no longer those of the dense model."""
     read_recovery(folder)  # a record that cannot be read excuses nothing
-    logits = probe_logits(output)
+    finite(probe_logits(output), VerificationError("the recovered model gives logits that are not finite"))
     advance(2)
-    if not torch.isfinite(logits).all():
-        raise VerificationError("the recovered model gives logits that are not finite")
     return f"finite; not compared: the weights were trained after pruning ({RECORD})"
+
+
+def _logit_difference(
+    output: Checkpoint, dense: Checkpoint, plan: PruningPlan, replaced: Collection[str], advance: Callable[[int], None]
+) -> float:
+    """Returns the largest difference of any logit from those of the masked dense model, see `_masked`."""
+    pruned = probe_logits(output)
+    advance(1)
+    expected = probe_logits(dense, changed=partial(_masked, output=output, dense=dense, plan=plan, replaced=replaced))
+    advance(1)
+    for name, logits in (("the masked dense model", expected), ("the pruned model", pruned)):
+        finite(logits, VerificationError(f"{name} gives logits that are not finite"))
+    return compare(pruned, expected).largest
+
+
+@contextmanager
+def _masked(
+    model: PreTrainedModel, output: Checkpoint, dense: Checkpoint, plan: PruningPlan, replaced: Collection[str]
+) -> Iterator[None]:
+    """Makes the dense model compute what the pruned one should.
+
+    Of output projections of which a tensor is `replaced`, by its dense name, it takes what the output stores.
+    """
+    new = {old: name for name, old in kept_tensors(dense.architecture, plan, dense).items()}
+    modules = {name.rpartition(".")[0] for name in replaced}
+    with masked(model, plan, dense.architecture), ExitStack() as stack:
+        for name, mask in masks(plan, dense.architecture):
+            if name in modules and f"{name}.weight" in new:
+                hook = partial(
+                    _project, kept=mask.nonzero().flatten(), output=output, weight=new[f"{name}.weight"],
+                    bias=new.get(f"{name}.bias"),
+                )  # fmt: skip
+                stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
+        yield
+
+
+def _project(
+    module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], _: object, *, kept: torch.Tensor, output: Checkpoint,
+    weight: str, bias: str | None,
+) -> torch.Tensor:  # fmt: skip
+    """Computes an output projection as the output stores it, on the features that stay."""
+    stored = output[weight].double()
+    stored = stored.T if isinstance(module, Conv1D) else stored
+    return linear(inputs[0].index_select(-1, kept), stored, None if bias is None else output[bias].double())
 
 
 def read_plan(folder: Path) -> PruningPlan:

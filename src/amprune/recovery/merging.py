@@ -13,10 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from amprune.errors import RecoveryError, reason
-from amprune.model.loading import loading_problems
 from amprune.model.reader import Checkpoint, identical, read_checkpoint
 from amprune.model.writer import copy_sidecars, write_shards
-from amprune.prove.logits import probe_logits
+from amprune.prove.comparison import check_loading, compare, finite, hold, probe_logits
 from amprune.running import Progress, no_progress
 
 TOLERANCE = 1e-4
@@ -84,7 +83,9 @@ def write_recovered(
     what rounding the sums to the checkpoint's dtype costs.
     """
     adapted = (trained / _CONFIG).is_file()
-    weights = _Merged(base, read_adapter(trained, base)) if adapted else read_checkpoint(trained)
+    updates = read_adapter(trained, base) if adapted else {}
+    merged = {name: partial(_merged, base, name, update) for name, update in updates.items()}
+    weights = base.replaced(merged) if adapted else read_checkpoint(trained)
 
     def get(name: str) -> torch.Tensor:
         tensor = weights[name] if name in weights else weights[weights.resolve(name)]
@@ -97,52 +98,42 @@ def write_recovered(
         (folder / "config.json").write_bytes((base.folder / "config.json").read_bytes())
         write_shards(folder, headers, lambda stored: get(names[stored]), max_shard_size=max_shard_size, advance=advance)
     with progress("Comparing", 3) as advance:
-        return _check(base, weights, folder, get, advance)
+        return _check(base, weights, updates, folder, get, advance)
 
 
-class _Merged(Checkpoint):
-    """A checkpoint with an adapter's updates added to its tensors, in float32."""
-
-    def __init__(self, base: Checkpoint, updates: Mapping[str, Update]) -> None:
-        vars(self).update(vars(base))
-        self.updates = updates
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        tensor = super().__getitem__(name)
-        if name not in self.updates:
-            return tensor
-        return tensor.to(torch.promote_types(tensor.dtype, torch.float32)) + self.updates[name].to_weight()
+def _merged(base: Checkpoint, name: str, update: Update) -> torch.Tensor:
+    """Returns a tensor with an adapter's update added, in float32 or better."""
+    tensor = base[name]
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32)) + update.to_weight()
 
 
 def _check(
-    base: Checkpoint, weights: Checkpoint, folder: Path, get: Callable[[str], torch.Tensor],
+    base: Checkpoint, weights: Checkpoint, updates: Mapping[str, Update], folder: Path,
+    get: Callable[[str], torch.Tensor],
     advance: Callable[[int], None],
 ) -> float:  # fmt: skip
     """Holds three things: merged equals adapter, written equals merged but for rounding, and the folder loads."""
-    for kind, names in loading_problems(folder).items():
-        raise RecoveryError(f"from_pretrained finds {len(names)} {kind.replace('_', ' ')}, such as {names[0]}")
-    expected = probe_logits(weights)
-    if not torch.isfinite(expected).all():
-        raise RecoveryError("the logits of the trained model are not finite; train again at a lower --learning-rate")
+    check_loading(folder, RecoveryError)
+    expected = finite(
+        probe_logits(weights),
+        RecoveryError("the logits of the trained model are not finite; train again at a lower --learning-rate"),
+    )
     advance(1)
-    if isinstance(weights, _Merged):
-        beside = probe_logits(base, partial(_beside, updates=weights.updates))
-        difference = float((beside - expected).abs().max() / expected.std())
-        if not difference <= TOLERANCE:
-            raise RecoveryError(
-                f"the merged model's logits differ from those of the model with its adapter by {difference:.1e} of "
-                f"their standard deviation, more than {TOLERANCE:.0e}"
-            )
+    if updates:
+        beside = probe_logits(base, changed=partial(_beside, updates=updates))
+        what = "the merged model's logits differ from those of the model with its adapter"
+        hold(compare(beside, expected).largest, TOLERANCE, RecoveryError, what, f"{TOLERANCE:.0e}")
     advance(1)
     written = read_checkpoint(folder)
     for name in base:
         if not identical(written[name], get(name)):
             raise RecoveryError(f"{folder}: tensor {name} is not what was merged; is the disk sound?")
-    found = probe_logits(written)
-    if not torch.isfinite(found).all():
-        raise RecoveryError(f"the logits are not finite once the weights are rounded to {base.dtype}")
+    found = finite(
+        probe_logits(written),
+        RecoveryError(f"the logits are not finite once the weights are rounded to {base.dtype}"),
+    )
     advance(1)
-    return float((found - expected).square().mean().sqrt() / expected.std())
+    return compare(found, expected).mean
 
 
 @contextmanager

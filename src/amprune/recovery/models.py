@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from amprune.errors import RecoveryError, required
 from amprune.model.architecture import make_config, quiet_transformers
-from amprune.model.files import read_json
 from amprune.model.loading import loaded_model
 from amprune.model.reader import Checkpoint, read_checkpoint
 from amprune.model.source import Source
+from amprune.records import read_object
 from amprune.settings import RecoverySettings, Training
 
 logger = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ def check_teacher(teacher: Source | None, student: Checkpoint) -> None:
     if teacher is None:
         return
     theirs, ours = (
-        int(make_config(read_json(folder / "config.json"), where=str(folder)).vocab_size)
+        int(make_config(read_object(folder / "config.json"), where=str(folder)).vocab_size)
         for folder in (teacher.folder, student.folder)
     )
     if ours != theirs:

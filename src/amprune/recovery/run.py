@@ -28,15 +28,7 @@ from amprune.prove.card import write_recovered_card
 from amprune.records import write
 from amprune.recovery.merging import write_recovered
 from amprune.recovery.models import check_device, check_teacher, teaching_model, trainable_model
-from amprune.recovery.runs import (
-    EPOCHS,
-    begin_run,
-    is_finished,
-    last_checkpoint,
-    nothing_left,
-    steps_done,
-    write_log,
-)
+from amprune.recovery.runs import EPOCHS, begin_run, is_finished, last_checkpoint, nothing_left, steps_done, write_log
 from amprune.recovery.training import check_training, total_steps, train
 from amprune.running import Progress, no_progress, release_memory
 from amprune.settings import PathLike, RecoverySettings, Training, part, settle, write_recipe

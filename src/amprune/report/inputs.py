@@ -12,12 +12,12 @@ from amprune.cut.refit.record import ReconstructionRecord, read_record
 from amprune.errors import AmpruneError, EvaluationError, ReportError
 from amprune.evaluation.identity import content_hash
 from amprune.evaluation.records import Evaluation, ModelEntry
-from amprune.model.files import read_json
 from amprune.model.quantization import Quantization, is_quantized, read_quantization
 from amprune.model.recovered import Recovery, TrainingLog, is_recovered, read_recovery, read_training_log
 from amprune.model.writer import RECORDS
 from amprune.plan.artefact import PruningPlan
 from amprune.prove.card import read_card
+from amprune.records import read_object
 from amprune.scoring.scores import ImportanceScores
 
 EVALUATION = "evaluation.json"
@@ -141,7 +141,7 @@ def _of_checkpoint(folder: Path, output: Path, evaluation: Evaluation, baseline:
     position = 1 if subjects and subjects[0].name == base else 0
     subjects.insert(position, mine)
     file = output / "verification.json"
-    verification = read_json(file) if file.is_file() else None
+    verification = read_object(file) if file.is_file() else None
     return Inputs(output, evaluation, tuple(subjects), base, name, verification)
 
 

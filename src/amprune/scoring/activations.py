@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from amprune.errors import ScoresError
-from amprune.model.architecture import Architecture
+from amprune.model.architecture import Architecture, PreTrainedModel
 from amprune.model.loading import input_device
 from amprune.model.shape import ModelShape
 from amprune.running import Progress, no_progress

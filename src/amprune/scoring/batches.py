@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Sequence
 
 import torch
-from transformers import PreTrainedModel
 
 from amprune.errors import ScoresError
+from amprune.model.architecture import PreTrainedModel
 from amprune.model.loading import vocabulary_size
 from amprune.text.calibration import CalibrationSet
 

@@ -9,10 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
 
 from amprune.errors import ScoresError
-from amprune.model.architecture import Architecture
+from amprune.model.architecture import Architecture, PreTrainedModel
 from amprune.model.loading import input_device, vocabulary_size
 from amprune.running import Advance, Progress, no_progress
 from amprune.scoring.batches import batches, check_calibration, padded, predicting_samples

@@ -8,8 +8,6 @@ from amprune.errors import ScoresError, guess
 from amprune.scoring import formulas as activations
 from amprune.scoring.formulas import Rule
 
-DEFAULT = "amp"
-
 
 class Needs(str, Enum):
     """What a criterion is computed from."""

@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from amprune.errors import ScoresError
-from amprune.model.architecture import Architecture, make_config
+from amprune.model.architecture import Architecture, PreTrainedModel, make_config
 from amprune.model.families import Cut
 from amprune.model.loading import input_device
 from amprune.model.reader import Checkpoint

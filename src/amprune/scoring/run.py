@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel
 
 from amprune import __version__
 from amprune.errors import ScoresError
+from amprune.model.architecture import PreTrainedModel
 from amprune.model.loading import default_device, input_device, loaded_model
 from amprune.model.reader import Checkpoint, open_model
 from amprune.model.shape import ModelShape

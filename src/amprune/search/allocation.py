@@ -8,10 +8,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from amprune.cut.masking import masked, swapped, whole_tensors
-from amprune.model.architecture import Architecture
+from amprune.model.architecture import Architecture, PreTrainedModel
 from amprune.model.shape import ModelShape
 from amprune.plan.artefact import PruningPlan
 from amprune.plan.budget import find_budget, matching_neurons, unrounded
@@ -19,7 +18,7 @@ from amprune.plan.heads import Budget, choices_of_all_modes, evenly, kept_heads
 from amprune.plan.make import make_plan
 from amprune.running import Progress, no_progress
 from amprune.scoring.scores import ImportanceScores
-from amprune.search.damage import CHUNK, Damage, measure_changes
+from amprune.search.damage import Damage, measure_changes
 from amprune.settings import PlanOptions
 from amprune.text.calibration import CalibrationSet
 
@@ -111,7 +110,6 @@ def allocate(
     *,
     budgets: Sequence[Budget] | None = None,
     refit: Refit | None = None,
-    batch_tokens: int = CHUNK,
     progress: Progress = no_progress,
 ) -> Allocation:
     """Measures the candidates and chooses the one that does the least damage.
@@ -125,14 +123,13 @@ def allocate(
         budgets: the candidates, such as those that reach a speedup, measured as they are; the default is `candidates`,
             measured before their neurons are rounded to a multiple.
         refit: measures the best few with these weights, too, and chooses among them.
-        batch_tokens: most tokens in a batch, padding included.
         progress: told how far it is.
     """
     splits = tuple(budgets) if budgets is not None else candidates(scores.shape, options)
     equal = {budget: budget if budgets is not None else unrounded(scores.shape, budget, options) for budget in splits}
     exact = replace(options, neuron_multiple=1, tensor_parallel=1)
     plans = {budget: make_plan(scores, exact, budget=equal[budget]) for budget in splits}
-    measure = partial(measure_changes, model, samples=held_out, batch_tokens=batch_tokens, progress=progress)
+    measure = partial(measure_changes, model, samples=held_out, progress=progress)
     found: dict[Budget, Damage] = {}
     dense = Damage(0.0, 0.0)
     while wanted := _next(splits, found):

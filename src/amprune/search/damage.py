@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import kl_div
-from transformers import PreTrainedModel
 
 from amprune.errors import ScoresError
+from amprune.model.architecture import PreTrainedModel
 from amprune.model.loading import input_device
 from amprune.running import Advance, Progress, no_progress
 from amprune.scoring.batches import batches, check_calibration, padded, predicting_samples

@@ -5,31 +5,24 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from amprune.cut.slicing import output_config
 from amprune.errors import EvaluationError
-from amprune.model.architecture import Architecture, make_config, quiet_transformers
-from amprune.model.latency import Latency, LatencySettings, measure_latency
+from amprune.model.architecture import Architecture, PreTrainedModel, make_config, quiet_transformers
+from amprune.model.latency import LatencySettings, measure_latency
 from amprune.model.loading import default_device
 from amprune.model.shape import ModelShape
 from amprune.plan.artefact import LayerPlan, PruningPlan
 from amprune.running import Progress, free_memory, no_progress, release_memory
 
-Phase = Literal["decode", "prefill"]
-"""Time from the first new token to the last, or from the prompt to the first new token."""
-SETTINGS: dict[Phase, LatencySettings] = {
-    "decode": LatencySettings(new_tokens=64, warmup=2, runs=5),
-    "prefill": LatencySettings(prompt_tokens=512, new_tokens=2, warmup=2, runs=10),
-}
-"""What is timed of a shape, one sequence at a time; fewer runs than where results are reported."""
+DECODING = LatencySettings(new_tokens=64, warmup=2, runs=5)
+"""What is timed of a shape: greedy decoding of one sequence; fewer runs than where results are reported."""
 _SHARE = 0.8
 """Of the free memory that models may fill; the rest is for caches and activations."""
-
-Measure = Callable[..., dict[str, Latency]]
 
 
 @dataclass(frozen=True)
@@ -55,10 +48,6 @@ def shape_timer(
     *,
     device: str | None = None,
     dtype: torch.dtype = torch.float32,
-    phase: Phase = "decode",
-    settings: LatencySettings | None = None,
-    free: int | None = None,
-    measure: Measure = measure_latency,
     progress: Progress = no_progress,
 ) -> Iterator[Timing]:
     """Builds the dense model with random weights, and lets shapes be timed beside it, run by run in turn.
@@ -66,31 +55,19 @@ def shape_timer(
     Where the dense model and a second one of its size do not fit into memory, models of fewer layers are timed: two
     numbers of layers give the time of one layer and of the rest, from which the time of the whole is extrapolated.
     That magnifies noise by as much.
-
-    Args:
-        config: the dense model's config.json.
-        architecture: of the dense model.
-        device: such as cpu or cuda:1; the default is cuda where there is one.
-        dtype: of the weights and of the computation.
-        phase: greedy decoding of new tokens, or the prompt.
-        settings: of a run; the defaults are those of `SETTINGS`.
-        free: bytes that may be filled; the default is what the device has.
-        measure: times models by their names, as `measure_latency` does.
-        progress: told how far it is.
     """
     where = device or default_device()
-    layers = _layers(architecture.shape, dtype, free_memory(where) if free is None else free)
+    layers = _layers(architecture.shape, dtype, free_memory(where))
     build = partial(_random_model, config, architecture, device=where, dtype=dtype)
     dense = {f"dense {count}": build(architecture.shape, count) for count in layers}
-    asked = settings or SETTINGS[phase]
 
     def speedup(shape: ModelShape) -> float:
         models = {f"shape {count}": build(shape, count) for count in layers}
-        found = measure({**dense, **models}, asked, progress=progress)
+        found = measure_latency({**dense, **models}, DECODING, progress=progress)
         del models
         release_memory()
         times = {
-            name: _whole([getattr(found[f"{name} {count}"], phase) for count in layers], layers, shape.num_layers)
+            name: _whole([found[f"{name} {count}"].decode for count in layers], layers, shape.num_layers)
             for name in ("dense", "shape")
         }
         return statistics.median(before / after for before, after in zip(times["dense"], times["shape"], strict=True))

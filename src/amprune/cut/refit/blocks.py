@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import send_to_device
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
-from amprune.model.architecture import Architecture, make_config, quiet_transformers
+from amprune.model.architecture import Architecture, PreTrainedModel, make_config, quiet_transformers
 from amprune.model.reader import Checkpoint
 from amprune.model.streaming import streamed_model
 

@@ -1,24 +1,17 @@
 """Proof of an export: what the GGUF file says of its sizes, and the tokens that llama.cpp generates with it."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
 
 from amprune.errors import ExportError
-from amprune.model.architecture import quiet_transformers
 from amprune.model.gguf_file import GgufFile
 from amprune.model.llama_cpp import llama_cpp_model
-from amprune.model.loading import vocabulary_size
 from amprune.model.reader import Checkpoint
-from amprune.model.streaming import streamed_model
-from amprune.running import release_memory
+from amprune.prove.comparison import finite, probe_ids, probe_logits, token_gaps
+from amprune.serve.gguf.convert import KINDS
 
-PROMPTS, PROMPT, NEW = 2, 8, 16
-LARGEST_GAP = {"f32": 1e-3, "f16": 0.25, "bf16": 0.25, "q8_0": 0.5}
-"""How far below the best a chosen token's logit may lie, in standard deviations of the logits; other types are told."""
+PROMPT, NEW = 8, 16
 
 
 @dataclass(frozen=True)
@@ -33,17 +26,9 @@ class TokenCheck:
     largest_gap: float
     """How far below the best the worst token's logit lies, in standard deviations of the logits; 0 where all agree."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the JSON form."""
-        return asdict(self)
-
 
 def check_sizes(file: GgufFile, checkpoint: Checkpoint) -> None:
-    """Holds the sizes in the header to those of the checkpoint.
-
-    Raises:
-        ExportError: one differs.
-    """
+    """Holds the sizes in the header to those of the checkpoint."""
     shape = checkpoint.shape
     expected = {
         "block_count": shape.num_layers,
@@ -71,41 +56,28 @@ def check_sizes(file: GgufFile, checkpoint: Checkpoint) -> None:
 
 
 def check_tokens(file: GgufFile, checkpoint: Checkpoint, *, threads: int) -> TokenCheck:
-    """Lets llama.cpp generate greedily, and transformers judge every token.
-
-    The checkpoint is streamed from its files, once, whatever its size.
-
-    Raises:
-        MissingDependencyError: xllamacpp is not installed.
-        ExportError: llama.cpp does not load the file, or chooses what it should not.
-    """
-    judge = streamed_model(checkpoint, torch.float32)
-    prompts = torch.randint(vocabulary_size(judge), (PROMPTS, PROMPT), generator=torch.Generator().manual_seed(0))
+    """Lets llama.cpp generate greedily, and transformers judge every token, with the checkpoint streamed once."""
+    prompts = probe_ids(checkpoint, PROMPT)
     with llama_cpp_model(file, positions=PROMPT + NEW, threads=threads, exact=True) as model:
         generated = [model.generate(prompt.tolist(), NEW).tokens for prompt in prompts]
         version = f"xllamacpp {model.version}"
     if any(len(tokens) != NEW for tokens in generated):
         raise ExportError(f"llama.cpp generated {[len(tokens) for tokens in generated]} tokens, expected {NEW} each")
-    gaps = _gaps(judge, prompts, torch.tensor(generated), never=sorted(file.control_tokens))
-    release_memory()
+    chosen = torch.tensor(generated)
+    logits = finite(
+        probe_logits(checkpoint, torch.cat([prompts, chosen], dim=1), dtype=torch.float32),
+        ExportError(
+            f"{checkpoint.folder} gives logits that are not finite, so that nothing can be said of the converted file; "
+            "look for weights that are not finite, or make the model again"
+        ),
+    )
+    gaps = token_gaps(logits[:, prompts.shape[1] - 1 : -1], chosen, never=file.control_tokens)
     found = TokenCheck(version, gaps.numel(), int((gaps == 0).sum()), float(gaps.max()))
-    allowed = LARGEST_GAP.get(file.type)
-    if allowed is not None and found.largest_gap > allowed:
+    allowed = KINDS[file.type].largest_gap if file.type in KINDS else None
+    if allowed is not None and not found.largest_gap <= allowed:
         raise ExportError(
             f"llama.cpp chooses other tokens than transformers with the converted file: {found.agreed} of "
             f"{found.tokens} agree, and one lies {found.largest_gap:.2g} standard deviations of the logits below the "
             f"best, expected at most {allowed:g} for {file.type}; this version of llama.cpp computes another model"
         )
     return found
-
-
-def _gaps(
-    judge: PreTrainedModel, prompts: torch.Tensor, generated: torch.Tensor, *, never: Sequence[int]
-) -> torch.Tensor:
-    """Returns how far each generated token's logit lies below the best that may be chosen, in standard deviations."""
-    with torch.inference_mode(), quiet_transformers():
-        logits = judge(input_ids=torch.cat([prompts, generated], dim=1), use_cache=False).logits[:, PROMPT - 1 : -1]
-    chosen = logits.gather(2, generated[:, :, None])[:, :, 0]
-    best = logits.index_fill(2, torch.tensor(never, dtype=torch.long), -torch.inf).amax(dim=2)
-    gaps: torch.Tensor = (best - chosen) / logits.std()
-    return gaps.clamp(min=0)

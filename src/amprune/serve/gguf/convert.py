@@ -4,28 +4,91 @@ import logging
 import os
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from amprune.errors import ExportError, UnsupportedModelError
+from amprune.model.backends import GGUF_BLOCK, GGUF_SUPER_BLOCK, NARROW_ATTENTION
 from amprune.model.llama_cpp_tools import Program
-
-GgufType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_k_m"]
-CONVERTED: tuple[GgufType, ...] = ("f32", "f16", "bf16", "q8_0")
-"""Types that the converter writes; the others are the quantiser's."""
+from amprune.model.reader import Checkpoint
+from amprune.records import write
 
 logger = logging.getLogger(__name__)
 _LINES = 3  # of a program's last words, in an error
 
 
-def convert(converter: Program, folder: Path, out: Path, kind: str, *, name: str, model_type: str) -> None:
-    """Converts a checkpoint to one of the types that the converter writes.
+@dataclass(frozen=True)
+class Kind:
+    """A type of weights."""
 
-    Raises:
-        UnsupportedModelError: the converter does not know the architecture, or the tokenizer.
-        ExportError: the converter failed.
+    bytes: float
+    """A weight takes on disk, with room for tensors that take a larger type."""
+    largest_gap: float | None
+    """How far below the best a chosen token's logit may lie, in standard deviations of the logits; None: it is told."""
+    block: int = 1
+    """A row is quantised in blocks of so many weights; a row that they do not divide takes another type."""
+    converted: bool = True
+    """Whether the converter writes it; the others are the quantiser's."""
+
+
+KINDS: Mapping[str, Kind] = {
+    "f32": Kind(4.0, 1e-3),
+    "f16": Kind(2.0, 0.25),
+    "bf16": Kind(2.0, 0.25),
+    "q8_0": Kind(1.1, 0.5, GGUF_BLOCK),
+    "q4_0": Kind(0.8, None, GGUF_BLOCK, converted=False),
+    "q4_k_m": Kind(0.9, None, GGUF_SUPER_BLOCK, converted=False),
+}
+# Model types of which llama.cpp takes the head size to be the hidden size over the heads, and the config under which it
+# computes the same without doing so.
+_TWINS: Mapping[str, Mapping[str, Any]] = {
+    # Llama with biases of queries, keys and values, which llama.cpp takes where they are there.
+    "qwen2": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": True, "mlp_bias": False},
+}
+_PLAIN_ROPE = ("default", "linear")
+
+
+def find_twin(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
+    """Returns entries of a config under which llama.cpp computes the same, where it would not load the model as it is.
+
+    None of a model that it loads; one that it does not, and that has no twin, is refused.
     """
+    shape, config = checkpoint.shape, checkpoint.config
+    narrow = shape.model_type in {*NARROW_ATTENTION["llama.cpp"], *_TWINS}
+    if not narrow or shape.num_attention_heads * shape.head_dim == shape.hidden_size:
+        return None
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    plain = rope.get("rope_type", rope.get("type", "default")) in _PLAIN_ROPE and not config.get("use_sliding_window")
+    if not plain or shape.model_type not in _TWINS:
+        raise UnsupportedModelError(
+            f"llama.cpp does not run a {shape.model_type} model with {shape.num_attention_heads} heads of "
+            f"{shape.head_dim} on a hidden size of {shape.hidden_size}: of this family it takes the head size to be "
+            "the hidden size over the heads; prune neurons alone (--only neurons), or serve it with transformers "
+            "or vLLM"
+        )
+    return {**_TWINS[shape.model_type], "head_dim": shape.head_dim}
+
+
+@contextmanager
+def as_twin(checkpoint: Checkpoint, twin: Mapping[str, Any] | None) -> Iterator[Path]:
+    """Yields what to convert: the checkpoint's folder, or links to its files beside the config of its twin."""
+    if twin is None:
+        yield checkpoint.folder
+        return
+    with TemporaryDirectory(prefix="amprune-twin-") as place:
+        for file in checkpoint.folder.iterdir():
+            if file.is_file() and file.name != "config.json":
+                os.symlink(file.resolve(), Path(place) / file.name)
+        write(Path(place) / "config.json", {**checkpoint.config, **twin})
+        yield Path(place)
+
+
+def convert(converter: Program, folder: Path, out: Path, kind: str, *, name: str, model_type: str) -> None:
+    """Converts a checkpoint to one of the types that the converter writes."""
     arguments = (str(folder), "--outfile", str(out), "--outtype", kind, "--model-name", name)
     done = _run(converter, arguments)
     if done.returncode == 0 and out.is_file():
@@ -46,11 +109,7 @@ def convert(converter: Program, folder: Path, out: Path, kind: str, *, name: str
 
 
 def quantise(quantiser: Program, source: Path, out: Path, kind: str, *, threads: int) -> None:
-    """Quantises a GGUF file.
-
-    Raises:
-        ExportError: the quantiser failed.
-    """
+    """Quantises a GGUF file."""
     done = _run(quantiser, (str(source), str(out), kind.upper(), str(threads)))
     if done.returncode != 0 or not out.is_file():
         raise ExportError(

@@ -2,32 +2,26 @@
 
 import logging
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
 from amprune.errors import CheckpointError, ExportError, MissingDependencyError, UnsupportedModelError, required
-from amprune.model.backends import GGUF_BLOCK, GGUF_SUPER_BLOCK
-from amprune.model.files import read_json
 from amprune.model.gguf_file import GgufFile, read_gguf, set_width
 from amprune.model.llama_cpp_tools import find_converter, find_quantiser
 from amprune.model.reader import Checkpoint, read_checkpoint
 from amprune.model.source import Source, open_source
 from amprune.model.staging import check_file, staged_file
+from amprune.records import read_object
 from amprune.running import Progress, no_progress
 from amprune.serve.gguf.check import TokenCheck, check_sizes, check_tokens
-from amprune.serve.gguf.convert import CONVERTED, GgufType, convert, quantise
-from amprune.serve.gguf.families import as_known, check_family
+from amprune.serve.gguf.convert import KINDS, as_twin, convert, find_twin, quantise
 from amprune.settings import ExportSettings, settle
 
 logger = logging.getLogger(__name__)
-_OWN: dict[torch.dtype, GgufType] = {torch.float16: "f16", torch.bfloat16: "bf16"}
-# Bytes a weight, with room for tensors that take a larger type.
-_BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 1.1, "q4_0": 0.8, "q4_k_m": 0.9}
-_BLOCKS = {"q8_0": GGUF_BLOCK, "q4_0": GGUF_BLOCK, "q4_k_m": GGUF_SUPER_BLOCK}
-"""A row is quantised in blocks of so many weights; a row that they do not divide takes another type."""
+_OWN = {torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True)
@@ -43,7 +37,7 @@ class ExportedGguf:
     @property
     def odd_rows(self) -> dict[int, int]:
         """Numbers of tensors by the length of their rows, where the type's blocks do not divide it."""
-        block = _BLOCKS.get(self.file.type, 1)
+        block = KINDS[self.file.type].block if self.file.type in KINDS else 1
         rows = [tensor.row for tensor in self.file.tensors if tensor.matrix and tensor.row % block]
         return {row: rows.count(row) for row in sorted(set(rows))}
 
@@ -56,7 +50,7 @@ class ExportedGguf:
             "tensors": {kind: {"count": count, "bytes": size} for kind, (count, size) in self.file.types.items()},
             "odd_rows": {str(row): count for row, count in self.odd_rows.items()},
             "converter": self.converter, "quantiser": self.quantiser,
-            "check": self.check.to_dict() if self.check else None,
+            "check": asdict(self.check) if self.check else None,
         }  # fmt: skip
 
 
@@ -89,29 +83,26 @@ def export_gguf(
         CheckpointError: MODEL cannot be read, or OUT not written.
     """
     asked = settle(ExportSettings, settings, options)
-    type, check, overwrite, trust_remote_code = asked.type, asked.check, asked.overwrite, asked.trust_remote_code
     place, directory = Path(out).expanduser(), None if asked.llama_cpp is None else Path(asked.llama_cpp)
-    if type != "auto" and type not in get_args(GgufType):
-        raise ExportError(f"unknown type {type!r}; the types are auto, {', '.join(get_args(GgufType))}")
+    if asked.type not in ("auto", *KINDS):
+        raise ExportError(f"unknown type {asked.type!r}; the types are auto, {', '.join(KINDS)}")
     if place.suffix.lower() != ".gguf":
         raise ExportError(f"OUT {place} does not end in .gguf, by which programs know such a file")
     required("export", "gguf")
     source = open_source(model, revision=asked.revision)
-    check_file(place, overwrite=overwrite, protected=source.protected)
-    _check_source(source, trust_remote_code=trust_remote_code)
+    check_file(place, overwrite=asked.overwrite, protected=source.protected)
+    _check_source(source, trust_remote_code=asked.trust_remote_code)
     checkpoint = read_checkpoint(source.folder)
     own = _OWN.get(checkpoint.dtype, "f32")
-    kind = own if type == "auto" else type
-    check_family(checkpoint)
-    converter = find_converter(directory)
-    quantiser = None if kind in CONVERTED else find_quantiser(directory)
-    steps = 1 + (quantiser is not None) + check
-    with staged_file(place, overwrite=overwrite, protected=source.protected) as partial:
+    kind = own if asked.type == "auto" else asked.type
+    twin, converter = find_twin(checkpoint), find_converter(directory)
+    quantiser = None if KINDS[kind].converted else find_quantiser(directory)
+    with staged_file(place, overwrite=asked.overwrite, protected=source.protected) as partial:
         _check_disk(partial.parent, checkpoint, (kind,) if quantiser is None else (kind, own))
-        with progress(f"To {kind}", steps) as advance:
+        with progress(f"To {kind}", 1 + (quantiser is not None) + asked.check) as advance:
             first = partial if quantiser is None else partial.with_suffix(f".{own}")
             name, family = source.name.rpartition("/")[2], checkpoint.shape.model_type
-            with as_known(checkpoint) as folder:
+            with as_twin(checkpoint, twin) as folder:
                 convert(converter, folder, first, own if quantiser else kind, name=name, model_type=family)
             written = set_width(read_gguf(first), checkpoint.shape.intermediate_size)
             advance(1)
@@ -121,8 +112,13 @@ def export_gguf(
                 advance(1)
                 written = read_gguf(partial)
             check_sizes(written, checkpoint)
-            proof = _proof(written, checkpoint) if check else None
-            advance(check)
+            proof = None
+            if asked.check:
+                try:
+                    proof = check_tokens(written, checkpoint, threads=torch.get_num_threads())
+                except MissingDependencyError as error:
+                    logger.warning("not run in llama.cpp: %s", error)
+                advance(1)
     file = replace(written, path=place.resolve())
     return ExportedGguf(file, str(converter.path), None if quantiser is None else str(quantiser.path), proof)
 
@@ -135,7 +131,7 @@ def _check_source(source: Source, *, trust_remote_code: bool) -> None:
         )
     settings = (source.folder / name for name in ("config.json", "tokenizer_config.json"))
     for file in (file for file in settings if file.is_file()):
-        if "auto_map" in read_json(file) and not trust_remote_code:
+        if "auto_map" in read_object(file) and not trust_remote_code:
             raise UnsupportedModelError(
                 f"{file} names code of the model's own (auto_map), which llama.cpp's converter would run; read it, and "
                 "give --trust-remote-code if you trust it"
@@ -143,17 +139,9 @@ def _check_source(source: Source, *, trust_remote_code: bool) -> None:
 
 
 def _check_disk(folder: Path, checkpoint: Checkpoint, kinds: tuple[str, ...]) -> None:
-    needed = sum(_BYTES[kind] for kind in kinds) * checkpoint.shape.parameters
+    needed = sum(KINDS[kind].bytes for kind in kinds) * checkpoint.shape.parameters
     if (free := shutil.disk_usage(folder).free) < needed:
         raise CheckpointError(
             f"{folder} needs about {needed / 1e9:.2f} GB for {' and '.join(kinds)}, but only {free / 1e9:.2f} GB are "
             "free on that disk; free some space, or choose another place"
         )
-
-
-def _proof(file: GgufFile, checkpoint: Checkpoint) -> TokenCheck | None:
-    try:
-        return check_tokens(file, checkpoint, threads=torch.get_num_threads())
-    except MissingDependencyError as error:
-        logger.warning("not run in llama.cpp: %s", error)
-        return None

@@ -8,12 +8,13 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from amprune.errors import PushError, reason
-from amprune.model.files import read_front_matter, read_json, stored_tensors
+from amprune.model.files import read_front_matter, stored_tensors
 from amprune.model.quantization import is_quantized
 from amprune.model.reader import read_checkpoint
 from amprune.model.recovered import is_recovered
 from amprune.model.writer import RECORDS
 from amprune.prove.card import CARD
+from amprune.records import read_object
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,7 @@ class Terms:
 
 
 def check_name(repo: str) -> None:
-    """Refuses what is no name of a repository.
-
-    Raises:
-        PushError: it is not of the form owner/name or name.
-    """
+    """Refuses what is no name of a repository."""
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
@@ -39,13 +36,7 @@ def check_name(repo: str) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuses a folder that is no whole, verified model of amprune's.
-
-    Raises:
-        PushError: it is missing, an adapter, not verified, or without a card.
-        CheckpointError: a weight file is missing, truncated or does not fit config.json.
-        UnsupportedModelError: the architecture is none that amprune writes.
-    """
+    """Refuses a folder that is no whole, verified model of amprune's."""
     if not folder.is_dir():
         raise PushError(f"OUT {folder} is no folder; give a checkpoint that amprune wrote")
     if (folder / "adapter_config.json").is_file():
@@ -55,17 +46,13 @@ def check_folder(folder: Path) -> None:
         )
     if not (folder / "config.json").is_file():
         raise PushError(f"{folder} is no checkpoint: config.json is missing; give a folder that amprune wrote")
-    _check_weights(folder)
-    _check_verified(folder)
-    if not (folder / CARD).is_file():
-        raise PushError(f"{folder} has no model card ({CARD}); `amprune report {folder}` writes one")
-
-
-def _check_weights(folder: Path) -> None:
-    if read_json(folder / "config.json").get("quantization_config"):
+    if read_object(folder / "config.json").get("quantization_config"):
         stored_tensors(folder)  # which names and shapes belong to it, its own loader knows
     else:
         read_checkpoint(folder)
+    _check_verified(folder)
+    if not (folder / CARD).is_file():
+        raise PushError(f"{folder} has no model card ({CARD}); `amprune report {folder}` writes one")
 
 
 def _check_verified(folder: Path) -> None:
@@ -77,16 +64,12 @@ def _check_verified(folder: Path) -> None:
             f"{file} is missing, and so is the record of a training: nothing says that {folder} is the model that it "
             "should be; make it with `amprune prune`, `apply` or `recover`"
         )
-    if read_json(file).get("passed") is not True:
+    if read_object(file).get("passed") is not True:
         raise PushError(f"{file} says that {folder} is not verified; `amprune verify` shows why, make the model again")
 
 
 def check_card(folder: Path, lines: Sequence[str]) -> None:
-    """Refuses a card in which some lines name paths of this machine.
-
-    Raises:
-        PushError: there are such lines.
-    """
+    """Refuses a card in which some lines name paths of this machine."""
     if lines:
         raise PushError(
             f"{folder / CARD} names paths of this machine ({', '.join(lines)}), and a card is sent as it is; take them "

@@ -41,11 +41,7 @@ class Repository:
 
 
 def find_repository(client: HfApi, repo: str, *, revision: str | None) -> Repository:
-    """Asks the hub who pushes and what is there.
-
-    Raises:
-        PushError: nobody is logged in, the hub cannot be reached, or the repository is closed to the user.
-    """
+    """Asks the hub who pushes and what is there."""
     with hub_errors(repo):
         user = client.whoami()  # asked always: a bad token looks like a missing repository otherwise
         name = repo if "/" in repo else f"{user['name']}/{repo}"
@@ -66,12 +62,7 @@ def find_repository(client: HfApi, repo: str, *, revision: str | None) -> Reposi
 
 
 def check_repository(client: HfApi, target: Repository, folder: Path, *, private: bool, overwrite: bool) -> None:
-    """Refuses to publish what should be private, and to write over another model.
-
-    Raises:
-        PushError: the repository is public and `private` is asked for, or it holds files that are not those of an
-            earlier push of a model with the same base.
-    """
+    """Refuses to publish what should be private, and to write over another model."""
     if not target.exists:
         return
     if private and not target.private:
@@ -114,11 +105,7 @@ def _origin(card: CardHead) -> list[str]:
 
 
 def make_repository(client: HfApi, target: Repository, *, private: bool, revision: str | None) -> Repository:
-    """Creates repository and branch where they are missing; returns what is there then.
-
-    Raises:
-        PushError: the hub refuses.
-    """
+    """Creates repository and branch where they are missing; returns what is there then."""
     with hub_errors(target.name):
         if not target.exists:
             client.create_repo(target.name, private=True if private else None)
@@ -131,18 +118,9 @@ def make_repository(client: HfApi, target: Repository, *, private: bool, revisio
 
 
 def commit(
-    client: HfApi,
-    target: Repository,
-    files: Sequence[tuple[str, Path | bytes]],
-    *,
-    message: str,
-    revision: str | None,
+    client: HfApi, target: Repository, files: Sequence[tuple[str, Path | bytes]], *, message: str, revision: str | None
 ) -> tuple[CommitInfo, tuple[str, ...]]:
-    """Sends files in one commit, which also removes those of an earlier model; returns it and what was removed.
-
-    Raises:
-        PushError: the hub refuses, or the connection breaks; nothing is changed then.
-    """
+    """Sends files in one commit, which also removes those of an earlier model; returns it and what was removed."""
     removed = left_behind(target.files, {path for path, _ in files})
     operations = [CommitOperationAdd(path, content) for path, content in files]
     with hub_errors(target.name):

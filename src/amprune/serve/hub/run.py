@@ -1,7 +1,6 @@
 """OUT -> a commit on the hub: checks, contents, repository, commit, in order. START HERE in this folder."""
 
 import logging
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,11 @@ from huggingface_hub import HfApi
 from amprune import __version__
 from amprune.prove.card import CARD
 from amprune.serve.hub.checks import Terms, check_card, check_folder, check_name, concerns, read_terms
-from amprune.serve.hub.contents import what_goes
-from amprune.serve.hub.places import shortened_files
+from amprune.serve.hub.contents import shortened_files, what_goes
 from amprune.serve.hub.repository import check_repository, commit, find_repository, make_repository
-from amprune.settings import PushSettings, settle
+from amprune.settings import PathLike, PushSettings, settle
 
 logger = logging.getLogger(__name__)
-PathLike = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -88,7 +85,7 @@ def push(
         CheckpointError: a weight file of OUT is missing, truncated or does not fit its config.
     """
     asked, folder = settle(PushSettings, settings, options), Path(out).expanduser()
-    private, revision, overwrite = asked.private, asked.revision, asked.overwrite
+    revision = asked.revision
     check_name(repo)
     check_folder(folder)
     paths, left_out = what_goes(folder)
@@ -96,40 +93,22 @@ def push(
     check_card(folder, shortened[CARD][1] if CARD in shortened else ())
     contents = {path: shortened[path][0] if path in shortened else folder / path for path in paths}
     found = PushedModel(
-        repo=repo,
-        revision=revision,
-        private=private or None,
-        files={path: _size(content) for path, content in contents.items()},
-        terms=terms,
-        left_out=tuple(left_out),
-        shortened={path: fields for path, (_, fields) in shortened.items()},
-        concerns=concerns(terms, paths),
-    )
-    _tell(found)
-    if asked.dry_run:
-        return found
-    client = client or HfApi(library_name="amprune", library_version=__version__)
-    target = find_repository(client, repo, revision=revision)
-    check_repository(client, target, folder, private=private, overwrite=overwrite)
-    target = make_repository(client, target, private=private, revision=revision)
-    text = asked.message or f"Model made by amprune {__version__}"
-    made, removed = commit(client, target, list(contents.items()), message=text, revision=revision)
-    return replace(
-        found,
-        repo=target.name,
-        private=target.private,
-        removed=removed,
-        url=str(made.repo_url),
-        commit=made.oid,
-    )
-
-
-def _size(content: Path | bytes) -> int:
-    return len(content) if isinstance(content, bytes) else content.stat().st_size
-
-
-def _tell(found: PushedModel) -> None:
+        repo=repo, revision=revision, private=asked.private or None, terms=terms, left_out=tuple(left_out),
+        files={path: len(it) if isinstance(it, bytes) else it.stat().st_size for path, it in contents.items()},
+        shortened={path: fields for path, (_, fields) in shortened.items()}, concerns=concerns(terms, paths),
+    )  # fmt: skip
     for concern in found.concerns:
         logger.warning("%s", concern)
     for path, fields in found.shortened.items():
         logger.warning("%s names paths of this machine (%s); what is sent has their last name", path, ", ".join(fields))
+    if asked.dry_run:
+        return found
+    client = client or HfApi(library_name="amprune", library_version=__version__)
+    target = find_repository(client, repo, revision=revision)
+    check_repository(client, target, folder, private=asked.private, overwrite=asked.overwrite)
+    target = make_repository(client, target, private=asked.private, revision=revision)
+    text = asked.message or f"Model made by amprune {__version__}"
+    made, removed = commit(client, target, list(contents.items()), message=text, revision=revision)
+    return replace(
+        found, repo=target.name, private=target.private, removed=removed, url=str(made.repo_url), commit=made.oid
+    )

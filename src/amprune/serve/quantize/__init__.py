@@ -2,8 +2,6 @@
 
 run.py      MODEL -> OUT, in order; start here
 schemes.py  the types, as data; which layers are quantised; group sizes
-int8.py     weights as torchao packs them
-int4.py     weights as bitsandbytes packs them
-write.py    tensor by tensor into shards
+packing.py  weights as torchao and bitsandbytes pack them
 check.py    what was stored, against the source; what stock transformers makes of it
 """

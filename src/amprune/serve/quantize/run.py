@@ -1,9 +1,9 @@
 """MODEL -> OUT: checked, packed, written, compared, in order. START HERE in this folder."""
 
 import math
-import os
 import shutil
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import transformers
 
 from amprune import __version__
 from amprune.cut.refit.record import RECORD as RECONSTRUCTION
-from amprune.model.files import weight_files
+from amprune.model.files import TensorHeader, weight_files
 from amprune.model.quantization import Quantization
 from amprune.model.quantized import RECORD, require_library
 from amprune.model.reader import Checkpoint, read_checkpoint
@@ -21,15 +21,14 @@ from amprune.model.recovered import LOG
 from amprune.model.recovered import RECORD as RECOVERY
 from amprune.model.source import open_source
 from amprune.model.staging import check_output, staged_folder
-from amprune.model.writer import RECORDS, parse_size, write_json
+from amprune.model.writer import RECORDS, copy_sidecars, parse_size, write_shards
 from amprune.prove.card import write_quantized_card
+from amprune.records import write
 from amprune.running import Progress, no_progress
-from amprune.serve.quantize.check import Findings, check_quantized
-from amprune.serve.quantize.schemes import Scheme, find_scheme, settle_group_size, split_layers
-from amprune.serve.quantize.write import write_quantized
-from amprune.settings import QuantizeSettings, settle
+from amprune.serve.quantize.check import Parts, check_quantized
+from amprune.serve.quantize.schemes import Layers, find_layers, find_scheme
+from amprune.settings import PathLike, QuantizeSettings, settle
 
-PathLike = str | os.PathLike[str]
 _CARRIED = ("plan.json", "scores.safetensors", RECONSTRUCTION, RECOVERY, LOG)
 """Records that tell how the source was made; what was verified and measured of it holds for the source alone."""
 
@@ -74,52 +73,63 @@ def quantize(
         CheckpointError: the model cannot be read, or OUT not written.
     """
     asked = settle(QuantizeSettings, settings, options)
-    type, max_shard_size, overwrite = asked.type, asked.max_shard_size, asked.overwrite
-    scheme = find_scheme(type)
-    require_library(scheme.library, f"type {type}")
+    scheme = find_scheme(asked.type)
+    require_library(scheme.library, f"type {asked.type}")
     source, folder = open_source(model, revision=asked.revision, dtype=asked.dtype), Path(out).expanduser()
-    check_output(folder, overwrite=overwrite, protected=source.protected)
-    parse_size(max_shard_size)
+    check_output(folder, overwrite=asked.overwrite, protected=source.protected)
+    parse_size(asked.max_shard_size)
     base = read_checkpoint(source.folder)
-    shapes, skipped = split_layers(base)
-    group = settle_group_size(asked.group_size, shapes, scheme)
-    with staged_folder(folder, overwrite=overwrite, protected=source.protected) as partial:
-        parts = write_quantized(
-            base, partial, scheme, shapes,
-            skipped=skipped, group_size=group, max_shard_size=max_shard_size, progress=progress,
-        )  # fmt: skip
+    layers = find_layers(base, scheme, asked.group_size)
+    with staged_folder(folder, overwrite=asked.overwrite, protected=source.protected) as partial:
+        parts = _write(base, partial, layers, asked.max_shard_size, progress)
         found = check_quantized(base, partial, parts, scheme, device=asked.device, progress=progress)
-        quantized = sum(map(math.prod, shapes.values()))
-        record = _record(source.name, base, partial, scheme, found, quantized=quantized, group_size=group)
+        libraries = {"torch": torch.__version__, "transformers": transformers.__version__}
+        record = Quantization(
+            quantized_from=source.name, type=scheme.type, numbers=scheme.numbers, group_size=layers.group_size,
+            library=scheme.library, quantized=sum(map(math.prod, layers.shapes.values())),
+            parameters=base.shape.parameters, bytes_before=_bytes(base.folder), bytes_after=_bytes(partial), **found,
+            versions={"amprune": __version__, **libraries, scheme.library: version(scheme.library)},
+        )  # fmt: skip
         for name in _CARRIED:
             if (source.folder / RECORDS / name).is_file():
                 shutil.copyfile(source.folder / RECORDS / name, partial / RECORDS / name)
-        write_json(partial / RECORDS / RECORD, record.to_dict())
+        write(partial / RECORDS / RECORD, record.to_dict())
         write_quantized_card(partial, record, source=source)
     return QuantizedModel(folder, record)
 
 
-def _record(
-    source: str, base: Checkpoint, folder: Path, scheme: Scheme, found: Findings, *, quantized: int,
-    group_size: int | None,
-) -> Quantization:  # fmt: skip
-    return Quantization(
-        quantized_from=source,
-        type=scheme.type,
-        numbers=scheme.numbers,
-        group_size=group_size,
-        library=scheme.library,
-        quantized=quantized,
-        parameters=base.shape.parameters,
-        bytes_before=_bytes(base.folder),
-        bytes_after=_bytes(folder),
-        **vars(found),
-        versions={
-            "amprune": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
-            scheme.library: version(scheme.library),
-        },
-    )  # fmt: skip
-
-
 def _bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file, _ in weight_files(folder))
+
+
+def _write(base: Checkpoint, folder: Path, layers: Layers, max_shard_size: str, progress: Progress) -> Parts:
+    """Writes weights, config.json and sidecar files, holding one shard and one weight in memory at a time."""
+    scheme, shapes, group_size = layers.scheme, layers.shapes, layers.group_size
+    empty = {name: torch.empty(base.header(name).shape, dtype=base.header(name).dtype, device="meta") for name in base}
+    packed = {name: scheme.pack(name, empty[name], group_size) for name in shapes}
+    names = {name: _name(base, name) for name in base if name not in shapes}
+    owners = {part: name for name, parts in packed.items() for part in parts} | {new: old for old, new in names.items()}
+    planned = {names[old]: tensor for old, tensor in empty.items() if old in names}
+    planned |= {part: tensor for parts in packed.values() for part, tensor in parts.items()}
+    headers = {part: TensorHeader(tuple(tensor.shape), tensor.dtype) for part, tensor in sorted(planned.items())}
+
+    @lru_cache(maxsize=1)
+    def tensors(name: str) -> dict[str, torch.Tensor]:
+        return scheme.pack(name, base[name], group_size) if name in shapes else {names[name]: base[name]}
+
+    copy_sidecars(base.folder, folder)
+    settings = scheme.config(layers.skipped, base.dtype)
+    write(folder / "config.json", {**base.config, "quantization_config": settings})
+    metadata = scheme.metadata({names.get(name, name): tensor for name, tensor in empty.items()}, shapes)
+    with progress("Quantising", sum(header.bytes for header in headers.values())) as advance:
+        write_shards(
+            folder, headers, lambda part: tensors(owners[part])[part].contiguous(), max_shard_size=max_shard_size,
+            metadata=metadata, advance=advance,
+        )  # fmt: skip
+    return {name: tuple(parts) for name, parts in packed.items()}
+
+
+def _name(base: Checkpoint, name: str) -> str:
+    """Returns the whole name that a tensor has in the model, but for those that the family stores under another."""
+    stored = base.stored_name(name)
+    return stored if stored in base.architecture.family.stored_names else name

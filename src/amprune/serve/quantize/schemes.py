@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers.quantizers.base import HfQuantizer
@@ -11,9 +11,8 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from amprune.errors import QuantizationError
 from amprune.model.architecture import make_config, meta_model
 from amprune.model.reader import Checkpoint
-from amprune.serve.quantize import int4, int8
+from amprune.serve.quantize import packing
 
-QuantizationType = Literal["int8", "int4"]
 _BLOCK = 32
 """Outputs that bitsandbytes' kernel for processors computes at a time."""
 _ADVICE = "Prune with --neuron-multiple 64, or choose int8, which takes any width"
@@ -44,35 +43,38 @@ class Scheme:
 
 SCHEMES: Mapping[str, Scheme] = {
     "int8": Scheme(
-        "int8", "torchao", "int8", (), (), None, 0.05, int8.pack, int8.unpack, int8.metadata, int8.config
+        "int8", "torchao", "int8", (), (), None, 0.05,
+        packing.pack_int8, packing.unpack_int8, packing.metadata_int8, packing.config_int8,
     ),
     "int4": Scheme(
         "int4", "bitsandbytes", "nf4", tuple(2**power for power in range(5, 13)), (64, 32), "bfloat16", 0.3,
-        int4.pack, int4.unpack, int4.metadata, int4.config,
+        packing.pack_int4, packing.unpack_int4, lambda _tensors, _packed: {}, packing.config_int4,
     ),
 }  # fmt: skip
 
 
-def find_scheme(type: str) -> Scheme:
-    """Returns the scheme of a type.
+@dataclass(frozen=True)
+class Layers:
+    """What of a model is quantised, and how."""
 
-    Raises:
-        QuantizationError: there is none of this name.
-    """
+    scheme: Scheme
+    shapes: Mapping[str, tuple[int, ...]]
+    """Of the weights that are."""
+    skipped: list[str]
+    """Modules that transformers leaves alone."""
+    group_size: int | None
+    """Inputs of an output that share a scale; None where all do."""
+
+
+def find_scheme(type: str) -> Scheme:
+    """Returns the scheme of a type."""
     if type not in SCHEMES:
         raise QuantizationError(f"no type {type!r} to quantise to; choose {' or '.join(SCHEMES)}")
     return SCHEMES[type]
 
 
-def split_layers(base: Checkpoint) -> tuple[dict[str, tuple[int, ...]], list[str]]:
-    """Returns the weights that are quantised with their shapes, and the modules that transformers leaves alone.
-
-    Quantised are the linear layers that stock transformers takes for quantised where config.json says that the model
-    is: all but the language-model head.
-
-    Raises:
-        QuantizationError: there is none, or weights are float64.
-    """
+def find_layers(base: Checkpoint, scheme: Scheme, group_size: int | None) -> Layers:
+    """Finds the linear layers that stock transformers takes for quantised, all but the head, and their group size."""
     if base.dtype == torch.float64:
         raise QuantizationError(
             f"{base.folder}: the weights are float64, which the libraries do not quantise; save the model in float32"
@@ -90,16 +92,11 @@ def split_layers(base: Checkpoint) -> tuple[dict[str, tuple[int, ...]], list[str
             "kind than torch.nn.Linear, which the libraries do not quantise; `amprune export --type q8_0` or q4_k_m "
             "quantises for llama.cpp"
         )
-    return found, skipped
+    return Layers(scheme, found, skipped, _group_size(group_size, found, scheme))
 
 
-def settle_group_size(asked: int | None, shapes: Mapping[str, tuple[int, ...]], scheme: Scheme) -> int | None:
-    """Returns how many inputs share a scale: as asked, else the first default that divides the rows of every weight.
-
-    Raises:
-        QuantizationError: the type has no groups, there are none of this size, or a weight does not divide into them;
-            names the weight, its width and the sizes that do.
-    """
+def _group_size(asked: int | None, shapes: Mapping[str, tuple[int, ...]], scheme: Scheme) -> int | None:
+    """Returns how many inputs share a scale: as asked, else the first default that divides the rows of every weight."""
     if not scheme.group_sizes:
         if asked is not None:
             raise QuantizationError(
