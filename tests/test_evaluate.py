@@ -31,7 +31,7 @@ from typer.testing import CliRunner
 
 from amprune.cli.options import app
 from amprune.errors import CheckpointError, EvaluationError
-from amprune.evaluation import run
+from amprune.evaluation import latency, run
 from amprune.evaluation.comparison import paired
 from amprune.evaluation.records import Evaluation, Record
 from amprune.evaluation.run import evaluate
@@ -423,7 +423,7 @@ def test_a_later_figure_takes_the_place_of_an_earlier_one() -> None:
 DAMAGED = {
     "cut": ('{"format": "amprune evaluation 1", "mod', "not JSON"),
     "empty": ("", "not JSON"),
-    "a list": ("[]", "its format is 'list'"),
+    "a list": ("[]", "holds a list, expected a JSON object"),
     "a config": ('{"model_type": "llama"}', "its format is None"),
     "a plan": ('{"format": "amprune plan 1"}', "its format is 'amprune plan 1'"),
     "no records": ('{"format": "amprune evaluation 1", "models": []}', "lacks the field records; the file is damaged"),
@@ -474,7 +474,7 @@ def test_a_path_that_cannot_be_written_is_refused_before_anything_is_loaded(
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
     monkeypatch.setattr(run, "loaded_model", lambda *arguments, **options: pytest.fail("a model was loaded"))
-    with pytest.raises(EvaluationError, match=r"cannot (read|write)"):
+    with pytest.raises(EvaluationError, match=r"cannot (be read|write)"):
         perplexities(dense, tmp_path / where, [text])
 
 
@@ -536,15 +536,15 @@ def test_an_edited_config_is_another_model(dense: Path, text: Path, tmp_path: Pa
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is measured, in order; an entry `stop at ...` interrupts the run there."""
     found: list[str] = []
-    perplexity_figures = run.perplexity_figures
+    perplexity_records = run.perplexity_records
 
     def watched(*arguments: Any, text: Any, **options: Any) -> Any:
         if f"stop at {text.name}" in found:
             raise KeyboardInterrupt
         found.append(text.name)
-        return perplexity_figures(*arguments, text=text, **options)
+        return perplexity_records(*arguments, text=text, **options)
 
-    monkeypatch.setattr(run, "perplexity_figures", watched)
+    monkeypatch.setattr(run, "perplexity_records", watched)
     return found
 
 
@@ -621,7 +621,7 @@ def test_what_models_measure_together_is_kept_case_by_case(
     dense: Path, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cases, timed = [replace(LATENCY[0], prompt_tokens=count) for count in (8, 10)], []
-    measure_latency = run.measure_latency
+    measure_latency = latency.measure_latency
 
     def watched(models: Any, case: LatencySettings, **options: Any) -> Any:
         timed.append((list(models), case.prompt_tokens))
@@ -629,7 +629,7 @@ def test_what_models_measure_together_is_kept_case_by_case(
             raise KeyboardInterrupt
         return measure_latency(models, case, **options)
 
-    monkeypatch.setattr(run, "measure_latency", watched)
+    monkeypatch.setattr(latency, "measure_latency", watched)
     with pytest.raises(KeyboardInterrupt):
         evaluate([dense, pruned], tmp_path / "e.json", measure=["latency"], latency=cases)
     evaluation = evaluate([dense, pruned], tmp_path / "e.json", measure=["latency"], latency=cases)
@@ -671,7 +671,7 @@ def test_a_process_that_is_stopped_leaves_a_whole_file(
         assert f"interrupted; what was finished is in {file}" in " ".join(errors.split())
         assert "Traceback" not in errors
     measured: list[str] = []
-    monkeypatch.setattr(run, "perplexity_figures", lambda *given, text, **options: measured.append(text.name) or [])
+    monkeypatch.setattr(run, "perplexity_records", lambda *given, text, **options: measured.append(text.name) or [])
     perplexities(str(dense), file, named, sequence_length=16)
     assert set(measured) == {path.name for path in named} - finished
 

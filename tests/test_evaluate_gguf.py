@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gguf
 import pytest
 import torch
 import transformers
@@ -15,7 +16,6 @@ from amprune import EvaluationError, LatencySettings, evaluate, export_gguf
 from amprune.errors import CheckpointError
 from amprune.evaluation.energy import energy_records
 from amprune.evaluation.records import Evaluation, Record
-from amprune.model import gguf_model
 from amprune.model.gguf_file import read_gguf
 from amprune.model.latency import generation_run
 from amprune.model.llama_cpp import llama_cpp_model
@@ -106,9 +106,10 @@ def test_whatever_llama_cpp_calls_llama_is_dequantised_to_what_was_exported(
 def test_a_file_of_which_transformers_leaves_weights_out_is_refused(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reader = gguf_model.GGUFReader(folder / "f32.gguf")
+    reader = gguf.GGUFReader(folder / "f32.gguf")
     reader.tensors.append(SimpleNamespace(name="blk.0.more.bias", n_elements=7))
-    monkeypatch.setattr(gguf_model, "GGUFReader", lambda _: reader)
+    ours, theirs = iter([reader]), gguf.GGUFReader  # amprune's own reader comes before that of transformers
+    monkeypatch.setattr(gguf, "GGUFReader", lambda *given: next(ours, None) or theirs(*given))
     shutil.copy(folder / "f32.gguf", tmp_path / "more.gguf")
     with pytest.raises(
         CheckpointError, match=r"more.gguf has \d+,\d+ weights, of which transformers reads .* as a llama"

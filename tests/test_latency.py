@@ -223,7 +223,7 @@ import warnings
 sys.path.insert(0, {tests!r})
 import torch
 from tiny_evaluation import tiny_model
-from amprune.evaluation.latency import LatencySettings, measure_latency
+from amprune.model.latency import LatencySettings, measure_latency
 model, compiled, forward = tiny_model(), [], torch.compile
 torch.compile = lambda function, **options: compiled.append(options) or forward(function, **options)
 found = measure_latency({{"m": model}}, LatencySettings(new_tokens=4, warmup=2, runs=2, mode="compile"))["m"]

@@ -1,5 +1,8 @@
 """Random samples for tiny models, and what these models are made of."""
 
+import json
+from functools import cache
+
 import torch
 from tiny_models import VOCABULARY, Tiny, config_of
 
@@ -17,4 +20,9 @@ CALIBRATION = random_samples(7, 23, 2, 40)
 
 
 def architecture_of(tiny: Tiny) -> Architecture:
-    return describe(config_of(tiny))
+    return _architecture(json.dumps(config_of(tiny)))
+
+
+@cache
+def _architecture(config: str) -> Architecture:
+    return describe(json.loads(config))
