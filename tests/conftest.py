@@ -13,8 +13,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tests run side by side: threads of several processes that wait for each other cost far more than they gain.
 os.environ["OMP_NUM_THREADS"] = "1"
-# The user's cache is neither read nor filled; processes that tests start inherit this folder.
-os.environ["AMPRUNE_CACHE"] = tempfile.mkdtemp(prefix="amprune-tests-")
+# The user's cache is neither read nor filled; the workers of pytest and processes that tests start inherit this folder,
+# so that the real model is dequantised once.
+os.environ["AMPRUNE_CACHE"] = (
+    os.environ["AMPRUNE_CACHE"] if "PYTEST_XDIST_WORKER" in os.environ else tempfile.mkdtemp(prefix="amprune-tests-")
+)
 os.environ["HF_DATASETS_CACHE"] = os.path.join(os.environ["AMPRUNE_CACHE"], "datasets")
 # llama.cpp's tools, where `make test` puts them.
 os.environ.setdefault("AMPRUNE_LLAMA_CPP", str(Path(sys.prefix) / "llama.cpp"))
@@ -143,6 +146,12 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
 
 
 @pytest.fixture
+def without_png(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spares a report's figures as PNG, which are those in its SVG files once more."""
+    monkeypatch.setattr("amprune.report.write.to_png", lambda _: b"not drawn")
+
+
+@pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spares a report's figures in tests of its words and files, where others draw the same ones."""
     for name in ("to_svg", "to_png"):
@@ -154,4 +163,5 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         slow = {name for name in SLOW.read_text(encoding="utf-8").split() if name not in _seconds}
         slow |= {name for name, seconds in _seconds.items() if seconds > SLOW_SECONDS}
         SLOW.write_text("".join(f"{name}\n" for name in sorted(slow)), encoding="utf-8")
-    shutil.rmtree(os.environ["AMPRUNE_CACHE"], ignore_errors=True)
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        shutil.rmtree(os.environ["AMPRUNE_CACHE"], ignore_errors=True)

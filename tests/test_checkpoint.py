@@ -598,6 +598,50 @@ def test_each_check_says_what_it_finds_in_a_broken_output(
     assert {name: text for name, text in expected.items() if text not in found[name]} == {}
 
 
+def edited(name: str, change: Callable[[str], str]) -> Damage:
+    """Changes the text of a file."""
+    return lambda out: (out / name).write_text(change((out / name).read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def without_start_token(text: str) -> str:
+    return json.dumps({**json.loads(text), "post_processor": None})
+
+
+BAD_TEXTS: dict[str, tuple[Damage, dict[str, str]]] = {
+    "another chat template": (
+        edited("chat_template.jinja", lambda text: text + "!"),
+        {"files": "chat_template.jinja differs from the dense model's", "tokenizer": "the chat template differs"},
+    ),
+    "other tokens": (
+        edited("tokenizer.json", without_start_token),
+        {"files": "tokenizer.json differs", "tokenizer": "gives other tokens than the dense model's"},
+    ),
+    "the same tokens otherwise": (
+        edited("tokenizer.json", lambda text: text + "\n"), {"files": "tokenizer.json differs"},
+    ),
+    "another generation config": (
+        edited("generation_config.json", lambda text: text + "\n"), {"files": "generation_config.json differs"},
+    ),
+    "no generation config": (
+        lambda out: (out / "generation_config.json").unlink(),
+        {"files": "generation_config.json of the dense model is missing"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("damage", "expected"), BAD_TEXTS.values(), ids=BAD_TEXTS)
+def test_each_check_says_what_it_finds_in_a_broken_tokenizer(
+    damage: Damage, expected: dict[str, str], model: Path, plan: PruningPlan
+) -> None:
+    make_tokenizer().save_pretrained(model)
+    out = apply_plan(model, plan, model.parent / "out").folder
+    assert verify(out, dense=model).passed
+    damage(out)
+    found = {check.name: check.detail for check in verify(out, dense=model).checks if not check.passed}
+    assert found.keys() == expected.keys()
+    assert {name: text for name, text in expected.items() if text not in found[name]} == {}
+
+
 def test_verification_opens_the_output_once(models: Path, pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = []
     monkeypatch.setattr(checks, "read_checkpoint", lambda folder: opened.append(folder) or read_checkpoint(folder))

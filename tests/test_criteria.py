@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from amprune import ScoresError, make_plan, score
 from amprune.model.reader import read_checkpoint
+from amprune.model.shape import ModelShape
 from amprune.scoring.catalogue import CRITERIA, Needs, find_criterion
 from amprune.scoring.run import score_criteria
 from amprune.scoring.scores import ImportanceScores, LayerScores
@@ -48,15 +49,23 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Tiny], tuple[P
 # References: whole tensors, float64, one sample at a time, sliced by hand
 
 
-def captured(model: PreTrainedModel, module: Any) -> list[torch.Tensor]:
-    """Returns the inputs of a module, (tokens, features) float64 a sample."""
-    found: list[torch.Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].double()))
+def captured(model: PreTrainedModel, names: Sequence[str]) -> dict[str, list[torch.Tensor]]:
+    """Returns the inputs of modules, (tokens, features) float64 a sample."""
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+
+    def keep(name: str, inputs: torch.Tensor) -> None:
+        found[name].append(inputs.double().reshape(-1, inputs.shape[-1]))
+
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(lambda _, inputs, name=name: keep(name, inputs[0]))
+        for name in names
+    ]
     with torch.no_grad():
         for sample in CALIBRATION.samples:
             model(torch.tensor([sample]), use_cache=False)
-    handle.remove()
-    return [inputs.reshape(-1, inputs.shape[-1]) for inputs in found]
+    for handle in handles:
+        handle.remove()
+    return found
 
 
 def read_weight(module: Any) -> torch.Tensor:
@@ -69,13 +78,19 @@ def by_head(values: torch.Tensor, heads: int) -> torch.Tensor:
     return torch.stack([chunk.sum() for chunk in values.chunk(heads)])
 
 
-def expected_layer(name: str, model: PreTrainedModel, tiny: Tiny, layer: int) -> list[torch.Tensor]:
-    family, shape = architecture_of(tiny).family, architecture_of(tiny).shape
-    heads, groups = shape.num_attention_heads, shape.num_key_value_heads
+def projections(tiny: Tiny, layer: int) -> tuple[str, str]:
+    """Returns the names of the attention's output projection and of the MLP's."""
+    family = architecture_of(tiny).family
     prefix = family.layer_prefix.format(layer=layer)
-    out, down = (model.get_submodule(prefix + part) for part in (family.attention_output, family.mlp_output))
-    attention, mlp = captured(model, out), captured(model, down)
-    w_out, w_down = read_weight(out), read_weight(down)
+    return prefix + family.attention_output, prefix + family.mlp_output
+
+
+def expected_layer(
+    name: str, model: PreTrainedModel, shape: ModelShape, out: str, down: str, inputs: dict[str, list[torch.Tensor]]
+) -> list[torch.Tensor]:
+    heads, groups = shape.num_attention_heads, shape.num_key_value_heads
+    attention, mlp = inputs[out], inputs[down]
+    w_out, w_down = (read_weight(model.get_submodule(one)) for one in (out, down))
 
     def contributions(order: int) -> list[torch.Tensor]:
         found = []
@@ -88,8 +103,8 @@ def expected_layer(name: str, model: PreTrainedModel, tiny: Tiny, layer: int) ->
             found.append(torch.stack(sizes).mean(0))
         return found
 
-    mean_square = [torch.stack([x.square().mean(0) for x in inputs]).mean(0) for inputs in (attention, mlp)]
-    mean = [torch.stack([x.mean(0) for x in inputs]).mean(0) for inputs in (attention, mlp)]
+    mean_square = [torch.stack([x.square().mean(0) for x in given]).mean(0) for given in (attention, mlp)]
+    mean = [torch.stack([x.mean(0) for x in given]).mean(0) for given in (attention, mlp)]
     absolute = torch.stack([x.abs().mean(0) for x in mlp]).mean(0)
     root = torch.stack([x.square().mean(0).sqrt() for x in mlp]).mean(0)
     if name == "amp":
@@ -150,22 +165,30 @@ def loss_gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return gradients
 
 
-def assert_close(found: LayerScores, expected: Sequence[torch.Tensor], tolerance: float = 1e-5) -> None:
+def assert_close(
+    found: LayerScores, expected: Sequence[torch.Tensor], tolerance: float = 1e-5, *, at: str = ""
+) -> None:
     for kind, values in zip(KINDS, expected, strict=True):
         scale = max(float(values.abs().max()), 1e-6)  # standardised scores of a single group are rounding alone
-        np.testing.assert_allclose(getattr(found, kind), values.numpy(), rtol=tolerance, atol=tolerance * scale)
+        np.testing.assert_allclose(
+            getattr(found, kind), values.numpy(), rtol=tolerance, atol=tolerance * scale, err_msg=at
+        )
 
 
 FAMILIES = [tiny for tiny in ALL if tiny.variant in ("gqa", "mha", "mqa", "biases", "qk-norm", "tied")]
 OVER_ACTIVATIONS = [name for name in UNITS if CRITERIA[name].needs is Needs.ACTIVATIONS]
 
 
-@pytest.mark.parametrize("name", OVER_ACTIVATIONS)
 @pytest.mark.parametrize("tiny", FAMILIES, ids=lambda tiny: tiny.id)
-def test_criteria_over_activations_are_their_formulas(tiny: Tiny, name: str, scored: Any) -> None:
+def test_criteria_over_activations_are_their_formulas(tiny: Tiny, scored: Any) -> None:
     model, scores = scored(tiny)
-    for layer, found in enumerate(scores[name].layers):
-        assert_close(found, expected_layer(name, model, tiny, layer))
+    shape = architecture_of(tiny).shape
+    names = [projections(tiny, layer) for layer in range(shape.num_layers)]
+    inputs = captured(model, [name for pair in names for name in pair])
+    for name in OVER_ACTIVATIONS:
+        assert len(scores[name].layers) == shape.num_layers
+        for layer, (found, (out, down)) in enumerate(zip(scores[name].layers, names, strict=True)):
+            assert_close(found, expected_layer(name, model, shape, out, down, inputs), at=f"{name}, layer {layer}")
 
 
 @pytest.mark.parametrize("tiny", FAMILIES, ids=lambda tiny: tiny.id)

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gguf
 import pytest
 import torch
 import transformers
@@ -13,15 +14,15 @@ from transformers import AutoModelForCausalLM
 
 from amprune import EvaluationError, LatencySettings, evaluate, export_gguf
 from amprune.errors import CheckpointError
+from amprune.evaluation.energy import energy_records
 from amprune.evaluation.records import Evaluation, Record
-from amprune.evaluation.run import _metered
-from amprune.model import gguf_model
 from amprune.model.gguf_file import read_gguf
 from amprune.model.latency import generation_run
 from amprune.model.llama_cpp import llama_cpp_model
 from amprune.model.source import open_source
 from amprune.records import read_object
 from amprune.running import no_progress
+from amprune.settings import EvaluationSettings
 
 reads_gguf = pytest.mark.skipif(
     not hasattr(transformers, "GgufConfig"), reason="needs transformers 5.20, which reads the tokenizers of GGUF files"
@@ -105,9 +106,10 @@ def test_whatever_llama_cpp_calls_llama_is_dequantised_to_what_was_exported(
 def test_a_file_of_which_transformers_leaves_weights_out_is_refused(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reader = gguf_model.GGUFReader(folder / "f32.gguf")
+    reader = gguf.GGUFReader(folder / "f32.gguf")
     reader.tensors.append(SimpleNamespace(name="blk.0.more.bias", n_elements=7))
-    monkeypatch.setattr(gguf_model, "GGUFReader", lambda _: reader)
+    ours, theirs = iter([reader]), gguf.GGUFReader  # amprune's own reader comes before that of transformers
+    monkeypatch.setattr(gguf, "GGUFReader", lambda *given: next(ours, None) or theirs(*given))
     shutil.copy(folder / "f32.gguf", tmp_path / "more.gguf")
     with pytest.raises(
         CheckpointError, match=r"more.gguf has \d+,\d+ weights, of which transformers reads .* as a llama"
@@ -131,8 +133,8 @@ def test_a_file_of_which_transformers_would_rotate_another_part_of_each_head_is_
 def test_a_run_whose_energy_is_measured_generates_as_many_tokens(folder: Path) -> None:
     with llama_cpp_model(read_gguf(folder / "q8_0.gguf"), positions=16, threads=1) as model:
         assert generation_run(model, CASE)() == 6
-        figures = _metered({"q8": model}, case=CASE, seconds=1.0, country="USA", progress=no_progress)
-    assert figures["q8"][0]["settings"]["mode"] == "llama.cpp"
+        figures = energy_records({"q8": model}, CASE, EvaluationSettings(energy_seconds=1.0), no_progress)
+    assert figures["q8"][0].settings["mode"] == "llama.cpp"
 
 
 @reads_gguf

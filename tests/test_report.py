@@ -314,6 +314,7 @@ def test_figures_that_are_no_longer_drawn_go(tmp_path: Path) -> None:
     assert set((tmp_path / "figures").iterdir()) == {*left.figures, tmp_path / "figures" / "mine.png"}
 
 
+@pytest.mark.usefixtures("without_png")
 def test_a_checkpoint_gets_its_report_and_its_card(checkpoint: Path) -> None:
     files = write_report(checkpoint)
     assert files.markdown == checkpoint / "amprune" / "report.md"
@@ -364,6 +365,7 @@ def test_a_foreign_card_is_kept(checkpoint: Path) -> None:
     assert read_card(checkpoint).dense == "dense"
 
 
+@pytest.mark.usefixtures("without_png")
 def test_without_an_evaluation_the_records_are_drawn(tiny: tuple[Path, Path], tmp_path: Path) -> None:
     out = Path(shutil.copytree(tiny[1], tmp_path / "out"))
     files = write_report(out)
@@ -377,6 +379,7 @@ def test_without_an_evaluation_the_records_are_drawn(tiny: tuple[Path, Path], tm
     assert read_card(out).dense == "dense"
 
 
+@pytest.mark.usefixtures("without_png")
 def test_a_checkpoint_without_scores_or_verification_is_drawn_too(tiny: tuple[Path, Path], tmp_path: Path) -> None:
     out = Path(shutil.copytree(tiny[1], tmp_path / "out"))
     (out / "amprune" / "scores.safetensors").unlink()
@@ -387,6 +390,7 @@ def test_a_checkpoint_without_scores_or_verification_is_drawn_too(tiny: tuple[Pa
     assert "Verified" not in (out / "README.md").read_text()
 
 
+@pytest.mark.usefixtures("without_png")
 def test_one_model_alone(tmp_path: Path) -> None:
     evaluation = Evaluation()
     evaluation.add_model(entry("only", 134_515_008))
@@ -399,6 +403,7 @@ def test_one_model_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["size", "perplexity", "zero_shot", "latency", "memory", "energy"])
+@pytest.mark.usefixtures("without_png")
 def test_any_measurement_may_be_missing_or_alone(kind: str, tmp_path: Path) -> None:
     write_example(tmp_path, [("pruned", 0.2, 58.97, 0.07, 1.18)])
     full = Evaluation.load(tmp_path / "evaluation.json")
@@ -410,6 +415,7 @@ def test_any_measurement_may_be_missing_or_alone(kind: str, tmp_path: Path) -> N
         assert not re.search(r"\b(None|nan|inf)\b", text)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_other_settings_are_never_set_against_each_other(tmp_path: Path) -> None:
     write_example(tmp_path, [("pruned", 0.2, 58.97, 0.07, 1.18)])
     evaluation = Evaluation.load(tmp_path / "evaluation.json")
@@ -425,6 +431,7 @@ def test_other_settings_are_never_set_against_each_other(tmp_path: Path) -> None
     assert difference.count("(p ") == 5, "only the unlimited figures have a partner"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_other_items_are_compared_without_pairs(tmp_path: Path) -> None:
     write_example(tmp_path, [("pruned", 0.2, 58.97, 0.07, 1.18)])
     content = json.loads((tmp_path / "evaluation.json").read_text())
@@ -439,6 +446,7 @@ def test_other_items_are_compared_without_pairs(tmp_path: Path) -> None:
     assert "(p " not in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_baseline_can_be_another(tmp_path: Path) -> None:
     text = write_report(write_example(tmp_path), baseline="pruned-30").markdown.read_text()
     assert "# 2 models against pruned-30" in text
@@ -493,9 +501,9 @@ def bad_inputs(folder: Path) -> dict[str, tuple[dict[str, Any], str]]:
         "not JSON": ({"folder": damaged}, "not JSON"),
         "another format": ({"folder": other}, "format"),
         "no models": ({"folder": nameless}, "names no model"),
-        "no number": ({"folder": numbers}, "is damaged"),
+        "no number": ({"folder": numbers}, "the file is damaged"),
         "unknown baseline": ({"folder": good, "baseline": "x"}, f"models are {DENSE}, pruned"),
-        "no such evaluation": ({"folder": good, "evaluation": folder / "x.json"}, "cannot read"),
+        "no such evaluation": ({"folder": good, "evaluation": folder / "x.json"}, "x.json is missing"),
     }
 
 
@@ -563,6 +571,7 @@ def test_a_file_in_the_way_is_an_error(tmp_path: Path) -> None:
     assert files_in(tmp_path) == before
 
 
+@pytest.mark.usefixtures("without_png")
 def test_groups_within_and_random_orders_are_drawn(tmp_path: Path) -> None:
     """Large maps: 80 layers of 64 heads in 8 groups, heads removed in three ways."""
     shape = smollm_shape(layers=80, heads=64, groups=8, neurons=512, hidden=4096)
@@ -591,6 +600,7 @@ MANY = [(f"m{i} {'a very long name of a pruned model ' * 2}{i}" if i % 2 else f"
     [([], ()), (MANY, ()), ([(NASTY, 0.3, 58.97, 0.07, 1.18)], (0,)), (MANY, range(9))],
     ids=["two", "ten", "nasty", "ten recovered"],
 )
+@pytest.mark.usefixtures("without_png")
 def test_a_browser_shows_it_whole_on_a_desk_and_on_a_phone(
     models: list[Any], trained: Sequence[int], tmp_path: Path
 ) -> None:
@@ -601,6 +611,7 @@ def test_a_browser_shows_it_whole_on_a_desk_and_on_a_phone(
     check_in_browser(page_file)
 
 
+@pytest.mark.usefixtures("without_png")
 def test_a_model_may_be_larger_or_slower_and_have_any_name(tmp_path: Path) -> None:
     """Names that the font of the figures lacks, a pruned baseline, a dense model that is larger than it."""
     write_example(tmp_path, [("模型", 0.3, 17.67, 0.0, 0.9), ("$", 0.2, 17.0, 0.0, 1.0)])
@@ -748,6 +759,7 @@ def test_a_foreign_card_lends_its_licence_and_base(recovered: Path, tmp_path: Pa
     assert "# a/b, 30.1 % pruned and recovered" in (recovered / "README.md").read_text()
 
 
+@pytest.mark.usefixtures("without_png")
 def test_a_dense_model_that_was_trained_gets_a_plain_card_and_a_report(
     recovered: Path, tiny: tuple[Path, Path]
 ) -> None:
@@ -769,6 +781,7 @@ def test_a_dense_model_that_was_trained_gets_a_plain_card_and_a_report(
         amprune.verify(recovered, dense=tiny[0])
 
 
+@pytest.mark.usefixtures("without_png")
 def test_the_report_of_a_recovered_model(recovered: Path) -> None:
     files = write_report(recovered)
     text = files.markdown.read_text()
@@ -831,6 +844,7 @@ RUNS = [("pruned-20", 0.2, 58.97, 0.07, 1.18), ("recovered-20", 0.2, 24.3, 0.02,
         ("pruned-30", 0.3, 121.4, 0.13, 1.27), ("recovered-30", 0.3, 34.3, 0.06, 1.27)]  # fmt: skip
 
 
+@pytest.mark.usefixtures("without_png")
 def test_several_recovered_models_share_a_figure(tmp_path: Path) -> None:
     write_example(tmp_path, RUNS)
     train_on_paper(tmp_path / "model 1")
@@ -856,6 +870,7 @@ def test_lines_join_models_that_differ_in_the_ratio_alone(tmp_path: Path) -> Non
     assert _lines(read_inputs(tmp_path)) == [["pruned-20", "pruned-30"]]
 
 
+@pytest.mark.usefixtures("without_png")
 def test_models_of_one_run_are_drawn_once(tmp_path: Path) -> None:
     write_example(tmp_path, [("epoch-1", 0.2, 24.3, 0.02, 1.18), ("epoch-2", 0.2, 23.3, 0.02, 1.18)])
     for index in range(2):
@@ -1019,6 +1034,7 @@ def test_what_recover_writes_has_a_card_a_proof_and_a_report(tiny: tuple[Path, P
 
 @pytest.mark.parametrize(("criterion", "shift", "said"), [("flap", 1.0, "by the criterion flap"),
                                                           ("reversed", 100.0, "The most important")])  # fmt: skip
+@pytest.mark.usefixtures("without_png")
 def test_scores_of_other_criteria_are_named_and_drawn_though_they_are_negative(
     criterion: str, shift: float, said: str, tmp_path: Path
 ) -> None:

@@ -1,13 +1,13 @@
 """Random samples for tiny models, and what these models are made of."""
 
-from typing import Any
+import json
+from functools import cache
 
 import torch
 from tiny_models import VOCABULARY, Tiny, config_of
 
 from amprune import CalibrationSet
 from amprune.model.architecture import Architecture, describe
-from amprune.model.shape import ModelShape
 
 
 def random_samples(*lengths: int, seed: int = 0) -> CalibrationSet:
@@ -20,8 +20,9 @@ CALIBRATION = random_samples(7, 23, 2, 40)
 
 
 def architecture_of(tiny: Tiny) -> Architecture:
-    return describe(config_of(tiny))
+    return _architecture(json.dumps(config_of(tiny)))
 
 
-def measure_shape(raw: dict[str, Any]) -> ModelShape:
-    return describe(raw).shape
+@cache
+def _architecture(config: str) -> Architecture:
+    return describe(json.loads(config))

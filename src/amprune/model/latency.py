@@ -72,6 +72,11 @@ def latency_cases(settings: EvaluationSettings) -> tuple[LatencySettings, ...]:
     )
 
 
+def dtype_of(model: Timed) -> str:
+    """Returns the dtype of a model's computation."""
+    return "as stored" if isinstance(model, LlamaCppModel) else str(model.dtype).removeprefix("torch.")
+
+
 @dataclass
 class Latency:
     """Seconds of one model, run by run; entry i of two models measured together was taken in the same round."""
