@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from amprune import CalibrationSet, ImportanceScores, ModelShape, PlanError, PruningPlan, ScoresError, make_plan
 from amprune.cut.masking import masked, swapped, whole_tensors
 from amprune.cut.slicing import cuts_by_tensor, prune_model
-from amprune.model.architecture import Architecture, measure_shape
+from amprune.model.architecture import Architecture, describe
 from amprune.plan.heads import Budget
 from amprune.scoring.weights import random_scores
 from amprune.search import allocation as choice
@@ -33,7 +33,7 @@ FAMILIES = [tiny for tiny in PRUNABLE_HEADS if tiny.variant in ("gqa", "mha", "m
 
 
 def shape_of(tiny: Tiny) -> ModelShape:
-    return measure_shape(config_of(tiny))
+    return describe(config_of(tiny)).shape
 
 
 def scores_of(shape: ModelShape) -> ImportanceScores:
@@ -121,7 +121,7 @@ def test_candidates_are_all_splits_that_spend_the_budget(
 
 
 def test_candidates_go_from_no_heads_to_the_most_in_each_mode_and_name_none_twice() -> None:
-    wide = measure_shape({**config_of(GQA), "intermediate_size": 800})
+    wide = describe({**config_of(GQA), "intermediate_size": 800}).shape
     found = candidates(wide, PlanOptions(ratio=0.3))
     assert [(budget.heads_mode, budget.query_heads, budget.key_value_heads) for budget in found] == [
         ("groups", 12, 4), ("groups", 9, 3), ("groups", 6, 2), ("groups", 3, 1), ("within", 8, 4), ("within", 4, 4),
@@ -305,7 +305,7 @@ def test_of_many_candidates_a_few_are_measured_and_then_the_neighbours_of_the_be
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     many = {"num_attention_heads": 48, "num_key_value_heads": 48, "head_dim": 4, "intermediate_size": 800}
-    shape = measure_shape({**config_of(MHA), **many})
+    shape = describe({**config_of(MHA), **many}).shape
     scores, options = scores_of(shape), PlanOptions(ratio=0.3)
     splits, passes = candidates(shape, options), list[int]()
     assert len(splits) > 2 * MOST

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from amprune import ModelShape, inspect, make_plan
 from amprune.cli.options import app
-from amprune.model.architecture import measure_shape
+from amprune.model.architecture import describe
 from amprune.model.backends import ShapeWarning, heads_split, reason_not_split, shape_warnings
 
 SMOLLM2: dict[str, Any] = {
@@ -31,7 +31,7 @@ def test_a_friendly_shape_gives_no_warning() -> None:
 
 
 def test_smollm2_is_no_multiple_of_the_blocks_of_k_quants_and_has_nine_heads() -> None:
-    shape = measure_shape(SMOLLM2)
+    shape = describe(SMOLLM2).shape
     output, rest = found(shape, "llama.cpp GGUF")
     assert output.what == "attention outputs (9 query heads x 64)"
     assert rest.what == "all other matrices (hidden size 576)"
@@ -44,7 +44,7 @@ def test_smollm2_is_no_multiple_of_the_blocks_of_k_quants_and_has_nine_heads() -
 
 
 def test_a_pruned_shape_of_odd_sizes_names_the_tensors_that_stay_float16() -> None:
-    shape = measure_shape(SMOLLM2).shrunk(query_heads=6, key_value_heads=2, neurons=1017)
+    shape = describe(SMOLLM2).shape.shrunk(query_heads=6, key_value_heads=2, neurons=1017)
     down, output, _ = found(shape, "llama.cpp GGUF")
     assert down.what == "down projections (1,017 neurons)"
     assert "rows of 1,017 values are no multiple of 32: in q8_0, q4_0 and K-quants they stay float16" in down.reason
@@ -98,7 +98,7 @@ def test_heads_split_as_vllm_splits_them(query_heads: int, key_value_heads: int,
 
 
 def test_one_device_splits_anything() -> None:
-    shape = measure_shape(SMOLLM2).shrunk(query_heads=6, key_value_heads=2, neurons=1017)
+    shape = describe(SMOLLM2).shape.shrunk(query_heads=6, key_value_heads=2, neurons=1017)
     assert reason_not_split(shape, 1) is None
     assert reason_not_split(shape, 2) == "1,017 neurons cannot be shared out over 2 devices"
 

@@ -31,7 +31,7 @@ from typer.testing import CliRunner
 
 from amprune.cli.options import app
 from amprune.errors import CheckpointError, EvaluationError
-from amprune.evaluation import run
+from amprune.evaluation import latency, run
 from amprune.evaluation.comparison import paired
 from amprune.evaluation.records import Evaluation, Record
 from amprune.evaluation.run import evaluate
@@ -396,7 +396,13 @@ def full_record(**changes: Any) -> Record:
 
 def test_a_file_says_what_was_saved(dense: Path, text: Path, tmp_path: Path) -> None:
     evaluation = perplexities(dense, tmp_path / "e.json", [text])
-    evaluation.add([full_record(), Record("dense", "size", "model", "x", 0.0, "u"), full_record(note=None, metric="y")])
+    evaluation.add(
+        [
+            full_record(),
+            Record(model="dense", measurement="size", task="model", metric="x", value=0.0, unit="u"),
+            full_record(note=None, metric="y"),
+        ]
+    )
     evaluation.unfinished = {"request": {"limit": None}, "done": ["dense: size"]}
     evaluation.save(tmp_path / "sub" / "again.json")
     assert Evaluation.load(tmp_path / "sub" / "again.json") == evaluation
@@ -417,16 +423,19 @@ def test_a_later_figure_takes_the_place_of_an_earlier_one() -> None:
 DAMAGED = {
     "cut": ('{"format": "amprune evaluation 1", "mod', "not JSON"),
     "empty": ("", "not JSON"),
-    "a list": ("[]", "its format is 'list'"),
+    "a list": ("[]", "holds a list, expected a JSON object"),
     "a config": ('{"model_type": "llama"}', "its format is None"),
     "a plan": ('{"format": "amprune plan 1"}', "its format is 'amprune plan 1'"),
-    "no records": ('{"format": "amprune evaluation 1", "models": []}', "damaged.*records"),
+    "no records": ('{"format": "amprune evaluation 1", "models": []}', "lacks the field records; the file is damaged"),
     "a record of text": ('{"format": "amprune evaluation 1", "models": [], "records": ["x"]}', "damaged"),
-    "a model without fields": ('{"format": "amprune evaluation 1", "models": [{}], "records": []}', "damaged.*missing"),
+    "a model without fields": (
+        '{"format": "amprune evaluation 1", "models": [{}], "records": []}',
+        r"model 0: lacks the field name; the file is damaged",
+    ),
     "a run of text": ('{"format": "amprune evaluation 1", "models": [], "records": [], "unfinished": "x"}', "damaged"),
     "a run without request": (
         '{"format": "amprune evaluation 1", "models": [], "records": [], "unfinished": {"done": []}}',
-        "damaged.*request",
+        "unfinished: lacks the field (done|request); the file is damaged",
     ),
     "a figure of text": (
         '{"format": "amprune evaluation 1", "models": [], "records": [{"model": "m", "measurement": "size", '
@@ -436,7 +445,7 @@ DAMAGED = {
     "no figure": (
         '{"format": "amprune evaluation 1", "models": [], "records": [{"model": "m", "measurement": "size", '
         '"task": "t", "metric": "x", "value": NaN, "unit": "u"}]}',
-        "damaged.*nan",
+        "record 0: value is NaN, expected a number; the file is damaged",
     ),
 }
 
@@ -465,7 +474,7 @@ def test_a_path_that_cannot_be_written_is_refused_before_anything_is_loaded(
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
     monkeypatch.setattr(run, "loaded_model", lambda *arguments, **options: pytest.fail("a model was loaded"))
-    with pytest.raises(EvaluationError, match=r"cannot (read|write)"):
+    with pytest.raises(EvaluationError, match=r"cannot (be read|write)"):
         perplexities(dense, tmp_path / where, [text])
 
 
@@ -527,15 +536,15 @@ def test_an_edited_config_is_another_model(dense: Path, text: Path, tmp_path: Pa
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is measured, in order; an entry `stop at ...` interrupts the run there."""
     found: list[str] = []
-    perplexity_figures = run.perplexity_figures
+    perplexity_records = run.perplexity_records
 
     def watched(*arguments: Any, text: Any, **options: Any) -> Any:
         if f"stop at {text.name}" in found:
             raise KeyboardInterrupt
         found.append(text.name)
-        return perplexity_figures(*arguments, text=text, **options)
+        return perplexity_records(*arguments, text=text, **options)
 
-    monkeypatch.setattr(run, "perplexity_figures", watched)
+    monkeypatch.setattr(run, "perplexity_records", watched)
     return found
 
 
@@ -612,7 +621,7 @@ def test_what_models_measure_together_is_kept_case_by_case(
     dense: Path, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cases, timed = [replace(LATENCY[0], prompt_tokens=count) for count in (8, 10)], []
-    measure_latency = run.measure_latency
+    measure_latency = latency.measure_latency
 
     def watched(models: Any, case: LatencySettings, **options: Any) -> Any:
         timed.append((list(models), case.prompt_tokens))
@@ -620,7 +629,7 @@ def test_what_models_measure_together_is_kept_case_by_case(
             raise KeyboardInterrupt
         return measure_latency(models, case, **options)
 
-    monkeypatch.setattr(run, "measure_latency", watched)
+    monkeypatch.setattr(latency, "measure_latency", watched)
     with pytest.raises(KeyboardInterrupt):
         evaluate([dense, pruned], tmp_path / "e.json", measure=["latency"], latency=cases)
     evaluation = evaluate([dense, pruned], tmp_path / "e.json", measure=["latency"], latency=cases)
@@ -662,7 +671,7 @@ def test_a_process_that_is_stopped_leaves_a_whole_file(
         assert f"interrupted; what was finished is in {file}" in " ".join(errors.split())
         assert "Traceback" not in errors
     measured: list[str] = []
-    monkeypatch.setattr(run, "perplexity_figures", lambda *given, text, **options: measured.append(text.name) or [])
+    monkeypatch.setattr(run, "perplexity_records", lambda *given, text, **options: measured.append(text.name) or [])
     perplexities(str(dense), file, named, sequence_length=16)
     assert set(measured) == {path.name for path in named} - finished
 

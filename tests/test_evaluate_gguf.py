@@ -14,14 +14,15 @@ from transformers import AutoModelForCausalLM
 
 from amprune import EvaluationError, LatencySettings, evaluate, export_gguf
 from amprune.errors import CheckpointError
+from amprune.evaluation.energy import energy_records
 from amprune.evaluation.records import Evaluation, Record
-from amprune.evaluation.run import _metered
 from amprune.model.gguf_file import read_gguf
 from amprune.model.latency import generation_run
 from amprune.model.llama_cpp import llama_cpp_model
 from amprune.model.source import open_source
 from amprune.records import read_object
 from amprune.running import no_progress
+from amprune.settings import EvaluationSettings
 
 reads_gguf = pytest.mark.skipif(
     not hasattr(transformers, "GgufConfig"), reason="needs transformers 5.20, which reads the tokenizers of GGUF files"
@@ -132,8 +133,8 @@ def test_a_file_of_which_transformers_would_rotate_another_part_of_each_head_is_
 def test_a_run_whose_energy_is_measured_generates_as_many_tokens(folder: Path) -> None:
     with llama_cpp_model(read_gguf(folder / "q8_0.gguf"), positions=16, threads=1) as model:
         assert generation_run(model, CASE)() == 6
-        figures = _metered({"q8": model}, case=CASE, seconds=1.0, country="USA", progress=no_progress)
-    assert figures["q8"][0]["settings"]["mode"] == "llama.cpp"
+        figures = energy_records({"q8": model}, CASE, EvaluationSettings(energy_seconds=1.0), no_progress)
+    assert figures["q8"][0].settings["mode"] == "llama.cpp"
 
 
 @reads_gguf

@@ -19,6 +19,7 @@ from amprune.evaluation.size import measure_size
 from amprune.evaluation.zero_shot import measure_zero_shot, open_tasks
 from amprune.model.loading import load_tokenizer, loaded_model
 from amprune.model.source import open_source
+from amprune.settings import EvaluationSettings
 
 pytestmark = [pytest.mark.real_model, needs_data]
 
@@ -54,7 +55,7 @@ def test_perplexity_of_the_first_windows(model: PreTrainedModel, tokenizer: Any)
     for window in windows:
         with torch.no_grad():
             losses.append(float(model(window[None], labels=window[None]).loss))
-    found, _ = measure_perplexity(model, tokenizer, text, sequence_length=length, limit=3)
+    found = measure_perplexity(model, tokenizer, text, sequence_length=length, limit=3)
     assert model.dtype == torch.bfloat16
     assert found.losses == pytest.approx(losses, rel=1e-4)
     assert found.value == pytest.approx(math.exp(statistics.fmean(losses)), rel=1e-4)
@@ -63,7 +64,7 @@ def test_perplexity_of_the_first_windows(model: PreTrainedModel, tokenizer: Any)
 
 def test_accuracies_are_those_of_the_harness(model: PreTrainedModel, tokenizer: Any) -> None:
     (task,) = open_tasks(["piqa"], data_dir=DATA_DIR)
-    found, _ = measure_zero_shot(model, tokenizer, task, limit=8, batch_size=4)
+    found, _ = measure_zero_shot(model, tokenizer, task, EvaluationSettings(limit=8, batch_size=4))
     language_model: Any = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, softmax_dtype=torch.float32)
     expected = simple_evaluate(language_model, tasks=["piqa"], task_manager=task.manager, limit=8)
     assert expected is not None

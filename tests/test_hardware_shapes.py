@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from amprune import ImportanceScores, ModelShape, PlanError, PruningPlan, make_plan, prune
 from amprune.cli.display import show_plan
 from amprune.cli.options import app
-from amprune.model.architecture import measure_shape
+from amprune.model.architecture import describe
 from amprune.model.backends import heads_split
 from amprune.plan.budget import find_budget, largest_ratio, unrounded
 from amprune.plan.heads import Budget, choices_of_all_modes, kept_heads
@@ -31,10 +31,10 @@ from amprune.search.allocation import allocate, candidates, plan_of
 from amprune.search.speedup import find_shapes
 from amprune.settings import PRESETS, PlanOptions
 
-SMOLLM2 = measure_shape(
+SMOLLM2 = describe(
     {"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
      "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True}
-)  # fmt: skip
+).shape  # fmt: skip
 SMALL = sorted(name for name in CONFIGS if name not in ("Llama-2-7B", "Llama-3-8B", "Phi-2", "Falcon-7B"))
 NAMES = [*SMALL, "Llama-2-7B", "Llama-3-8B", "Phi-2", "Falcon-7B"]
 QUICK: dict[str, Any] = {"calibration": "builtin", "samples": 4, "max_length": 64}
@@ -140,7 +140,7 @@ def test_a_number_of_parameters_is_not_exceeded_for_the_sake_of_a_multiple(name:
 
 @pytest.mark.parametrize("width", [2, 3, 4, 7, 15, 80, 100, 255, 256, 300])
 def test_narrow_layers_have_at_least_four_multiples(width: int) -> None:
-    shape = measure_shape({**CONFIGS["llama-gqa"], "intermediate_size": width})
+    shape = describe({**CONFIGS["llama-gqa"], "intermediate_size": width}).shape
     budget = find_budget(shape, PlanOptions(neurons_ratio=0.5, only="neurons", neuron_multiple="hardware"))
     assert budget.neurons % usual(width) == 0
     assert abs(budget.neurons - width / 2) <= usual(width) / 2

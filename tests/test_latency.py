@@ -16,8 +16,7 @@ from transformers import PreTrainedModel
 
 from amprune.errors import EvaluationError
 from amprune.evaluation.comparison import paired
-from amprune.evaluation.figures import latency_figures
-from amprune.evaluation.records import Record
+from amprune.evaluation.latency import records_of
 from amprune.evaluation.run import evaluate
 from amprune.model import latency
 from amprune.model.latency import Latency, LatencySettings, generation_run, measure_latency
@@ -125,8 +124,7 @@ def test_a_model_beside_itself_is_as_fast(model: PreTrainedModel) -> None:
     settings = replace(QUICK, new_tokens=8, warmup=3, runs=30)
     found = measure_latency({"first": model, "second": model}, settings)
     first, second = (
-        Record(model=name, **latency_figures(found[name], settings, session="same", dtype="float32", note=None)[0])
-        for name in ("first", "second")
+        records_of(found[name], settings, session="same", dtype="float32", note=None)[0] for name in ("first", "second")
     )
     speedup = paired(second, first)
     assert speedup is not None
@@ -142,8 +140,7 @@ def test_a_model_beside_itself_is_as_fast(model: PreTrainedModel) -> None:
 def test_records_of_different_sessions_are_not_paired(model: PreTrainedModel) -> None:
     found = measure_latency({"m": model}, QUICK)["m"]
     first, second = (
-        Record(model="m", **latency_figures(found, QUICK, session=session, dtype="float32", note=None)[0])
-        for session in ("one", "other")
+        records_of(found, QUICK, session=session, dtype="float32", note=None)[0] for session in ("one", "other")
     )
     assert paired(first, second) is None
     assert paired(first, first) is not None
@@ -151,19 +148,19 @@ def test_records_of_different_sessions_are_not_paired(model: PreTrainedModel) ->
 
 def test_figures_are_in_seconds_and_bytes() -> None:
     found = Latency([2.0, 4.0], [0.5, 1.0], [1.5, 3.0], 1000)
-    figures = latency_figures(found, QUICK, session="s", dtype="float32", note="a note")
-    shown = {(figure["measurement"], figure["metric"]): figure for figure in figures}
-    assert {name: figure["value"] for name, figure in shown.items()} == {
+    figures = records_of(found, QUICK, session="s", dtype="float32", note="a note")
+    shown = {(figure.measurement, figure.metric): figure for figure in figures}
+    assert {name: figure.value for name, figure in shown.items()} == {
         ("latency", "total"): 3.0,
         ("latency", "prefill"): 0.75,
         ("latency", "decode"): 2.25,
         ("memory", "peak"): 1000,
     }
-    assert shown["latency", "total"]["standard_error"] == pytest.approx(1.0)
-    assert shown["latency", "total"]["items"] == (2.0, 4.0)
-    assert {figure["note"] for figure in figures} == {"a note"}
+    assert shown["latency", "total"].standard_error == pytest.approx(1.0)
+    assert shown["latency", "total"].items == (2.0, 4.0)
+    assert {figure.note for figure in figures} == {"a note"}
     found.peak_memory = None
-    assert len(latency_figures(found, QUICK, session="s", dtype="float32", note=None)) == 3
+    assert len(records_of(found, QUICK, session="s", dtype="float32", note=None)) == 3
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from /proc")
@@ -226,7 +223,7 @@ import warnings
 sys.path.insert(0, {tests!r})
 import torch
 from tiny_evaluation import tiny_model
-from amprune.evaluation.latency import LatencySettings, measure_latency
+from amprune.model.latency import LatencySettings, measure_latency
 model, compiled, forward = tiny_model(), [], torch.compile
 torch.compile = lambda function, **options: compiled.append(options) or forward(function, **options)
 found = measure_latency({{"m": model}}, LatencySettings(new_tokens=4, warmup=2, runs=2, mode="compile"))["m"]

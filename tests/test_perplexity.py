@@ -1,6 +1,5 @@
 """Perplexity, held to a plain loop over `model(...).loss`."""
 
-import logging
 import math
 import statistics
 from collections.abc import Iterator, Sequence
@@ -31,7 +30,7 @@ def model() -> PreTrainedModel:
 
 
 def measured(model: PreTrainedModel, text: Text, length: int = 48, **options: Any) -> Perplexity:
-    return measure_perplexity(model, make_tokenizer(), text, sequence_length=length, **options)[0]
+    return measure_perplexity(model, make_tokenizer(), text, sequence_length=length, **options)
 
 
 def plain_losses(model: PreTrainedModel, text: Text, length: int) -> list[float]:
@@ -61,24 +60,15 @@ def memory_for(model: PreTrainedModel, sequences: int) -> Iterator[list[int]]:
         handle.remove()
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("length", [48, 700], ids=["short", "longer than a chunk"])
-def test_it_is_exp_of_the_mean_loss_of_whole_windows(
-    batch_size: int, length: int, model: PreTrainedModel, text: Text
-) -> None:
-    found, expected = measured(model, text, length, batch_size=batch_size), plain_losses(model, text, length)
+def test_it_is_exp_of_the_mean_loss_of_whole_windows(length: int, model: PreTrainedModel, text: Text) -> None:
+    found, expected = measured(model, text, length), plain_losses(model, text, length)
     assert found.losses == pytest.approx(expected, rel=1e-5)
     assert found.value == pytest.approx(math.exp(statistics.fmean(expected)), rel=1e-5)
     assert found.tokens == len(make_tokenizer()(text.content)["input_ids"])
     assert found.tokens % length  # the last window is a part of one
     assert len(found.losses) == found.tokens // length
     assert found.predicted == len(found.losses) * (length - 1)
-
-
-def test_the_batch_changes_nothing(model: PreTrainedModel, text: Text) -> None:
-    one, three = measured(model, text, batch_size=1), measured(model, text, batch_size=3)
-    assert one.losses == pytest.approx(three.losses, rel=1e-6)
-    assert one.tokens_hash == three.tokens_hash
 
 
 def test_the_standard_error_is_by_the_delta_method(model: PreTrainedModel, text: Text) -> None:
@@ -144,24 +134,9 @@ def test_a_tokenizer_of_another_model(model: PreTrainedModel, text: Text) -> Non
         measure_perplexity(model, tokenizer, Text("my.txt", "Red, green and blue. " * 20, ""), sequence_length=32)
 
 
-def test_memory_that_runs_out_halves_the_batch(
-    model: PreTrainedModel, text: Text, caplog: pytest.LogCaptureFixture
-) -> None:
-    expected = measured(model, text, batch_size=2)
-    with memory_for(model, 2) as batches, caplog.at_level(logging.WARNING):
-        found, fitted = measure_perplexity(model, make_tokenizer(), text, sequence_length=48, batch_size=8)
-    assert fitted == 2
-    assert found == expected
-    assert batches[:3] == [8, 4, 2]
-    assert [record.getMessage() for record in caplog.records] == [
-        "my.txt: out of memory; going on with a batch of 4",
-        "my.txt: out of memory; going on with a batch of 2",
-    ]
-
-
 def test_memory_too_small_for_one_window(model: PreTrainedModel, text: Text) -> None:
     with memory_for(model, 0), pytest.raises(EvaluationError, match=r"my\.txt: memory runs out at a batch of one"):
-        measured(model, text, batch_size=3)
+        measured(model, text)
 
 
 def test_any_other_error_passes_through(model: PreTrainedModel, text: Text) -> None:
@@ -170,7 +145,7 @@ def test_any_other_error_passes_through(model: PreTrainedModel, text: Text) -> N
 
     handle = model.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="mat1"):
-        measured(model, text, batch_size=3)
+        measured(model, text)
     handle.remove()
 
 
@@ -211,7 +186,7 @@ def test_progress_counts_windows(model: PreTrainedModel, text: Text) -> None:
         told.append((description, total, []))
         yield told[-1][2].append
 
-    found = measured(model, text, batch_size=4, progress=progress)
+    found = measured(model, text, progress=progress)
     (description, total, steps) = told[0]
     assert description == "my.txt"
     assert total == len(found.losses) == sum(steps)

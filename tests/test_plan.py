@@ -19,7 +19,7 @@ from tiny_models import ALL, NEURONS_ONLY, PRUNABLE_HEADS, Tiny, config_of, find
 
 from amprune import CalibrationSet, ImportanceScores, ModelShape, PlanError, PruningPlan, apply_plan, make_plan, score
 from amprune.cut.slicing import prune_model
-from amprune.model.architecture import measure_shape
+from amprune.model.architecture import describe
 from amprune.plan.artefact import check_plan
 from amprune.plan.budget import find_budget, largest_ratio
 from amprune.plan.heads import head_choices
@@ -71,7 +71,7 @@ KINDS = ("query_heads", "key_value_heads", "neurons")
 
 @functools.cache
 def shape_of(name: str) -> ModelShape:
-    return measure_shape(CONFIGS[name])
+    return describe(CONFIGS[name]).shape
 
 
 @functools.cache
@@ -281,7 +281,7 @@ def test_only_head_counts_that_transformers_accepts_are_kept(name: str, mode: An
         assert query in shape.query_head_counts
         counted = key_value if mode == "groups" or shape.group_size == 1 else query
         assert counted % multiple == 0
-        measure_shape({**CONFIGS[name], "num_attention_heads": query, "num_key_value_heads": key_value})
+        describe({**CONFIGS[name], "num_attention_heads": query, "num_key_value_heads": key_value})
 
 
 IMPOSSIBLE: dict[str, tuple[str, dict[str, Any], str]] = {

@@ -501,9 +501,9 @@ def bad_inputs(folder: Path) -> dict[str, tuple[dict[str, Any], str]]:
         "not JSON": ({"folder": damaged}, "not JSON"),
         "another format": ({"folder": other}, "format"),
         "no models": ({"folder": nameless}, "names no model"),
-        "no number": ({"folder": numbers}, "is damaged"),
+        "no number": ({"folder": numbers}, "the file is damaged"),
         "unknown baseline": ({"folder": good, "baseline": "x"}, f"models are {DENSE}, pruned"),
-        "no such evaluation": ({"folder": good, "evaluation": folder / "x.json"}, "cannot read"),
+        "no such evaluation": ({"folder": good, "evaluation": folder / "x.json"}, "x.json is missing"),
     }
 
 

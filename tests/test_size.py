@@ -1,5 +1,6 @@
 """Sizes, held to formulas written out here."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -112,4 +113,4 @@ def test_multiply_accumulates_count_the_experts_that_a_token_meets(tmp_path: Pat
 
 def test_a_smaller_model_is_smaller_in_every_size() -> None:
     small, large = (measure_size(tiny_model(identifier)) for identifier in ("phi-gqa", "phi-mha"))
-    assert all(small.to_dict()[name] < value for name, value in large.to_dict().items())
+    assert all(asdict(small)[name] < value for name, value in asdict(large).items())

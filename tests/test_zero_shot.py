@@ -24,7 +24,8 @@ from amprune.errors import EvaluationError
 from amprune.evaluation.comparison import average
 from amprune.evaluation.data import TASK_FILES
 from amprune.evaluation.guards import nan_refused
-from amprune.evaluation.zero_shot import TASKS, Accuracy, headline_metric, measure_zero_shot, open_tasks
+from amprune.evaluation.zero_shot import Accuracy, headline_metric, measure_zero_shot, open_tasks
+from amprune.settings import TASKS, EvaluationSettings
 
 DEFINITIONS = {
     "winogrande": "winogrande/default.yaml",
@@ -56,7 +57,7 @@ def model() -> PreTrainedModel:
 
 def measured(model: PreTrainedModel, task: str, folder: Path, **options: Any) -> dict[str, Accuracy]:
     (opened,) = open_tasks([task], data_dir=folder)
-    found, _ = measure_zero_shot(model, make_tokenizer(), opened, **{"batch_size": 4, **options})
+    found, _ = measure_zero_shot(model, make_tokenizer(), opened, EvaluationSettings(**{"batch_size": 4, **options}))
     assert {accuracy.task for accuracy in found} == {task}
     return {accuracy.metric: accuracy for accuracy in found}
 
@@ -314,7 +315,7 @@ def test_without_a_file_the_items_come_from_the_hub(name: str, model: PreTrained
     (opened,) = open_tasks([name], data_dir=None if name in TASKS else tmp_path)
     assert opened.data is None
     with pytest.raises(EvaluationError, match=f"task {name} cannot run on its items from the hub; --data-dir FOLDER"):
-        measure_zero_shot(model, make_tokenizer(), opened, limit=2)
+        measure_zero_shot(model, make_tokenizer(), opened, EvaluationSettings(limit=2))
 
 
 # What can go wrong while a task runs
@@ -338,10 +339,10 @@ def test_memory_that_runs_out_halves_the_batch(
     model: PreTrainedModel, sciq: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (opened,) = open_tasks(["sciq"], data_dir=sciq)
-    expected, _ = measure_zero_shot(model, make_tokenizer(), opened, batch_size=2)
+    expected, _ = measure_zero_shot(model, make_tokenizer(), opened, EvaluationSettings(batch_size=2))
     restore = short_of_memory(model, 2)
     with caplog.at_level(logging.WARNING, logger="amprune"):
-        found, fitted = measure_zero_shot(model, make_tokenizer(), opened, batch_size=16)
+        found, fitted = measure_zero_shot(model, make_tokenizer(), opened, EvaluationSettings(batch_size=16))
     restore()
     assert fitted == 2
     assert found == expected

@@ -2,13 +2,20 @@
 
 import statistics
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 from amprune.errors import EvaluationError
-from amprune.evaluation.tracker import Method, Tracking, ask, open_tracker, tracked_parts
+from amprune.evaluation.latency import as_run
+from amprune.evaluation.records import Record
+from amprune.evaluation.tracker import Method, ask, open_tracker, tracked_parts
+from amprune.model.latency import LatencySettings, Timed, dtype_of, generation_run
+from amprune.model.llama_cpp import LlamaCppModel
+from amprune.model.loading import input_device
 from amprune.running import Progress, no_progress
+from amprune.settings import EvaluationSettings
 
 Run = Callable[[], int]
 """Generates, and returns how many tokens."""
@@ -91,82 +98,64 @@ class _Block:
         return sum(self.energy.values())
 
 
-def measured_energy(
-    run: Run,
-    *,
-    device: str,
-    country: str = "USA",
-    blocks: int = 5,
-    block_seconds: float = 10.0,
-    warmup: int = 1,
-    tracking: Tracking = "process",
-    progress: Progress = no_progress,
-) -> Energy:
-    """Measures the energy of one model; the arguments are those of `interleaved_energy`."""
-    return interleaved_energy(
-        {"model": run},
-        device=device,
-        country=country,
-        blocks=blocks,
-        block_seconds=block_seconds,
-        warmup=warmup,
-        tracking=tracking,
+def energy_records(
+    models: Mapping[str, Timed], case: LatencySettings, asked: EvaluationSettings, progress: Progress
+) -> dict[str, list[Record]]:
+    """Watt-hours of generating in one case, by model; `items_hash` tells which models were interleaved."""
+    devices = [input_device(model) for model in models.values() if not isinstance(model, LlamaCppModel)]
+    runs = {name: generation_run(model, case) for name, model in models.items()}
+    found = interleaved_energy(
+        runs, device=str(devices[0]) if devices else "cpu", country=asked.country, block_seconds=asked.energy_seconds,
         progress=progress,
-    )["model"]
+    )  # fmt: skip
+    together, records = uuid.uuid4().hex, {}
+    for name, energy in found.items():
+        run = as_run(case, models[name])
+        settings = {**run.to_dict(), "dtype": dtype_of(models[name]), "country": asked.country}
+        records[name] = [
+            Record(
+                measurement="energy", task=run.label, metric="energy", value=energy.watt_hours_per_1000_tokens,
+                unit="Wh per 1,000 tokens", n=len(energy.items), standard_error=energy.standard_error,
+                settings=settings, seed=case.seed, items=energy.items, items_hash=together, note=energy.note,
+            )
+        ]  # fmt: skip
+    return records
 
 
 def interleaved_energy(
     runs: Mapping[str, Run],
     *,
     device: str,
-    country: str = "USA",
+    country: str = EvaluationSettings.country,
     blocks: int = 5,
-    block_seconds: float = 10.0,
-    warmup: int = 1,
-    tracking: Tracking = "process",
+    block_seconds: float = EvaluationSettings.energy_seconds,
     progress: Progress = no_progress,
 ) -> dict[str, Energy]:
     """Measures the energy of several models in turns, so that a machine that grows warm or busy favours none.
 
-    A block calls one model until `block_seconds` are over. Every round has a block of each model, and every other
-    round goes backwards. Nothing is sent, and nothing is left on the disk.
+    A block calls one model until `block_seconds` are over; each model is called once beforehand. Every round has a
+    block of each model, and every other round goes backwards. Nothing is sent, and nothing is left on the disk.
 
-    Args:
-        runs: by name, what generates and returns the number of its tokens once they exist.
-        device: where the models run, in the words of torch. Of `cpu` the energy is that of CPU and RAM; of `cuda:1`
-            also that of this GPU, and of no other.
-        country: three letters, for CO2 alone.
-        blocks: blocks of each model.
-        block_seconds: how long a block is at least.
-        warmup: calls of each model beforehand that are not measured.
-        tracking: `process` models CPU and RAM by what this process uses, `machine` by what the machine uses. It
-            decides nothing where power is measured: counters know no processes.
-        progress: who watches.
+    `device` is where the models run, in the words of torch: for `cpu` the energy is that of CPU and RAM, for `cuda:1`
+    also that of this GPU, and of no other. `country` matters to CO2 alone.
     """
-    _check(runs, blocks=blocks, block_seconds=block_seconds, warmup=warmup, tracking=tracking)
+    if not runs:
+        raise EvaluationError("there is no model to measure the energy of; give at least one")
+    if blocks < 1 or not 0 < block_seconds < float("inf"):
+        raise EvaluationError(
+            f"cannot measure energy in {blocks} blocks of {block_seconds} s; expected at least one block and a "
+            "positive number of seconds"
+        )
     found: dict[str, list[_Block]] = {name: [] for name in runs}
-    with open_tracker(device=device, country=country, tracking=tracking) as tracker:
+    with open_tracker(device=device, country=country) as tracker:
         methods = tracked_parts(tracker, device)
         for name, run in runs.items():
-            for _ in range(warmup):
-                _tokens(name, run)
+            _tokens(name, run)
         with progress("Measuring energy", blocks * len(runs)) as advance:
             for name in _turns(list(runs), blocks):
                 found[name].append(_block(tracker, name, runs[name], seconds=block_seconds, parts=list(methods)))
                 advance(1)
     return {name: _energy(done, methods) for name, done in found.items()}
-
-
-def _check(runs: Mapping[str, Run], *, blocks: int, block_seconds: float, warmup: int, tracking: str) -> None:
-    if not runs:
-        raise EvaluationError("there is no model to measure the energy of; give at least one")
-    if blocks < 1 or warmup < 0 or not 0 < block_seconds < float("inf"):
-        raise EvaluationError(
-            f"cannot measure energy in {blocks} blocks of {block_seconds} s after {warmup} calls; expected at least "
-            "one block, a positive number of seconds, and no negative number of calls"
-        )
-    if tracking not in get_args(Tracking):
-        raise EvaluationError(f"tracking is {tracking!r}, expected 'process' or 'machine'")
 
 
 def _turns(names: list[str], rounds: int) -> Iterator[str]:

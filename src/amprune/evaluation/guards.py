@@ -37,23 +37,34 @@ def nan_refused(model: PreTrainedModel, name: str) -> Iterator[None]:
 
 def halve_until_it_fits(measure: Callable[[int], T], batch_size: int, *, what: str) -> tuple[T, int]:
     """Calls `measure(batch_size)`, with half the batch each time that memory runs out; returns what fitted, too."""
-    while True:
+    while batch_size > 1:
         try:
             return measure(batch_size), batch_size
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            if batch_size == 1:
-                raise EvaluationError(
-                    f"{what}: memory runs out at a batch of one ({reason(error)}); use a shorter --sequence-length, a "
-                    "smaller --dtype, or --device-map auto"
-                ) from None
         # Outside the handler, whose traceback would keep the activations alive.
-        batch_size = max(1, batch_size // 2)
+        batch_size //= 2
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         logger.warning("%s: out of memory; going on with a batch of %d", what, batch_size)
+    with memory_told(what):
+        return measure(batch_size), batch_size
+
+
+@contextmanager
+def memory_told(what: str) -> Iterator[None]:
+    """Says what helps where memory runs out although sequences are taken one by one."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise EvaluationError(
+            f"{what}: memory runs out at a batch of one ({reason(error)}); use a shorter --sequence-length, a smaller "
+            "--dtype, or --device-map auto"
+        ) from None
 
 
 def out_of_memory(error: BaseException) -> bool:

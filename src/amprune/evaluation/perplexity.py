@@ -13,12 +13,14 @@ from transformers import PreTrainedModel
 from amprune.errors import EvaluationError
 from amprune.evaluation.comparison import standard_error
 from amprune.evaluation.data import Text
-from amprune.evaluation.guards import halve_until_it_fits
+from amprune.evaluation.guards import memory_told
+from amprune.evaluation.records import Record
 from amprune.model.architecture import quiet_transformers
+from amprune.model.latency import dtype_of
 from amprune.model.loading import input_device, vocabulary_size
 from amprune.running import Progress, no_progress
+from amprune.settings import EvaluationSettings
 
-SEQUENCE_LENGTH = 2048
 _CHUNK = 512
 _LARGEST_LOSS = 700.0  # exp of more than 709 is no float
 
@@ -38,6 +40,22 @@ class Perplexity:
     """Tokens that the mean runs over: one fewer than its length in every window."""
     tokens_hash: str
     """Of the token ids of the measured windows."""
+
+
+def perplexity_records(
+    model: PreTrainedModel, tokenizer: Any, text: Text, asked: EvaluationSettings, progress: Progress
+) -> list[Record]:
+    """Perplexity of one text."""
+    length = asked.sequence_length
+    found = measure_perplexity(model, tokenizer, text, sequence_length=length, limit=asked.windows, progress=progress)
+    data = {"name": text.name, "sha256": text.sha256, "tokens": found.tokens, "predicted": found.predicted}
+    return [
+        Record(
+            measurement="perplexity", task=text.name, metric="perplexity", value=found.value, unit="perplexity",
+            n=len(found.losses), standard_error=found.standard_error, items=found.losses, items_hash=found.tokens_hash,
+            settings={"sequence_length": length, "windows": asked.windows, "dtype": dtype_of(model)}, data=data,
+        )
+    ]  # fmt: skip
 
 
 def check_windows(positions: int | None, sequence_length: int, limit: int | None) -> None:
@@ -72,21 +90,14 @@ def measure_perplexity(
     tokenizer: Any,
     text: Text,
     *,
-    sequence_length: int = SEQUENCE_LENGTH,
+    sequence_length: int = EvaluationSettings.sequence_length,
     limit: int | None = None,
-    batch_size: int = 1,
     progress: Progress = no_progress,
-) -> tuple[Perplexity, int]:
-    """Returns exp of the mean loss over all predicted tokens, and the batch size that fitted.
+) -> Perplexity:
+    """Returns exp of the mean loss over all predicted tokens.
 
-    Args:
-        model: in evaluation mode.
-        tokenizer: the model's own; its special tokens stand once, before the text.
-        text: cut into windows of `sequence_length` tokens without overlap, each on its own.
-        sequence_length: tokens a window.
-        limit: only this many windows.
-        batch_size: windows at a time; halved when memory runs out.
-        progress: told how far it is.
+    The text is cut into windows of `sequence_length` tokens without overlap, each on its own, of which the first
+    `limit` are measured. The tokenizer is the model's own; its special tokens stand once, before the text.
     """
     check_windows(getattr(model.config, "max_position_embeddings", None), sequence_length, limit)
     windows, tokens = windows_of(text, tokenizer, sequence_length=sequence_length, limit=limit)
@@ -95,16 +106,10 @@ def measure_perplexity(
             f"the tokenizer gives the token id {largest:,}, the model embeds {known:,} ids; is it the model's own?"
         )
     losses: list[float] = []
-
-    def measure(size: int) -> None:
-        with progress(text.name, len(windows)) as advance:
-            advance(len(losses))
-            while len(losses) < len(windows):
-                batch = windows[len(losses) : len(losses) + size]
-                losses.extend(_window_losses(model, batch))
-                advance(len(batch))
-
-    _, fitted = halve_until_it_fits(measure, batch_size, what=text.name)
+    with progress(text.name, len(windows)) as advance, memory_told(text.name):
+        for window in windows:
+            losses.append(_window_loss(model, window[None]))
+            advance(1)
     mean = statistics.fmean(losses)
     if not mean < _LARGEST_LOSS:
         raise EvaluationError(
@@ -112,7 +117,7 @@ def measure_perplexity(
             "damaged, or --dtype float32 is needed"
         )
     value, error = math.exp(mean), standard_error(losses)
-    result = Perplexity(
+    return Perplexity(
         value=value,
         standard_error=None if error is None else value * error,
         losses=tuple(losses),
@@ -120,17 +125,12 @@ def measure_perplexity(
         predicted=len(losses) * (sequence_length - 1),
         tokens_hash=hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
     )
-    return result, fitted
 
 
 @torch.inference_mode()
-def _window_losses(model: PreTrainedModel, windows: torch.Tensor) -> list[float]:
-    """Returns each window's mean loss, in float32; the losses are taken a few hundred tokens at a time."""
-    logits = model(input_ids=windows.to(input_device(model)), use_cache=False).logits
-    targets = windows[:, 1:].to(logits.device)
-    losses = []
-    for row, target in zip(logits[:, :-1], targets, strict=True):
-        chunks = zip(row.split(_CHUNK), target.split(_CHUNK), strict=True)
-        total = sum(cross_entropy(part.float(), wanted, reduction="sum").double() for part, wanted in chunks)
-        losses.append(float(total) / len(target))
-    return losses
+def _window_loss(model: PreTrainedModel, window: torch.Tensor) -> float:
+    """Returns a window's mean loss, in float32; the losses are taken a few hundred tokens at a time."""
+    logits: Any = model(input_ids=window.to(input_device(model)), use_cache=False).logits[0, :-1]
+    target: Any = window[0, 1:].to(logits.device)
+    chunks = zip(logits.split(_CHUNK), target.split(_CHUNK), strict=True)
+    return float(sum(cross_entropy(part.float(), ids, reduction="sum").double() for part, ids in chunks)) / len(target)

@@ -3,13 +3,13 @@
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from amprune.errors import EvaluationError
+from amprune.records import Begun, parse, read_object, write_text
 
 FORMAT = "amprune evaluation 1"
 
@@ -35,14 +35,15 @@ class ModelEntry:
     """Of a model that amprune pruned: `ratio_target`, `ratio_actual`, `shape_before`, `shape_after`, `provenance`."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Record:
     """One measured figure.
 
-    Two records with the same `key` are the same measurement, of which the later one counts.
+    Two records with the same `key` are the same measurement, of which the later one counts. A measurement leaves to the
+    run that keeps its records what is common to them: `model`, `device`, `versions`, `time`.
     """
 
-    model: str
+    model: str = field(default="", metadata={"needed": True})
     """The name of a `ModelEntry`."""
     measurement: str
     """perplexity, zero_shot, latency, memory, size or energy."""
@@ -88,8 +89,8 @@ class Evaluation:
 
     models: dict[str, ModelEntry] = field(default_factory=dict)
     records: dict[str, Record] = field(default_factory=dict)
-    unfinished: dict[str, Any] | None = None
-    """Of a run that was interrupted: its `request`, and `done`, the tasks that it finished."""
+    unfinished: Begun | None = None
+    """A run that was interrupted: its `request`, and `done`, the tasks that it finished."""
 
     def add_model(self, entry: ModelEntry) -> None:
         """Adds a model, or finds it again.
@@ -115,11 +116,8 @@ class Evaluation:
 
     def of(self, model: str, measurement: str | None = None) -> list[Record]:
         """Returns the records of a model, in the order in which they were first measured."""
-        return [
-            record
-            for record in self.records.values()
-            if record.model == model and measurement in (None, record.measurement)
-        ]
+        found = (record for record in self.records.values() if record.model == model)
+        return [record for record in found if measurement in (None, record.measurement)]
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the JSON form."""
@@ -131,23 +129,14 @@ class Evaluation:
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the file whole or not at all."""
-        target, content = Path(path), self.to_dict()
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(
-                "w", dir=target.parent, prefix=f".{target.name}.", suffix=".partial", delete=False, encoding="utf-8"
-            ) as file:
-                partial = Path(file.name)
-                try:
-                    file.write(_json(content))
-                    file.close()
-                    partial.chmod(0o644)
-                    partial.replace(target)
-                finally:
-                    partial.unlink(missing_ok=True)
-        except OSError as error:
-            raise EvaluationError(f"cannot write {target}: {error.strerror or error}") from error
+        """Writes the file whole or not at all, a record a line: ten thousand items can still be compared by eye."""
+        content = self.to_dict()
+        lines = [f'{{"format": {json.dumps(FORMAT)},']
+        for name in ("models", "records"):
+            rows = ",\n".join(json.dumps(row, ensure_ascii=False, allow_nan=False) for row in content[name])
+            lines.append(f'"{name}": [\n{rows}\n],')
+        lines.append(f'"unfinished": {json.dumps(self.unfinished)}}}\n')
+        write_text(Path(path), "\n".join(lines), error=EvaluationError)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Evaluation":
@@ -156,48 +145,22 @@ class Evaluation:
         Raises:
             EvaluationError: it is missing, or no evaluation.
         """
-        target = Path(path)
-        try:
-            content = json.loads(target.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise EvaluationError(f"cannot read {target}: {error.strerror or error}") from error
-        except ValueError as error:
-            raise EvaluationError(f"{target} is no evaluation: not JSON ({error})") from error
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            found = content.get("format") if isinstance(content, dict) else type(content).__name__
-            raise EvaluationError(f"{target} is no evaluation: its format is {found!r}, expected {FORMAT!r}")
-        try:
-            models = [ModelEntry(**entry) for entry in content["models"]]
-            records = [_record(entry) for entry in content["records"]]
-            unfinished = _unfinished(content.get("unfinished"))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise EvaluationError(
-                f"{target} is damaged ({type(error).__name__}: {error}); move it away, or write to another file"
-            ) from error
+        content = read_object(Path(path), error=EvaluationError)
+        if (found := content.get("format")) != FORMAT:
+            raise EvaluationError(f"{path} is no evaluation: its format is {found!r}, expected {FORMAT!r}")
+        remedy = "the file is damaged: move it away, or write to another file"
+        file = parse(_File, content, where=str(path), error=EvaluationError, remedy=remedy)
         return cls(
-            models={entry.name: entry for entry in models},
-            records={record.key: record for record in records},
-            unfinished=unfinished,
+            models={entry.name: entry for entry in file.models},
+            records={record.key: record for record in file.records},
+            unfinished=file.unfinished,
         )
 
 
-def _record(entry: dict[str, Any]) -> Record:
-    known = {item.name for item in fields(Record)}
-    record = Record(**{name: value for name, value in entry.items() if name in known})
-    if not math.isfinite(record.value):
-        raise ValueError(f"{record.key} is {record.value}")
-    return replace(record, items=tuple(record.items))
+@dataclass(frozen=True)
+class _File:
+    """What the file holds."""
 
-
-def _unfinished(content: Any) -> dict[str, Any] | None:
-    return None if content is None else {"request": content["request"], "done": list(content["done"])}
-
-
-def _json(content: dict[str, Any]) -> str:
-    """Writes a record a line, so that a file of ten thousand items can still be read and compared by eye."""
-    lines = [f'{{"format": {json.dumps(content["format"])},']
-    for name in ("models", "records"):
-        rows = ",\n".join(json.dumps(row, ensure_ascii=False, allow_nan=False) for row in content[name])
-        lines.append(f'"{name}": [\n{rows}\n],')
-    lines.append(f'"unfinished": {json.dumps(content.get("unfinished"))}}}\n')
-    return "\n".join(lines)
+    models: list[ModelEntry]
+    records: list[Record]
+    unfinished: Begun | None = None

@@ -3,7 +3,7 @@
 import logging
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -14,6 +14,7 @@ import torch
 
 from amprune.evaluation.identity import Subject
 from amprune.evaluation.records import Evaluation, Record
+from amprune.records import go_on
 
 logger = logging.getLogger(__name__)
 _PACKAGES = ("amprune", "torch", "transformers", "tokenizers", "lm-eval", "codecarbon")
@@ -21,23 +22,20 @@ _PACKAGES = ("amprune", "torch", "transformers", "tokenizers", "lm-eval", "codec
 
 @dataclass(frozen=True)
 class Session:
-    """Keeps figures as they come, so that a run can go on where it was interrupted."""
+    """Keeps records as they come, so that a run can go on where it was interrupted."""
 
     path: Path
     evaluation: Evaluation
     device: str
-    done: list[str] = field(default_factory=list)
+    done: list[str]
+    """Labels of what this run, or the interrupted one that it goes on with, has finished."""
 
-    def is_done(self, label: str) -> bool:
-        """Tells whether an interrupted run had finished this."""
-        return label in self.done
-
-    def keep(self, label: str, figures: Mapping[str, Iterable[dict[str, Any]]]) -> None:
-        """Saves the figures of one measurement, by model; `label` is then done."""
+    def keep(self, label: str, records: Mapping[str, Iterable[Record]]) -> None:
+        """Saves the records of one measurement, by model; `label` is then done."""
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        common: dict[str, Any] = {"device": self.device, "versions": versions(), "time": now}
-        for model, found in figures.items():
-            self.evaluation.add(Record(model=model, **common, **figure) for figure in found)
+        for model, found in records.items():
+            common: dict[str, Any] = {"model": model, "device": self.device, "versions": versions(), "time": now}
+            self.evaluation.add(replace(record, **common) for record in found)
         self.done.append(label)
         self.evaluation.save(self.path)
 
@@ -53,15 +51,13 @@ def open_session(path: Path, subjects: Sequence[Subject], request: dict[str, Any
     evaluation = Evaluation.load(path) if path.exists() else Evaluation()
     for subject in subjects:
         evaluation.add_model(subject.entry)
-    request = {**request, "device": device, "models": {subject.name: subject.entry.sha256 for subject in subjects}}
-    before = evaluation.unfinished
-    done = list(before["done"]) if before is not None and before.get("request") == request else []
-    if done:
-        logger.info("going on with an interrupted run; done already: %s", ", ".join(done))
-    evaluation.unfinished = {"request": request, "done": done}
-    session = Session(path, evaluation, device, done)
+    models = {subject.name: subject.entry.sha256 for subject in subjects}
+    run = go_on(evaluation.unfinished, {**request, "device": device, "models": models})
+    if run.done:
+        logger.info("going on with an interrupted run; done already: %s", ", ".join(run.done))
+    evaluation.unfinished = run.begun()
     evaluation.save(path)
-    return session
+    return Session(path, evaluation, device, run.done)
 
 
 def device_name(device: str) -> str:

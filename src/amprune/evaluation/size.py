@@ -12,8 +12,10 @@ from torch.nn.functional import linear
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from amprune.model.loading import input_device, vocabulary_size
-from amprune.model.stored import is_quantized, weight_bytes, weight_count
+from amprune.evaluation.records import Record
+from amprune.model.gguf_file import GgufFile
+from amprune.model.latency import dtype_of
+from amprune.model.loading import input_device, is_quantized, vocabulary_size, weight_bytes, weight_count
 
 MACS_TOKENS = 64
 
@@ -31,18 +33,30 @@ class Size:
     macs_per_token: float
     """Multiply-accumulates a token of a forward pass over 64 tokens, attention and language-model head included."""
 
-    def to_dict(self) -> dict[str, float]:
-        """Returns the figures by name."""
-        return asdict(self)
 
-
-UNITS = {
+_UNITS = {
     "parameters": "parameters",
     "weight_bytes": "bytes",
     "weight_bytes_per_token": "bytes",
     "kv_cache_bytes_per_token": "bytes",
     "macs_per_token": "multiply-accumulates",
 }
+
+
+def size_records(model: PreTrainedModel, gguf: GgufFile | None) -> list[Record]:
+    """Parameters, bytes and multiply-accumulates; the bytes of a GGUF file are its own."""
+    sizes: dict[str, float] = asdict(measure_size(model))
+    if gguf is not None:
+        sizes |= {
+            "weight_bytes": gguf.weight_bytes,
+            "weight_bytes_per_token": gguf.weight_bytes_per_token,
+            "kv_cache_bytes_per_token": gguf.cache_bytes_per_token,
+        }
+    settings = {"dtype": dtype_of(model)}
+    return [
+        Record(measurement="size", task="model", metric=name, value=value, unit=_UNITS[name], settings=settings)
+        for name, value in sizes.items()
+    ]
 
 
 @torch.inference_mode()
@@ -95,7 +109,7 @@ def _macs(model: PreTrainedModel) -> float:
 
 @contextmanager
 def _counted(model: PreTrainedModel) -> Iterator[None]:
-    """Puts a product of the same shape in the place of every quantised layer, whose own kernels are not counted."""
+    """Puts a product of the same shape instead of every quantised layer, whose own kernels are not counted."""
     layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and is_quantized(m.weight)]
     for layer in layers:
         layer.forward = partial(_product, layer)  # type: ignore[method-assign]

@@ -6,11 +6,9 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from amprune.errors import EvaluationError, reason
-
-Tracking = Literal["process", "machine"]
 
 
 @dataclass(frozen=True)
@@ -23,21 +21,21 @@ class Method:
 
 
 @contextmanager
-def open_tracker(*, device: str, country: str, tracking: Tracking) -> Iterator[Any]:
+def open_tracker(*, device: str, country: str) -> Iterator[Any]:
     """Starts a tracker of CodeCarbon that talks to nobody, and stops it whatever happens.
 
     Tasks are used and not the periodic measurement, for they read the counters at both ends: a block may be shorter
     than the interval of 15 s. The only thread is that which samples power once a second within a block.
     """
     with _silent() as hidden, tempfile.TemporaryDirectory(prefix="amprune-") as folder:
-        tracker = _made(hidden, device=device, country=country, tracking=tracking, folder=folder)
+        tracker = _made(hidden, device=device, country=country, folder=folder)
         try:
             yield tracker
         finally:
             tracker.stop()
 
 
-def _made(hidden: list[BaseException], *, device: str, country: str, tracking: Tracking, folder: str) -> Any:
+def _made(hidden: list[BaseException], *, device: str, country: str, folder: str) -> Any:
     from codecarbon import OfflineEmissionsTracker
     from codecarbon.input import DataSource
 
@@ -48,7 +46,7 @@ def _made(hidden: list[BaseException], *, device: str, country: str, tracking: T
         )
     tracker: Any = OfflineEmissionsTracker(
         country_iso_code=country,
-        tracking_mode=tracking,
+        tracking_mode="process",  # CPU and RAM are modelled by what this process uses; counters know no processes
         gpu_ids=_gpu_ids(device),
         output_dir=folder,
         output_methods=[],

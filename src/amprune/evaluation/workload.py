@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from decimal import ROUND_HALF_UP, Decimal
 
 from amprune.errors import EvaluationError
 from amprune.settings import Workload
@@ -64,28 +63,9 @@ def time_saved(speedup: float) -> float:
     return 1 - 1 / speedup
 
 
-def calculator_co2(
-    hours: float,
-    *,
-    device_power: float = Workload.device_power,
-    grid_intensity: float = Workload.grid_intensity,
-) -> float:
-    """Returns kg of CO2 equivalent as the ML CO2 Impact calculator shows them, for comparison with figures from it.
-
-    It rounds kWh to two decimals, multiplies, and rounds kg to two decimals: ratios of such figures carry the error.
-    """
-    for name, value in (("hours", hours), ("device_power", device_power), ("grid_intensity", grid_intensity)):
-        _require(name, value, positive=False)
-    return _two_decimals(_two_decimals(device_power * hours / 1000) * grid_intensity)
-
-
 def _started(hours: float) -> int:
     """Rounds up to whole hours, but not for the sake of a rounding error."""
     return math.ceil(round(hours, 9))
-
-
-def _two_decimals(value: float) -> float:
-    return float(Decimal(value).quantize(Decimal("0.01"), ROUND_HALF_UP))
 
 
 def _require(name: str, value: float, *, positive: bool) -> None:

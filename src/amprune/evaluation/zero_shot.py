@@ -7,9 +7,9 @@ import logging
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,15 @@ import yaml
 from transformers import PreTrainedModel
 
 from amprune.errors import AmpruneError, EvaluationError, reason
+from amprune.evaluation.comparison import average
 from amprune.evaluation.data import TASK_FILES, TaskData, find_task_data
 from amprune.evaluation.guards import halve_until_it_fits
+from amprune.evaluation.records import Record
+from amprune.model.latency import dtype_of
 from amprune.model.loading import input_device
 from amprune.running import Progress, no_progress
+from amprune.settings import TASKS, EvaluationSettings
 
-TASKS = ("winogrande", "piqa", "arc_easy", "arc_challenge", "hellaswag")
-"""The paper's five tasks, the shortest first."""
 _BOOTSTRAP = 1000
 _FEWSHOT_SEED = 1234  # the harness's own default
 _PAPER_FILES = {
@@ -61,6 +63,48 @@ class Accuracy:
     version: str
     """Of the harness's task definition."""
     num_fewshot: int
+
+
+def zero_shot_records(
+    model: PreTrainedModel, tokenizer: Any, task: Task, asked: EvaluationSettings, progress: Progress
+) -> list[Record]:
+    """Every metric of one task of the harness."""
+    found, fitted = measure_zero_shot(model, tokenizer, task, asked, progress=progress)
+    note = None if fitted == asked.batch_size else f"a batch of {fitted} instead of {asked.batch_size}: memory ran out"
+    return [
+        Record(
+            measurement="zero_shot", task=one.task, metric=one.metric, value=one.value,
+            unit="accuracy" if one.metric.startswith("acc") else one.metric, n=one.n,
+            standard_error=one.standard_error, items=one.items, items_hash=one.items_hash, note=note,
+            settings={
+                "limit": asked.limit, "num_fewshot": one.num_fewshot, "task_version": one.version,
+                "dtype": dtype_of(model),
+            },
+            data={"name": task.data.file.name, "sha256": task.data.sha256} if task.data else {"name": "hub"},
+        )
+        for one in found
+    ]  # fmt: skip
+
+
+def average_records(records: Iterable[Record], same: dict[str, Any]) -> list[Record]:
+    """The unweighted mean of the paper's five tasks, each by the metric that the paper reports; none if one lacks.
+
+    `same` is what the settings of the records have to have in common.
+    """
+    alike = [record for record in records if same.items() <= record.settings.items()]
+    chosen: list[Record] = []
+    for task in TASKS:
+        metrics = {record.metric: record for record in alike if record.task == task}
+        if not metrics:
+            return []
+        chosen.append(metrics[headline_metric(task, list(metrics))])
+    mean, error = average([(record.value, record.standard_error) for record in chosen])
+    return [
+        Record(
+            measurement="zero_shot", task="average", metric="accuracy", value=mean, unit="accuracy",
+            n=sum(record.n for record in chosen), standard_error=error, settings={**same, "tasks": list(TASKS)},
+        )
+    ]  # fmt: skip
 
 
 def headline_metric(task: str, metrics: Sequence[str]) -> str:
@@ -139,41 +183,33 @@ def measure_zero_shot(
     model: PreTrainedModel,
     tokenizer: Any,
     task: Task,
+    asked: EvaluationSettings,
     *,
-    limit: int | None = None,
-    num_fewshot: int | None = None,
-    batch_size: int = 32,
     progress: Progress = no_progress,
 ) -> tuple[list[Accuracy], int]:
     """Runs one task of the harness; returns its metrics and the batch size that fitted.
 
     Log-probabilities are summed in float32 whatever the model's dtype: in bfloat16 many choices of a question tie.
     """
-    return halve_until_it_fits(
-        lambda size: _run(model, tokenizer, task, limit, num_fewshot, size, progress),
-        batch_size,
-        what=task.name,
-    )
+
+    def run(size: int) -> list[Accuracy]:
+        return _run(model, tokenizer, task, replace(asked, batch_size=size), progress)
+
+    return halve_until_it_fits(run, asked.batch_size, what=task.name)
 
 
 def _run(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    task: Task,
-    limit: int | None,
-    num_fewshot: int | None,
-    batch_size: int,
-    progress: Progress,
+    model: PreTrainedModel, tokenizer: Any, task: Task, asked: EvaluationSettings, progress: Progress
 ) -> list[Accuracy]:
     from lm_eval import evaluate
 
     with _quiet_harness():
-        language_model = _language_model(model, tokenizer, batch_size, progress, task.name)
+        language_model = _language_model(model, tokenizer, asked.batch_size, progress, task.name)
         try:
             loaded = task.manager.load([task.name])
             for single in loaded["tasks"].values():
-                _set_examples(single, num_fewshot)
-            results: Any = evaluate(language_model, loaded, limit=limit, bootstrap_iters=_BOOTSTRAP)
+                _set_examples(single, asked.num_fewshot)
+            results: Any = evaluate(language_model, loaded, limit=asked.limit, bootstrap_iters=_BOOTSTRAP)
         except (AmpruneError, MemoryError, RuntimeError):
             raise
         except AssertionError as error:

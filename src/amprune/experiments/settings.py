@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from amprune.errors import EvaluationError, PlanError, ScoresError, guess
-from amprune.evaluation.perplexity import SEQUENCE_LENGTH
 from amprune.experiments.recipes import BEST, DENSE, RECIPES, Cell, Recipe
 from amprune.model.latency import LatencySettings
 from amprune.records import Rule, parse, read_object
 from amprune.recovery.training import check_training
 from amprune.scoring.catalogue import CRITERIA
-from amprune.settings import TASKS, ExperimentSettings, Training
+from amprune.settings import TASKS, EvaluationSettings, ExperimentSettings, Training
 
 _QUICK: Mapping[str, Any] = {"samples": 20, "limit": 40, "windows": 8, "training_samples": 64, "energy_seconds": 2.0}
 _QUICK_TRAINING: Mapping[str, Any] = {"gradient_accumulation": 4}
@@ -43,7 +42,7 @@ class Settings:
     tasks: tuple[str, ...] = TASKS
     limit: int | None = None
     windows: int | None = None
-    sequence_length: int = SEQUENCE_LENGTH
+    sequence_length: int = EvaluationSettings.sequence_length
     recovery: Training | None = None
     data: str = "alpaca"
     training_samples: int | None = None

@@ -14,8 +14,7 @@ from transformers import CompileConfig, GenerationConfig
 from amprune.errors import EvaluationError
 from amprune.model.architecture import PreTrainedModel, quiet_transformers
 from amprune.model.llama_cpp import LlamaCppModel
-from amprune.model.loading import input_device, vocabulary_size
-from amprune.model.stored import weight_bytes
+from amprune.model.loading import input_device, vocabulary_size, weight_bytes
 from amprune.running import Progress, no_progress, release_memory
 from amprune.settings import EvaluationSettings
 
@@ -71,6 +70,11 @@ def latency_cases(settings: EvaluationSettings) -> tuple[LatencySettings, ...]:
         for batch in settings.latency_batch
         for prompt in settings.prompt_tokens
     )
+
+
+def dtype_of(model: Timed) -> str:
+    """Returns the dtype of a model's computation."""
+    return "as stored" if isinstance(model, LlamaCppModel) else str(model.dtype).removeprefix("torch.")
 
 
 @dataclass
