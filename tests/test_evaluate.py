@@ -410,6 +410,15 @@ def test_a_file_says_what_was_saved(dense: Path, text: Path, tmp_path: Path) -> 
     assert "Zürich.txt" in (tmp_path / "sub" / "again.json").read_text(encoding="utf-8")
 
 
+def test_whole_numbers_stay_whole(tmp_path: Path) -> None:
+    evaluation = Evaluation()
+    evaluation.add([full_record(value=87792), full_record(value=0.5, metric="y")])
+    evaluation.save(tmp_path / "a.json")
+    Evaluation.load(tmp_path / "a.json").save(tmp_path / "b.json")
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+    assert '"value": 87792,' in (tmp_path / "b.json").read_text(encoding="utf-8")
+
+
 def test_a_later_figure_takes_the_place_of_an_earlier_one() -> None:
     evaluation = Evaluation()
     evaluation.add([full_record(), full_record(task="other")])
