@@ -6,10 +6,10 @@ import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from amprune.errors import EvaluationError
-from amprune.records import Begun, parse, read_object, write_text
+from amprune.records import Begun, Rule, parse, read_object, write_text
 
 FORMAT = "amprune evaluation 1"
 
@@ -51,7 +51,8 @@ class Record:
     """What was measured on: wikitext2, hellaswag, `batch 1, prompt 12, new 128`."""
     metric: str
     """perplexity, acc, acc_norm, total, prefill, decode, peak, parameters, ..."""
-    value: float
+    value: Annotated[int | float, Rule("a number")]
+    """Sizes are whole numbers, and written as such again."""
     unit: str
     n: int = 1
     """How many items (windows, questions, runs) the value is the mean of."""
