@@ -39,6 +39,7 @@ NOT_QUICK = {
         "experiments_resume", "recovery_adapters", "recovery_interrupted", "recovery_loss", "recovery_run",
         "recovery_samples", "run",
     ),
+    "slow": ("zero_shot",),
 }  # fmt: skip
 SLOW = Path(__file__).with_name("slow.txt")
 SLOW_SECONDS = 0.5

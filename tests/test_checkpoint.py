@@ -38,8 +38,7 @@ from amprune import (
 from amprune.model import writer
 from amprune.model.reader import read_checkpoint
 from amprune.model.source import ALIASES, open_source
-from amprune.model.staging import staged_folder
-from amprune.model.writer import RECORDS, write_shards
+from amprune.model.writer import RECORDS, staged_folder, write_shards
 from amprune.prove import checks
 
 CALIBRATION = CalibrationSet("random", tuple(tuple((i * 7 + j * 13) % VOCABULARY for j in range(20)) for i in range(3)))
@@ -971,7 +970,7 @@ def test_a_lock_that_a_dead_process_left_locks_nothing(tmp_path: Path) -> None:
 
 KILLED_WHILE_REPLACING = """
 import os, pathlib, shutil, signal, sys
-from amprune.model.staging import staged_folder
+from amprune.model.writer import staged_folder
 step, out = sys.argv[1], pathlib.Path(sys.argv[2])
 kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 rename = pathlib.Path.rename

@@ -347,7 +347,14 @@ def test_a_family_whose_blocks_know_their_index_is_refused() -> None:
 
 def test_blocks_of_different_sizes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(architecture_module, "_described", architecture_module._described.__wrapped__)
-    monkeypatch.setattr(architecture_module, "_block_sizes", lambda *_: [10, 11])
+    real = architecture_module.meta_model
+
+    def uneven(*arguments: Any, **options: Any) -> Any:
+        model: Any = real(*arguments, **options)
+        model.model.layers[0].register_parameter("more", torch.nn.Parameter(torch.empty(7, device="meta")))
+        return model
+
+    monkeypatch.setattr(architecture_module, "meta_model", uneven)
     shape = describe(config_of(find("llama-gqa"))).shape
     with pytest.raises(PlanError, match="its blocks hold different numbers of parameters"):
         find_depth(shape, PlanOptions(ratio=0.2))

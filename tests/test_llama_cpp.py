@@ -26,8 +26,7 @@ from amprune import (
 )
 from amprune.cli.options import app
 from amprune.model.gguf_file import read_gguf
-from amprune.model.llama_cpp import llama_cpp_model
-from amprune.model.llama_cpp_tools import find_converter, install_command
+from amprune.model.llama_cpp import find_converter, install_command, llama_cpp_model
 from amprune.model.loading import load_tokenizer
 from amprune.model.source import open_source
 

@@ -73,7 +73,9 @@ def _signature(found: object) -> str:
     text = f"({lines}\n){str(signature.replace(parameters=[]))[2:]}"
     # Where a class lives and what its reader demands is no part of what users see; a function's default has an address.
     text = re.sub(r"Annotated\[([^\n]+?), Rule\(expected=[^\n]*?\)\]", r"\1", text)
-    text = re.sub(r"\b(?:amprune|pathlib|collections\.abc|contextlib|typing)(?:\.[a-z_]\w*)*\.", "", text)
+    text = re.sub(
+        r"\b(?:amprune|pathlib|collections\.abc|contextlib|typing|torch|transformers)(?:\.[a-z_]\w*)*\.", "", text
+    )
     return re.sub(r"<function (\w+) at 0x\w+>", r"\1", text)
 
 

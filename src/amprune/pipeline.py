@@ -20,10 +20,10 @@ from amprune.cut.refit.record import recorded_hashes
 from amprune.cut.run import cut
 from amprune.cut.slicing import check_plan_fits
 from amprune.errors import CheckpointError, VerificationError, required
-from amprune.model.reader import Checkpoint, open_model, read_checkpoint
+from amprune.model.files import stored_bytes
+from amprune.model.reader import Checkpoint, open_model
 from amprune.model.source import Source, open_source
-from amprune.model.staging import check_output, staged_folder
-from amprune.model.writer import RECORDS, parse_size
+from amprune.model.writer import RECORDS, check_output, parse_size, staged_folder
 from amprune.plan.artefact import PruningPlan
 from amprune.plan.target import parse_target
 from amprune.prove.card import write_model_card
@@ -187,7 +187,7 @@ def _write(
         command = "prune" if isinstance(asked, PruneSettings) else "apply"
         write_recipe(records / "recipe.yaml", command, asked)
         write_model_card(partial, plan, report, source=source)
-    return PrunedModel(folder, plan, report, dense.bytes, read_checkpoint(folder).bytes)
+    return PrunedModel(folder, plan, report, dense.bytes, stored_bytes(folder))
 
 
 def verify(

@@ -20,7 +20,7 @@ from amprune.model.architecture import quiet_transformers
 from amprune.model.files import read_front_matter, stored_tensors, weight_files, what_else
 from amprune.model.gguf_file import GgufFile, read_gguf
 from amprune.model.loading import loading_problems
-from amprune.model.quantized import quantization_of, quantization_words, require_library
+from amprune.model.quantization import quantization_of, quantization_words, require_library
 from amprune.model.source import open_source
 from amprune.model.writer import RECORDS
 from amprune.plan.artefact import PruningPlan

@@ -15,8 +15,7 @@ from amprune.evaluation.measurement import Loaded
 from amprune.evaluation.records import Record
 from amprune.model.architecture import PreTrainedModel
 from amprune.model.latency import dtype_of
-from amprune.model.loading import input_device, vocabulary_size
-from amprune.model.stored import is_quantized, weight_bytes, weight_count
+from amprune.model.loading import input_device, is_quantized, vocabulary_size, weight_bytes, weight_count
 
 MACS_TOKENS = 64
 

@@ -6,7 +6,7 @@ import logging
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -111,18 +111,6 @@ def unit_counts(shape: ModelShape) -> dict[Unit, int]:
     }
 
 
-def check_axis(cut: Cut, size: tuple[int, ...], shape: ModelShape, *, where: str) -> None:
-    """Refuses a tensor whose cut axis is not as long as the config says."""
-    counts = unit_counts(shape)
-    expected = sum(counts[unit] * unit_width(cut, unit, shape.head_dim) for unit in cut.units)
-    if cut.axis >= len(size) or size[cut.axis] != expected:
-        blocks = " + ".join(f"{counts[u]} x {unit_width(cut, u, shape.head_dim)} ({u.value})" for u in cut.units)
-        raise UnsupportedModelError(
-            f"{where} has shape {size}, but axis {cut.axis} should be {expected} = {blocks} by config.json; "
-            "config and weights disagree, or the architecture is not the one that its model_type names"
-        )
-
-
 @dataclass(frozen=True)
 class Architecture:
     """What a config.json describes: sizes, and the name and shape of every tensor of `model.state_dict()`."""
@@ -174,19 +162,25 @@ def _described(entries: _Entries) -> Architecture:
     _check_sizes(config, where)
     model = meta_model(config, where=where)
     parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    shape = _bare_shape(
-        config, family, sum(map(math.prod, parameters.values())), neurons=_neurons(parameters, family, where)
-    )
-    layers = [_layer_sizes(parameters, family, layer) for layer in range(shape.num_layers)]
-    uneven = next((layer for layer, layer_sizes in enumerate(layers) if layer_sizes != layers[0]), None)
+    prefixes = [family.layer_prefix.format(layer=layer) for layer in range(config.num_hidden_layers)]
+    layers = [
+        {cut: parameters[prefix + cut.tensor] for cut in family.cuts if prefix + cut.tensor in parameters}
+        for prefix in prefixes
+    ]
+    uneven = next((layer for layer, sizes in enumerate(layers) if sizes != layers[0]), None)
     if uneven is not None:
         raise UnsupportedModelError(f"{where}: layer {uneven} has other shapes than layer 0; widths must be uniform")
-    costs = _unit_costs(layers[0], family, shape, where=where)
+    shape = _shape_without_costs(config, family, layers[0], where)
+    costs = _unit_costs(layers[0], shape, where=where)
     refused = refusal_of_heads(family, raw)
-    blocks = _block_sizes(parameters, family, shape.num_layers)
+    # All parameters of each decoder block, norms included.
+    blocks = [
+        sum(math.prod(size) for name, size in parameters.items() if name.startswith(prefix)) for prefix in prefixes
+    ]
     uniform = len(set(blocks)) == 1
     shape = replace(
         shape,
+        parameters=sum(map(math.prod, parameters.values())),
         query_head_parameters=costs[Unit.QUERY_HEAD],
         key_value_head_parameters=costs[Unit.KEY_VALUE_HEAD],
         neuron_parameters=costs[Unit.NEURON],
@@ -217,7 +211,14 @@ def _check_sizes(config: PreTrainedConfig, where: str) -> None:
         )
 
 
-def _bare_shape(config: PreTrainedConfig, family: ModelFamily, parameters: int, *, neurons: int) -> ModelShape:
+def _shape_without_costs(
+    config: PreTrainedConfig, family: ModelFamily, layer: Mapping[Cut, tuple[int, ...]], where: str
+) -> ModelShape:
+    """Reads the sizes; the MLP's width off its first cut tensor, since configs may leave it to a default."""
+    first = next(cut for cut in family.cuts if cut.units[0] is Unit.NEURON)
+    if first not in layer:
+        name = family.layer_prefix.format(layer=0) + first.tensor
+        raise UnsupportedModelError(f"{where}: the architecture has no tensor {name}; its family entry is wrong")
     heads = config.num_attention_heads
     return ModelShape(
         model_type=config.model_type,
@@ -226,8 +227,8 @@ def _bare_shape(config: PreTrainedConfig, family: ModelFamily, parameters: int, 
         num_attention_heads=heads,
         num_key_value_heads=family.key_value_heads(config),
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        intermediate_size=neurons,
-        parameters=parameters,
+        intermediate_size=layer[first][first.axis] // len(first.units),
+        parameters=0,
         query_head_parameters=0,
         key_value_head_parameters=0,
         neuron_parameters=0,
@@ -235,38 +236,22 @@ def _bare_shape(config: PreTrainedConfig, family: ModelFamily, parameters: int, 
     )
 
 
-def _neurons(sizes: Mapping[str, tuple[int, ...]], family: ModelFamily, where: str) -> int:
-    """Reads the MLP width off the MLP's first cut tensor, since configs may leave it to a default."""
-    cut = next(cut for cut in family.cuts if cut.units[0] is Unit.NEURON)
-    name = family.layer_prefix.format(layer=0) + cut.tensor
-    if name not in sizes:
-        raise UnsupportedModelError(f"{where}: the architecture has no tensor {name}; its family entry is wrong")
-    return sizes[name][cut.axis] // len(cut.units)
-
-
-def _layer_sizes(sizes: Mapping[str, tuple[int, ...]], family: ModelFamily, layer: int) -> dict[str, tuple[int, ...]]:
-    prefix = family.layer_prefix.format(layer=layer)
-    return {cut.tensor: sizes[prefix + cut.tensor] for cut in family.cuts if prefix + cut.tensor in sizes}
-
-
-def _block_sizes(sizes: Mapping[str, tuple[int, ...]], family: ModelFamily, layers: int) -> list[int]:
-    """Counts all parameters of each decoder block, norms included."""
-    prefixes = (family.layer_prefix.format(layer=layer) for layer in range(layers))
-    return [sum(math.prod(size) for name, size in sizes.items() if name.startswith(prefix)) for prefix in prefixes]
-
-
-def _unit_costs(
-    sizes: Mapping[str, tuple[int, ...]], family: ModelFamily, shape: ModelShape, *, where: str
-) -> dict[Unit, int]:
+def _unit_costs(layer: Mapping[Cut, tuple[int, ...]], shape: ModelShape, *, where: str) -> dict[Unit, int]:
     """Counts the parameters, within one layer, that one unit of each kind owns."""
-    costs = dict.fromkeys(Unit, 0)
-    for cut in family.cuts:
-        if cut.tensor not in sizes:
-            continue
-        size = sizes[cut.tensor]
-        check_axis(cut, size, shape, where=f"{where}: {cut.tensor}")
-        for unit in cut.units:
-            costs[unit] += unit_width(cut, unit, shape.head_dim) * math.prod(size) // size[cut.axis]
+    costs, counts = dict.fromkeys(Unit, 0), unit_counts(shape)
+    for cut, size in layer.items():
+        widths = [unit_width(cut, unit, shape.head_dim) for unit in cut.units]
+        expected = sum(counts[unit] * width for unit, width in zip(cut.units, widths, strict=True))
+        if cut.axis >= len(size) or size[cut.axis] != expected:
+            blocks = " + ".join(
+                f"{counts[u]} x {width} ({u.value})" for u, width in zip(cut.units, widths, strict=True)
+            )
+            raise UnsupportedModelError(
+                f"{where}: {cut.tensor} has shape {size}, but axis {cut.axis} should be {expected} = {blocks} by "
+                "config.json; config and weights disagree, or the architecture is not the one that its model_type names"
+            )
+        for unit, width in zip(cut.units, widths, strict=True):
+            costs[unit] += width * math.prod(size) // size[cut.axis]
     return costs
 
 
@@ -276,11 +261,7 @@ def config_with_heads(raw: Mapping[str, Any], family: ModelFamily, shape: ModelS
     Stock transformers refuses some head counts for some types (LlamaConfig: those that do not divide the hidden size).
     The family's equivalents, which compute the same function, are tried then.
     """
-    heads = {
-        "num_attention_heads": shape.num_attention_heads,
-        "num_key_value_heads": shape.num_key_value_heads,
-        "head_dim": shape.head_dim,
-    }
+    heads = {name: getattr(shape, name) for name in ("num_attention_heads", "num_key_value_heads", "head_dim")}
     own = {**raw, **heads}
     if _accepted(own):
         return own
@@ -331,14 +312,10 @@ def _accepted(entries: Mapping[str, Any]) -> bool:
 
 def _accepted_head_counts(raw: Mapping[str, Any], family: ModelFamily, shape: ModelShape) -> tuple[int, ...]:
     """Lists the numbers of query heads for which a loadable config exists."""
-
-    def loads(heads: int) -> bool:
-        key_value_heads = math.gcd(heads, shape.num_key_value_heads)
-        candidate = shape.shrunk(query_heads=heads, key_value_heads=key_value_heads, neurons=shape.intermediate_size)
-        try:
-            config_with_heads(raw, family, candidate)
-        except UnsupportedModelError:
-            return False
-        return True
-
-    return tuple(heads for heads in range(1, shape.num_attention_heads + 1) if loads(heads))
+    counts = []
+    for heads in range(1, shape.num_attention_heads + 1):
+        grouped = math.gcd(heads, shape.num_key_value_heads)
+        with suppress(UnsupportedModelError):
+            config_with_heads(raw, family, replace(shape, num_attention_heads=heads, num_key_value_heads=grouped))
+            counts.append(heads)
+    return tuple(counts)

@@ -61,22 +61,22 @@ def _falcon_key_value_heads(config: Any) -> int:
     return 1 if config.multi_query else int(config.num_attention_heads)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelFamily:
-    """Where a group of architectures keeps what pruning cuts."""
+    """Where a group of architectures keeps what pruning cuts; the names that are not given are Llama's."""
 
     model_types: tuple[str, ...]
-    layer_prefix: str
-    """Prefix of a layer's tensors with `{layer}` for its index, as in `model.state_dict()`."""
-    attention: tuple[str, ...]
-    """Prefixes, within the layer, of every tensor of the attention module."""
-    mlp: tuple[str, ...]
-    """Prefixes, within the layer, of every tensor of the MLP."""
-    attention_output: str
-    """The attention's output projection: its input is the concatenated heads (Eq. 4)."""
-    mlp_output: str
-    """The MLP's last projection: its input is what Eq. 9 averages."""
     cuts: tuple[Cut, ...]
+    layer_prefix: str = "model.layers.{layer}."
+    """Prefix of a layer's tensors with `{layer}` for its index, as in `model.state_dict()`."""
+    attention: tuple[str, ...] = ("self_attn.",)
+    """Prefixes, within the layer, of every tensor of the attention module."""
+    mlp: tuple[str, ...] = ("mlp.",)
+    """Prefixes, within the layer, of every tensor of the MLP."""
+    attention_output: str = "self_attn.o_proj"
+    """The attention's output projection: its input is the concatenated heads (Eq. 4)."""
+    mlp_output: str = "mlp.down_proj"
+    """The MLP's last projection: its input is what Eq. 9 averages."""
     norm_after_output: bool = False
     """A norm stands between each output projection and the residual stream."""
     norm_after_output_if: tuple[str, bool] | None = None
@@ -112,94 +112,53 @@ _SEPARATE_QKV = (
     *_rows("self_attn.v_proj", KEY_VALUE),
 )
 _ATTENTION = (*_SEPARATE_QKV, *_columns("self_attn.o_proj", QUERY))
-_FUSED_ATTENTION = (
-    *_rows("self_attn.qkv_proj", QUERY, KEY_VALUE, KEY_VALUE),
-    *_columns("self_attn.o_proj", QUERY),
-)
 _UP_DOWN = (*_rows("mlp.up_proj", NEURON), *_columns("mlp.down_proj", NEURON))
 _GATE_UP_DOWN = (*_rows("mlp.gate_proj", NEURON), *_UP_DOWN)
 _FUSED_GATE_UP_DOWN = (*_rows("mlp.gate_up_proj", NEURON, NEURON), *_columns("mlp.down_proj", NEURON))
 
-_NORM_OVER_ALL_HEADS = (
-    "its query and key norms run over all heads at once, so removing a head changes the heads that stay"
-)
 _WIDTH_FROM_HIDDEN_SIZE = (
     "stock transformers derives the head size as hidden_size / heads and ignores head_dim in config.json, "
     "so a checkpoint with fewer heads cannot be loaded"
 )
 
 
-def _llama_like(
-    *model_types: str, cuts: tuple[Cut, ...], attention_output: str = "o_proj", mlp_output: str = "down_proj",
-    heads_refused: str | None = None, heads_refused_if: Mapping[str, str] | None = None,
-    equivalents: tuple[Equivalent, ...] = (), norm_after_output: bool = False,
-    norm_after_output_if: tuple[str, bool] | None = None,
-) -> ModelFamily:  # fmt: skip
-    return ModelFamily(
-        model_types=model_types,
-        layer_prefix="model.layers.{layer}.",
-        attention=("self_attn.",),
-        mlp=("mlp.",),
-        attention_output=f"self_attn.{attention_output}",
-        mlp_output=f"mlp.{mlp_output}",
-        cuts=cuts,
-        norm_after_output=norm_after_output,
-        norm_after_output_if=norm_after_output_if,
-        heads_refused=heads_refused,
-        heads_refused_if=heads_refused_if or {},
-        equivalents=equivalents,
-    )
-
-
 FAMILIES: tuple[ModelFamily, ...] = (
-    _llama_like(
-        "llama",
+    ModelFamily(
+        model_types=("llama",),
         cuts=_ATTENTION + _GATE_UP_DOWN,
         # LlamaConfig refuses head counts that do not divide the hidden size; these two compute the same.
         equivalents=(
             Equivalent(
-                "mistral",
-                "MistralForCausalLM",
-                absent=("attention_bias", "mlp_bias"),
-                settings={"sliding_window": None},
+                "mistral", "MistralForCausalLM",
+                absent=("attention_bias", "mlp_bias"), settings={"sliding_window": None},
             ),
             Equivalent(
-                "granite",
-                "GraniteForCausalLM",
+                "granite", "GraniteForCausalLM",
                 settings={
-                    "embedding_multiplier": 1.0,
-                    "residual_multiplier": 1.0,
-                    "logits_scaling": 1.0,
+                    "embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0,
                     "attention_multiplier": "1/sqrt(head_dim)",
                 },
             ),
         ),
     ),
-    _llama_like(
-        "mistral",
-        "ministral",
-        "qwen2",
-        "qwen3",
-        "gemma",
-        "granite",
-        "smollm3",
-        "olmo",
-        "cohere2",
-        "seed_oss",
-        "ernie4_5",
-        "vaultgemma",
-        "cwm",
+    ModelFamily(
+        model_types=(
+            "mistral", "ministral", "qwen2", "qwen3", "gemma", "granite", "smollm3", "olmo", "cohere2", "seed_oss",
+            "ernie4_5", "vaultgemma", "cwm",
+        ),
         cuts=_ATTENTION + _GATE_UP_DOWN,
     ),
-    _llama_like("gemma2", "gemma3_text", "exaone4", cuts=_ATTENTION + _GATE_UP_DOWN, norm_after_output=True),
-    _llama_like(
-        "hyperclovax",
+    ModelFamily(
+        model_types=("gemma2", "gemma3_text", "exaone4"), cuts=_ATTENTION + _GATE_UP_DOWN, norm_after_output=True
+    ),
+    ModelFamily(
+        model_types=("hyperclovax",),
         cuts=_ATTENTION + _GATE_UP_DOWN,
         norm_after_output=True,
         norm_after_output_if=("use_post_norm", True),
     ),
-    _llama_like(
-        "cohere",
+    ModelFamily(
+        model_types=("cohere",),
         cuts=(
             *_ATTENTION,
             Cut("self_attn.q_norm.weight", 0, (QUERY,), one_row_per_head=True),
@@ -207,37 +166,49 @@ FAMILIES: tuple[ModelFamily, ...] = (
             *_GATE_UP_DOWN,
         ),
     ),
-    _llama_like("nemotron", "apertus", "arcee", "jais2", cuts=_ATTENTION + _UP_DOWN),
-    _llama_like("phi3", cuts=_FUSED_ATTENTION + _FUSED_GATE_UP_DOWN),
-    _llama_like("glm", cuts=_ATTENTION + _FUSED_GATE_UP_DOWN),
-    _llama_like("glm4", cuts=_ATTENTION + _FUSED_GATE_UP_DOWN, norm_after_output=True),
-    _llama_like(
-        "starcoder2",
-        cuts=(*_ATTENTION, *_rows("mlp.c_fc", NEURON), *_columns("mlp.c_proj", NEURON)),
-        mlp_output="c_proj",
+    ModelFamily(model_types=("nemotron", "apertus", "arcee", "jais2"), cuts=_ATTENTION + _UP_DOWN),
+    ModelFamily(
+        model_types=("phi3",),
+        cuts=(
+            *_rows("self_attn.qkv_proj", QUERY, KEY_VALUE, KEY_VALUE),
+            *_columns("self_attn.o_proj", QUERY),
+            *_FUSED_GATE_UP_DOWN,
+        ),
     ),
-    _llama_like(
-        "phi",
+    ModelFamily(model_types=("glm",), cuts=_ATTENTION + _FUSED_GATE_UP_DOWN),
+    ModelFamily(model_types=("glm4",), cuts=_ATTENTION + _FUSED_GATE_UP_DOWN, norm_after_output=True),
+    ModelFamily(
+        model_types=("starcoder2",),
+        cuts=_ATTENTION + _rows("mlp.c_fc", NEURON) + _columns("mlp.c_proj", NEURON),
+        mlp_output="mlp.c_proj",
+    ),
+    ModelFamily(
+        model_types=("phi",),
         cuts=(
             *_SEPARATE_QKV,
             *_columns("self_attn.dense", QUERY),
             *_rows("mlp.fc1", NEURON),
             *_columns("mlp.fc2", NEURON),
         ),
-        attention_output="dense",
-        mlp_output="fc2",
+        attention_output="self_attn.dense",
+        mlp_output="mlp.fc2",
         heads_refused_if={"qk_layernorm": "with qk_layernorm its norms are hidden_size / heads wide"},
     ),
-    _llama_like("olmo2", "olmo3", cuts=_GATE_UP_DOWN, heads_refused=_NORM_OVER_ALL_HEADS, norm_after_output=True),
-    _llama_like("stablelm", cuts=_GATE_UP_DOWN, heads_refused=_WIDTH_FROM_HIDDEN_SIZE),
+    ModelFamily(
+        model_types=("olmo2", "olmo3"),
+        cuts=_GATE_UP_DOWN,
+        norm_after_output=True,
+        heads_refused="its query and key norms run over all heads at once, so removing a head changes the heads that "
+        "stay",
+    ),
+    ModelFamily(model_types=("stablelm",), cuts=_GATE_UP_DOWN, heads_refused=_WIDTH_FROM_HIDDEN_SIZE),
     ModelFamily(
         model_types=("opt",),
+        cuts=_rows("fc1", NEURON) + _columns("fc2", NEURON),
         layer_prefix="model.decoder.layers.{layer}.",
-        attention=("self_attn.",),
         mlp=("fc1.", "fc2."),
         attention_output="self_attn.out_proj",
         mlp_output="fc2",
-        cuts=(*_rows("fc1", NEURON), *_columns("fc2", NEURON)),
         # A norm after the sum: what the block gives is then no sum of what its projections give.
         norm_after_output_if=("do_layer_norm_before", False),
         neurons_key="ffn_dim",
@@ -245,17 +216,16 @@ FAMILIES: tuple[ModelFamily, ...] = (
     ),
     ModelFamily(
         model_types=("gpt2",),
-        layer_prefix="transformer.h.{layer}.",
-        attention=("attn.",),
-        mlp=("mlp.",),
-        attention_output="attn.c_proj",
-        mlp_output="mlp.c_proj",
         # GPT-2's Conv1D stores its weight as (inputs, outputs).
         cuts=(
             Cut("mlp.c_fc.weight", 1, (NEURON,)),
             Cut("mlp.c_fc.bias", 0, (NEURON,)),
             Cut("mlp.c_proj.weight", 0, (NEURON,)),
         ),
+        layer_prefix="transformer.h.{layer}.",
+        attention=("attn.",),
+        attention_output="attn.c_proj",
+        mlp_output="mlp.c_proj",
         neurons_key="n_inner",
         heads_refused=_WIDTH_FROM_HIDDEN_SIZE,
         blocks_refused_if={
@@ -265,39 +235,36 @@ FAMILIES: tuple[ModelFamily, ...] = (
     ),
     ModelFamily(
         model_types=("gptj",),
+        cuts=_rows("mlp.fc_in", NEURON) + _columns("mlp.fc_out", NEURON),
         layer_prefix="transformer.h.{layer}.",
         attention=("attn.",),
-        mlp=("mlp.",),
         attention_output="attn.out_proj",
         mlp_output="mlp.fc_out",
-        cuts=(*_rows("mlp.fc_in", NEURON), *_columns("mlp.fc_out", NEURON)),
         neurons_key="n_inner",
         heads_refused=_WIDTH_FROM_HIDDEN_SIZE,
     ),
     ModelFamily(
         model_types=("gpt_neox",),
+        cuts=_rows("mlp.dense_h_to_4h", NEURON) + _columns("mlp.dense_4h_to_h", NEURON),
         layer_prefix="gpt_neox.layers.{layer}.",
         attention=("attention.",),
-        mlp=("mlp.",),
         attention_output="attention.dense",
         mlp_output="mlp.dense_4h_to_h",
-        cuts=(*_rows("mlp.dense_h_to_4h", NEURON), *_columns("mlp.dense_4h_to_h", NEURON)),
         heads_refused=_WIDTH_FROM_HIDDEN_SIZE,
         stored_names={"embed_out.weight": "lm_head.weight"},
     ),
     ModelFamily(
         model_types=("falcon",),
+        cuts=_rows("mlp.dense_h_to_4h", NEURON) + _columns("mlp.dense_4h_to_h", NEURON),
         layer_prefix="transformer.h.{layer}.",
         attention=("self_attention.",),
-        mlp=("mlp.",),
         attention_output="self_attention.dense",
         mlp_output="mlp.dense_4h_to_h",
-        cuts=(*_rows("mlp.dense_h_to_4h", NEURON), *_columns("mlp.dense_4h_to_h", NEURON)),
         neurons_key="ffn_hidden_size",
         heads_refused=_WIDTH_FROM_HIDDEN_SIZE,
         key_value_heads=_falcon_key_value_heads,
     ),
-)
+)  # fmt: skip
 
 _FIXED_MLP_WIDTH = (
     "stock transformers fixes its MLP width at 4 * hidden_size and its head size at hidden_size / heads, whatever "

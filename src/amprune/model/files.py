@@ -62,6 +62,11 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     return stored
 
 
+def stored_bytes(folder: Path) -> int:
+    """Returns the size of all tensors of a folder."""
+    return sum(tensor.header.bytes for tensor in stored_tensors(folder).values())
+
+
 def read_front_matter(card: Path) -> dict[str, Any]:
     """Reads the YAML front matter of a model card; empty where there is none that can be read."""
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""

@@ -14,8 +14,7 @@ from transformers import CompileConfig, GenerationConfig
 from amprune.errors import EvaluationError
 from amprune.model.architecture import PreTrainedModel, quiet_transformers
 from amprune.model.llama_cpp import LlamaCppModel
-from amprune.model.loading import input_device, vocabulary_size
-from amprune.model.stored import weight_bytes
+from amprune.model.loading import input_device, vocabulary_size, weight_bytes
 from amprune.running import Progress, no_progress, release_memory
 from amprune.settings import EvaluationSettings
 

@@ -1,7 +1,8 @@
 """A folder as a transformers model and tokenizer, always by the stock `from_pretrained`."""
 
+import math
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 from amprune.errors import CheckpointError
 from amprune.model.architecture import PreTrainedModel, quiet_transformers
 from amprune.model.files import stored_tensors
-from amprune.model.quantized import folder_quantization, require_library
-from amprune.model.reader import read_checkpoint
+from amprune.model.quantization import quantization_of, require_library
+from amprune.model.reader import Checkpoint, read_checkpoint
 from amprune.model.streaming import streamed_model
+from amprune.records import read_object
 
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json",
@@ -24,25 +26,25 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 @contextmanager
 def loaded_model(
-    folder: Path, *, dtype: str = "auto", device: str | None = None, device_map: str | None = None
+    source: Path | Checkpoint, *, dtype: str = "auto", device: str | None = None, device_map: str | None = None
 ) -> Iterator[PreTrainedModel]:
     """Loads a model in evaluation mode, always as the stock class: code that a checkpoint carries never runs.
 
-    Args:
-        folder: a Hugging Face folder of any causal language model.
-        dtype: of the computation; auto is that of the checkpoint.
-        device: such as cpu or cuda:1; the default is cuda where there is one, else cpu.
-        device_map: `auto` spreads a model over devices, memory and disk; `disk` streams each module from its file.
+    `source` is the Hugging Face folder of any causal language model, or one that is opened. The model computes in
+    `dtype` (auto: that of its weights) on `device`, by default cuda where there is one, else cpu. The `device_map` auto
+    spreads it over devices, memory and disk; disk streams each module from its file.
     """
     if dtype not in DTYPES:
         raise CheckpointError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     if device_map is not None and device is not None:
         raise CheckpointError("give a device or a device_map, not both")
-    quantization = folder_quantization(folder)
     if device_map == "disk":
-        checkpoint = read_checkpoint(folder)
+        checkpoint = read_checkpoint(source) if isinstance(source, Path) else source
         yield streamed_model(checkpoint, checkpoint.computed_in(dtype))
         return
+    folder, quantization = (source, None) if isinstance(source, Path) else (source.folder, None)
+    if isinstance(source, Path) and (file := folder / "config.json").is_file():
+        quantization = quantization_of(read_object(file))
     if quantization is not None:
         require_library(str(quantization.get("quant_method")), f"{folder}, which is quantised,")
     # Quantised weights are unpacked for their device as they are loaded; not all can move afterwards.
@@ -62,19 +64,15 @@ def loaded_model(
                 )
         except (OSError, ValueError, RuntimeError, ImportError) as error:
             raise CheckpointError(f"transformers cannot load {folder}: {error}") from error
-        _check_filled(folder, report)
+        # transformers draws at random what the folder lacks.
+        if names := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
+            raise CheckpointError(
+                f"the weights in {folder} are not those of its config.json: {len(names)} tensors are missing or of "
+                f"another shape, such as {names[0]}; download the checkpoint again"
+            )
         if place is None:
             _move(model, device or default_device())
         yield model.eval()
-
-
-def _check_filled(folder: Path, report: Mapping[str, Collection[str]]) -> None:
-    """Refuses a model of which transformers drew weights at random, since the folder lacks them."""
-    if names := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
-        raise CheckpointError(
-            f"the weights in {folder} are not those of its config.json: {len(names)} tensors are missing or of another "
-            f"shape, such as {names[0]}; download the checkpoint again"
-        )
 
 
 def loading_problems(folder: Path) -> dict[str, list[str]]:
@@ -164,3 +162,31 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # tokenizers raise many types
         raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {error}") from error
+
+
+def weight_count(weight: torch.Tensor) -> int:
+    """Returns how many weights a parameter stands for, however many of them are packed into a byte."""
+    state = getattr(weight, "quant_state", None)
+    return weight.numel() if state is None else math.prod(state.shape)
+
+
+def weight_bytes(weight: torch.Tensor) -> int:
+    """Returns the bytes of a parameter or buffer, those of its scales included."""
+    return sum(part.nbytes for part in _parts(weight))
+
+
+def is_quantized(weight: torch.Tensor) -> bool:
+    """Tells whether a library keeps a weight in another form than it shows."""
+    return any(part is not weight for part in _parts(weight))
+
+
+def _parts(weight: Any) -> Iterator[torch.Tensor]:
+    """Yields the plain tensors that hold a weight: its own data, and what torchao and bitsandbytes keep beside it."""
+    if hasattr(weight, "__tensor_flatten__"):
+        for name in weight.__tensor_flatten__()[0]:
+            yield from _parts(getattr(weight, name))
+        return
+    yield weight
+    state, scales = getattr(weight, "quant_state", None), getattr(weight, "SCB", None)
+    beside = [*(state.as_dict().values() if state is not None else ()), scales]
+    yield from (part for part in beside if isinstance(part, torch.Tensor))

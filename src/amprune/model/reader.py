@@ -22,7 +22,7 @@ from amprune.model.files import (
     stored_tensors,
     what_else,
 )
-from amprune.model.quantized import refuse_quantized
+from amprune.model.quantization import refuse_quantized
 from amprune.model.shape import ModelShape
 from amprune.model.source import Source, open_source
 from amprune.records import read_object

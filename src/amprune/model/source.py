@@ -160,7 +160,7 @@ def _dequantised(gguf: Path, dtype: str) -> Path:
 def _dequantise(gguf: Path, folder: Path, dtype: str) -> None:
     import torch
 
-    from amprune.model.gguf_model import load_gguf
+    from amprune.model.gguf_file import load_gguf
 
     options = _options_to_dequantise(gguf)
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")

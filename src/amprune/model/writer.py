@@ -1,19 +1,27 @@
-"""Shards, index and sidecar files of an output."""
+"""An output: its shards, index and sidecar files, and the one rename by which it appears."""
 
+import logging
+import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
 import torch
+from filelock import FileLock, Timeout
 from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from amprune.errors import CheckpointError
+from amprune.errors import AmpruneError, CheckpointError
 from amprune.model.files import TensorHeader
 from amprune.records import umask, write
 from amprune.running import release_memory
+
+logger = logging.getLogger(__name__)
 
 RECORDS = "amprune"
 """Subfolder of an output that holds how it was made: plan, scores, verification."""
@@ -91,3 +99,177 @@ def copy_sidecars(source: Path, target: Path) -> list[str]:
         shutil.copyfile(file, target / relative)
         copied.append(str(relative))
     return copied
+
+
+@contextmanager
+def staged_folder(out: Path, *, overwrite: bool = False, protected: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Yields `OUT.partial`; renames it to OUT when the block succeeds and removes it when the block raises.
+
+    One run at a time writes an OUT. What a killed process leaves, the next run puts right: it removes the `.partial`
+    folder and moves an OUT that was about to be replaced back; OUT is whole or absent. Where OUT is a symlink, the
+    folder that it points to is written.
+    """
+    with _partial(out, partial(check_output, overwrite=overwrite, protected=protected)) as (folder, target, finish):
+        yield folder
+        finish()
+        if target.exists():
+            _replace(folder, target)
+        else:
+            folder.rename(target)
+
+
+@contextmanager
+def staged_file(out: Path, *, overwrite: bool = False, protected: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Yields where to write a file, in a folder `OUT.partial` with room for more; at the end the file becomes OUT.
+
+    The folder is gone afterwards; that of a killed process is removed by the next run.
+    """
+    with _partial(out, partial(check_file, overwrite=overwrite, protected=protected)) as (folder, target, finish):
+        yield folder / target.name
+        finish()
+        (folder / target.name).replace(target)
+
+
+@contextmanager
+def _partial(out: Path, check: Callable[[Path], None]) -> Iterator[tuple[Path, Path, Callable[[], None]]]:
+    """Yields `OUT.partial`, OUT without links, and what is to be called before the one becomes the other."""
+    check(out)
+    out = out.resolve()
+    folder = out.with_name(f"{out.name}.partial")
+
+    def finish() -> None:
+        _sync(folder)
+        check(out)  # it may have appeared in the meantime
+
+    with _only_writer(out, folder), _write_errors(folder):
+        _finish_replacing(out)
+        check(out)  # it may be there by now, or again
+        _remove_stale(folder)
+        try:
+            (folder / RECORDS).mkdir(parents=True)
+            yield folder, out, finish
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)  # it is gone where it became OUT
+
+
+def check_file(out: Path, *, overwrite: bool, protected: tuple[Path, ...]) -> None:
+    """Refuses an OUT that would touch a source, that exists, or that is no file to overwrite."""
+    target = out.resolve()
+    for source in (path.resolve() for path in protected):
+        if target == source or source in target.parents:
+            raise CheckpointError(f"OUT {out} lies in the source {source}; choose a place outside of it")
+    if not os.path.lexists(out):
+        return
+    if not out.is_file():
+        raise CheckpointError(f"OUT {out} exists and is no file; choose another name")
+    if not overwrite:
+        raise CheckpointError(f"OUT {out} exists; choose another name, or give --overwrite to replace it")
+
+
+@contextmanager
+def _only_writer(out: Path, folder: Path) -> Iterator[None]:
+    """Locks `OUT.partial.lock` and removes it at the end; the system unlocks it when the process dies."""
+    file = folder.with_name(f"{folder.name}.lock")
+    lock = FileLock(file)
+    with _write_errors(folder):
+        with suppress(FileExistsError):
+            out.parent.mkdir(parents=True)
+        os.scandir(out.parent).close()  # it may be a file
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise CheckpointError(
+                f"OUT {out} is being written by another run, which holds {file}; wait until it ends, or choose "
+                "another folder"
+            ) from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            if file.stat().st_size == 0:  # else it is the user's
+                file.unlink()  # while it is locked: afterwards it may be that of the next run
+        lock.release()
+
+
+def check_output(out: Path, *, overwrite: bool, protected: tuple[Path, ...]) -> None:
+    """Refuses an OUT that would touch a source, that exists, or that is no checkpoint to overwrite."""
+    target = out.resolve()
+    for source in (path.resolve() for path in protected):
+        if target == source or source in target.parents or target in source.parents:
+            raise CheckpointError(f"OUT {out} and the source {source} overlap; choose a folder outside of the source")
+    if not out.exists():
+        return
+    if not overwrite:
+        raise CheckpointError(f"OUT {out} exists; choose another folder, or give --overwrite to replace it")
+    if target == Path.cwd() or target in Path.cwd().parents:
+        raise CheckpointError(f"OUT {out} is the current folder, or holds it; change to another folder and run again")
+    files = list(out.iterdir()) if out.is_dir() else [out]
+    weights = any(file.suffix in WEIGHT_SUFFIXES for file in files)
+    if files and not (weights and (out / "config.json").is_file()):
+        raise CheckpointError(
+            f"OUT {out} exists and is no checkpoint folder; it is not overwritten: remove it yourself"
+        )
+
+
+def _remove_stale(folder: Path) -> None:
+    """Removes what a killed run left; anything else under that name is the user's."""
+    if not os.path.lexists(folder):
+        return
+    ours = folder.is_dir() and not folder.is_symlink()
+    if not ours or not ((folder / RECORDS).is_dir() or not any(folder.iterdir())):
+        raise CheckpointError(f"{folder} is in the way and was not made by amprune; move it and run again")
+    logger.info("removing %s, left by an interrupted run", folder)
+    shutil.rmtree(folder)
+
+
+def _replace(folder: Path, out: Path) -> None:
+    """Replaces OUT by a folder; the old one is gone only once the new one stands.
+
+    It has another name while it is deleted, so that a folder `OUT.replaced-PID` is always whole.
+    """
+    old = out.with_name(f"{out.name}.replaced-{os.getpid()}")
+    out.rename(old)
+    try:
+        folder.rename(out)
+    except BaseException:
+        old.rename(out)
+        raise
+    shutil.rmtree(old.rename(out.with_name(f"{out.name}.removed-{os.getpid()}")))
+
+
+def _finish_replacing(out: Path) -> None:
+    """Ends what a killed `_replace` began: moves the old folder back where OUT is missing, and removes it otherwise.
+
+    The caller holds OUT's lock, so that no process that owns such a folder is alive.
+    """
+    name = re.compile(re.escape(out.name) + r"\.(replaced|removed)-\d+")
+    for old in sorted(out.parent.iterdir()):
+        if not (found := name.fullmatch(old.name)) or old.is_symlink() or not old.is_dir():
+            continue
+        if found[1] == "replaced" and not out.exists():
+            logger.info("moving %s back to %s, which an interrupted run was replacing", old, out)
+            old.rename(out)
+        else:
+            logger.info("removing %s, left by an interrupted run", old)
+            shutil.rmtree(old)
+
+
+@contextmanager
+def _write_errors(folder: Path) -> Iterator[None]:
+    """Turns failures of the disk into one clear error."""
+    try:
+        yield
+    except AmpruneError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"cannot write {folder}: {error}. Nothing was kept; free some space, or choose another folder, and run "
+            "again"
+        ) from error
+
+
+def _sync(folder: Path) -> None:
+    """Flushes every file, so that the rename never precedes the data."""
+    for path in filter(Path.is_file, folder.rglob("*")):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())

@@ -22,8 +22,7 @@ from amprune.model.loading import load_tokenizer
 from amprune.model.reader import Checkpoint, open_model
 from amprune.model.recovered import LOG, RECORD, read_log
 from amprune.model.source import Source, open_source
-from amprune.model.staging import check_output, staged_folder
-from amprune.model.writer import RECORDS, parse_size
+from amprune.model.writer import RECORDS, check_output, parse_size, staged_folder
 from amprune.prove.card import write_recovered_card
 from amprune.records import write
 from amprune.recovery.merging import write_recovered

@@ -66,7 +66,7 @@ def score_criteria(
     if calibrated and samples is not None:
         if any(one.needs is Needs.GRADIENTS for one in calibrated):
             _check_gradients(dense, samples, kind, where)
-        with loaded_model(dense.folder, dtype=where.dtype, device=where.device, device_map=where.device_map) as loaded:
+        with loaded_model(dense, dtype=where.dtype, device=where.device, device_map=where.device_map) as loaded:
             device = input_device(loaded).type
             scored |= _score_calibrated(loaded, dense, samples, calibrated, where.batch_tokens, progress)
     settings = {

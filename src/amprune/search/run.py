@@ -55,7 +55,7 @@ def plan_on_model(
         plan = _largest(scores, options, splits) if search else make_plan(scores, options)
     else:
         with (
-            loaded_model(dense.folder, dtype=where.dtype, device=where.device, device_map=where.device_map) as model,
+            loaded_model(dense, dtype=where.dtype, device=where.device, device_map=where.device_map) as model,
             TemporaryDirectory(prefix="amprune-refit-") as spill,
         ):
             # A model that is spread or streamed has no weights of its own to put others in the place of.

@@ -13,7 +13,7 @@ from typing import Any
 
 from amprune.errors import ExportError, UnsupportedModelError
 from amprune.model.backends import GGUF_BLOCK, GGUF_SUPER_BLOCK, NARROW_ATTENTION
-from amprune.model.llama_cpp_tools import Program
+from amprune.model.llama_cpp import Program
 from amprune.model.reader import Checkpoint
 from amprune.records import write
 

@@ -10,10 +10,10 @@ import torch
 
 from amprune.errors import CheckpointError, ExportError, MissingDependencyError, UnsupportedModelError, required
 from amprune.model.gguf_file import GgufFile, read_gguf, set_width
-from amprune.model.llama_cpp_tools import find_converter, find_quantiser
+from amprune.model.llama_cpp import find_converter, find_quantiser
 from amprune.model.reader import Checkpoint, read_checkpoint
 from amprune.model.source import Source, open_source
-from amprune.model.staging import check_file, staged_file
+from amprune.model.writer import check_file, staged_file
 from amprune.records import read_object
 from amprune.running import Progress, no_progress
 from amprune.serve.gguf.check import TokenCheck, check_sizes, check_tokens

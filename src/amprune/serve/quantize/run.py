@@ -14,14 +14,12 @@ import transformers
 from amprune import __version__
 from amprune.cut.refit.record import RECORD as RECONSTRUCTION
 from amprune.model.files import TensorHeader, weight_files
-from amprune.model.quantization import Quantization
-from amprune.model.quantized import RECORD, require_library
+from amprune.model.quantization import RECORD, Quantization, require_library
 from amprune.model.reader import Checkpoint, read_checkpoint
 from amprune.model.recovered import LOG
 from amprune.model.recovered import RECORD as RECOVERY
 from amprune.model.source import open_source
-from amprune.model.staging import check_output, staged_folder
-from amprune.model.writer import RECORDS, copy_sidecars, parse_size, write_shards
+from amprune.model.writer import RECORDS, check_output, copy_sidecars, parse_size, staged_folder, write_shards
 from amprune.prove.card import write_quantized_card
 from amprune.records import write
 from amprune.running import Progress, no_progress
