@@ -1,16 +1,24 @@
 """Files that an earlier amprune wrote, in formats of which there is a newer one, are read as what they were.
 
 Those in tests/data were made by amprune 0.1.0 from tiny random models: `prune` by the preset best, by the preset paper
-with biases that compensate, and by the preset paper alone, whose scores lie beside it.
+with biases that compensate, and by the preset paper alone, whose scores lie beside it; `evaluate` of a dense and a
+pruned model by every measurement, and then of fewer windows, interrupted before the latency.
 """
 
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_evaluation import text_file, tiny_model
 
-from amprune import ImportanceScores, PlanError, PruningPlan, make_plan
+from amprune import Evaluation, ImportanceScores, LatencySettings, PlanError, PruningPlan, evaluate, make_plan
+from amprune.evaluation import run
+from amprune.evaluation.comparison import paired
+from amprune.evaluation.identity import Subject
 
 DATA = Path(__file__).parent / "data"
 SAME = {"head_multiple": 1, "heads_mode": "groups", "heads_ratio": None, "neurons_ratio": None, "only": None,
@@ -58,3 +66,44 @@ def test_scores_of_then_give_the_plan_of_then() -> None:
     assert (plan.layers, plan.shape_after) == (before.layers, before.shape_after)
     assert (scores.criterion, scores.fingerprint) == ("amp", before.fingerprint)
     assert (scores.calibration or {})["sha256"] == before.provenance["calibration"]["sha256"]
+
+
+def test_an_evaluation_of_then_is_read_and_written_as_it_was(tmp_path: Path) -> None:
+    evaluation = Evaluation.load(DATA / "evaluation-format-1.json")
+    assert list(evaluation.models) == ["dense", "pruned"]
+    assert (evaluation.models["pruned"].pruned or {})["provenance"]["preset"] == "best"
+    measured = {(record.measurement, record.metric) for record in evaluation.of("dense")}
+    assert {name for name, _ in measured} == {"size", "perplexity", "zero_shot", "latency", "memory", "energy"}
+    for record, baseline in zip(evaluation.of("pruned"), evaluation.of("dense"), strict=True):
+        assert (record.task, record.metric) == (baseline.task, baseline.metric)
+        assert (paired(record, baseline) is None) == (record.measurement in ("size", "memory"))
+    evaluation.save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == (DATA / "evaluation-format-1.json").read_bytes()
+
+
+def test_an_evaluation_that_was_interrupted_then_goes_on_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "evaluation.json"
+    shutil.copy(DATA / "evaluation-format-1.json", file)
+    before = Evaluation.load(file)
+    assert before.unfinished is not None
+    models, device = before.models, before.unfinished["request"]["device"]
+
+    @contextmanager
+    def loaded(folder: Path, **options: Any) -> Iterator[Any]:
+        yield tiny_model()
+
+    monkeypatch.setattr(
+        run, "open_subjects", lambda *_: [Subject(name, tmp_path, models[name], 1024) for name in models]
+    )
+    monkeypatch.setattr(run, "device_name", lambda _: device)
+    monkeypatch.setattr(run, "loaded_model", loaded)
+    monkeypatch.setattr(run, "load_tokenizer", lambda *_, **__: pytest.fail("perplexity is measured again"))
+    after = evaluate(
+        ["dense", "pruned"], file, measure=["perplexity", "latency"], texts=[text_file(tmp_path / "my.txt", 6)],
+        sequence_length=32, windows=2, tasks=["winogrande"], limit=3, energy_seconds=0.3,
+        latency=[LatencySettings(new_tokens=4, warmup=1, runs=2)],
+    )  # fmt: skip
+    assert after.unfinished is None
+    assert list(after.records) == list(before.records)
+    anew = {record.measurement for key, record in after.records.items() if record != before.records[key]}
+    assert anew == {"latency", "memory"}

@@ -31,7 +31,7 @@ from typer.testing import CliRunner
 
 from amprune.cli.options import app
 from amprune.errors import CheckpointError, EvaluationError
-from amprune.evaluation import latency, run
+from amprune.evaluation import latency, perplexity, run
 from amprune.evaluation.comparison import paired
 from amprune.evaluation.records import Evaluation, Record
 from amprune.evaluation.run import evaluate
@@ -545,15 +545,15 @@ def test_an_edited_config_is_another_model(dense: Path, text: Path, tmp_path: Pa
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is measured, in order; an entry `stop at ...` interrupts the run there."""
     found: list[str] = []
-    perplexity_records = run.perplexity_records
+    measure_perplexity = perplexity.measure_perplexity
 
     def watched(*arguments: Any, text: Any, **options: Any) -> Any:
         if f"stop at {text.name}" in found:
             raise KeyboardInterrupt
         found.append(text.name)
-        return perplexity_records(*arguments, text=text, **options)
+        return measure_perplexity(*arguments, text=text, **options)
 
-    monkeypatch.setattr(run, "perplexity_records", watched)
+    monkeypatch.setattr(perplexity, "measure_perplexity", watched)
     return found
 
 
@@ -680,7 +680,9 @@ def test_a_process_that_is_stopped_leaves_a_whole_file(
         assert f"interrupted; what was finished is in {file}" in " ".join(errors.split())
         assert "Traceback" not in errors
     measured: list[str] = []
-    monkeypatch.setattr(run, "perplexity_records", lambda *given, text, **options: measured.append(text.name) or [])
+    monkeypatch.setattr(
+        perplexity, "measure_perplexity", lambda given, *, text, asked: measured.append(text.name) or []
+    )
     perplexities(str(dense), file, named, sequence_length=16)
     assert set(measured) == {path.name for path in named} - finished
 

@@ -133,7 +133,7 @@ def test_a_file_of_which_transformers_would_rotate_another_part_of_each_head_is_
 def test_a_run_whose_energy_is_measured_generates_as_many_tokens(folder: Path) -> None:
     with llama_cpp_model(read_gguf(folder / "q8_0.gguf"), positions=16, threads=1) as model:
         assert generation_run(model, CASE)() == 6
-        figures = energy_records({"q8": model}, CASE, EvaluationSettings(energy_seconds=1.0), no_progress)
+        figures = energy_records(CASE, EvaluationSettings(energy_seconds=1.0), {"q8": model}, no_progress)
     assert figures["q8"][0].settings["mode"] == "llama.cpp"
 
 

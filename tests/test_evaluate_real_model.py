@@ -14,6 +14,7 @@ from tiny_evaluation import DATA_DIR, needs_data
 from transformers import PreTrainedModel
 
 from amprune.evaluation.data import load_text, load_wikitext
+from amprune.evaluation.measurement import Loaded
 from amprune.evaluation.perplexity import measure_perplexity
 from amprune.evaluation.size import measure_size
 from amprune.evaluation.zero_shot import measure_zero_shot, open_tasks
@@ -55,16 +56,18 @@ def test_perplexity_of_the_first_windows(model: PreTrainedModel, tokenizer: Any)
     for window in windows:
         with torch.no_grad():
             losses.append(float(model(window[None], labels=window[None]).loss))
-    found = measure_perplexity(model, tokenizer, text, sequence_length=length, limit=3)
+    asked = EvaluationSettings(sequence_length=length, windows=3)
+    (found,) = measure_perplexity(Loaded(model, tokenizer), text=text, asked=asked)
     assert model.dtype == torch.bfloat16
-    assert found.losses == pytest.approx(losses, rel=1e-4)
+    assert found.items == pytest.approx(losses, rel=1e-4)
     assert found.value == pytest.approx(math.exp(statistics.fmean(losses)), rel=1e-4)
     assert 15 < found.value < 35
 
 
 def test_accuracies_are_those_of_the_harness(model: PreTrainedModel, tokenizer: Any) -> None:
     (task,) = open_tasks(["piqa"], data_dir=DATA_DIR)
-    found, _ = measure_zero_shot(model, tokenizer, task, EvaluationSettings(limit=8, batch_size=4))
+    asked = EvaluationSettings(limit=8, batch_size=4)
+    found = measure_zero_shot(Loaded(model, tokenizer), task=task, asked=asked)
     language_model: Any = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, softmax_dtype=torch.float32)
     expected = simple_evaluate(language_model, tasks=["piqa"], task_manager=task.manager, limit=8)
     assert expected is not None

@@ -18,7 +18,7 @@ from amprune.evaluation.run import evaluate
 @needs_data
 @pytest.mark.parametrize(("split", "rows"), [("test", 4358), ("validation", 3760)])
 def test_wikitext_is_the_rows_of_the_hub_joined(split: str, rows: int) -> None:
-    with (DATA_DIR / "wikitext2" / WIKITEXT[split].file).open(encoding="utf-8") as file:
+    with (DATA_DIR / "wikitext2" / WIKITEXT[split][0]).open(encoding="utf-8") as file:
         expected = [line if line.strip() else "" for line in file]  # as the hub's own script reads it
     found = load_wikitext(split, data_dir=DATA_DIR)
     assert len(expected) == rows

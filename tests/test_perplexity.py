@@ -15,8 +15,11 @@ from transformers import PreTrainedModel
 
 from amprune.errors import EvaluationError
 from amprune.evaluation.data import Text, load_text
-from amprune.evaluation.guards import nan_refused
-from amprune.evaluation.perplexity import Perplexity, measure_perplexity
+from amprune.evaluation.measurement import Loaded, nan_refused
+from amprune.evaluation.perplexity import measure_perplexity
+from amprune.evaluation.records import Record
+from amprune.running import Progress, no_progress
+from amprune.settings import EvaluationSettings
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +32,18 @@ def model() -> PreTrainedModel:
     return tiny_model()
 
 
-def measured(model: PreTrainedModel, text: Text, length: int = 48, **options: Any) -> Perplexity:
-    return measure_perplexity(model, make_tokenizer(), text, sequence_length=length, **options)
+def measured(
+    model: PreTrainedModel, text: Text, length: int = 48, limit: int | None = None, progress: Progress = no_progress
+) -> Record:
+    given, asked = Loaded(model, make_tokenizer(), progress=progress), EvaluationSettings
+    (found,) = measure_perplexity(given, text=text, asked=asked(sequence_length=length, windows=limit))
+    return found
+
+
+def counted(record: Record) -> tuple[int, int]:
+    """Returns the tokens of the text, and how many of them were predicted."""
+    assert record.data is not None
+    return record.data["tokens"], record.data["predicted"]
 
 
 def plain_losses(model: PreTrainedModel, text: Text, length: int) -> list[float]:
@@ -63,27 +76,28 @@ def memory_for(model: PreTrainedModel, sequences: int) -> Iterator[list[int]]:
 @pytest.mark.parametrize("length", [48, 700], ids=["short", "longer than a chunk"])
 def test_it_is_exp_of_the_mean_loss_of_whole_windows(length: int, model: PreTrainedModel, text: Text) -> None:
     found, expected = measured(model, text, length), plain_losses(model, text, length)
-    assert found.losses == pytest.approx(expected, rel=1e-5)
+    assert found.items == pytest.approx(expected, rel=1e-5)
     assert found.value == pytest.approx(math.exp(statistics.fmean(expected)), rel=1e-5)
-    assert found.tokens == len(make_tokenizer()(text.content)["input_ids"])
-    assert found.tokens % length  # the last window is a part of one
-    assert len(found.losses) == found.tokens // length
-    assert found.predicted == len(found.losses) * (length - 1)
+    tokens, predicted = counted(found)
+    assert tokens == len(make_tokenizer()(text.content)["input_ids"])
+    assert tokens % length  # the last window is a part of one
+    assert len(found.items) == found.n == tokens // length
+    assert predicted == len(found.items) * (length - 1)
 
 
 def test_the_standard_error_is_by_the_delta_method(model: PreTrainedModel, text: Text) -> None:
     found = measured(model, text)
-    expected = found.value * statistics.stdev(found.losses) / math.sqrt(len(found.losses))
+    expected = found.value * statistics.stdev(found.items) / math.sqrt(len(found.items))
     assert found.standard_error == pytest.approx(expected)
     assert measured(model, text, limit=1).standard_error is None
 
 
 def test_a_limit_takes_the_first_windows(model: PreTrainedModel, text: Text) -> None:
     found, whole = measured(model, text, limit=3), measured(model, text)
-    assert found.losses == whole.losses[:3]
-    assert found.tokens == whole.tokens
-    assert found.tokens_hash != whole.tokens_hash
-    assert measured(model, text, limit=10_000).losses == whole.losses
+    assert found.items == whole.items[:3]
+    assert counted(found)[0] == counted(whole)[0]
+    assert found.items_hash != whole.items_hash
+    assert measured(model, text, limit=10_000).items == whole.items
 
 
 def test_the_loss_of_bfloat16_logits_is_taken_in_float32(text: Text) -> None:
@@ -96,7 +110,7 @@ def test_the_loss_of_bfloat16_logits_is_taken_in_float32(text: Text) -> None:
         for dtype in (torch.float32, torch.bfloat16)
     }
     assert logits.dtype == torch.bfloat16
-    assert measured(model, text).losses[0] == pytest.approx(losses[torch.float32], rel=1e-6)
+    assert measured(model, text).items[0] == pytest.approx(losses[torch.float32], rel=1e-6)
     assert losses[torch.bfloat16] != pytest.approx(losses[torch.float32], rel=1e-4)
 
 
@@ -129,9 +143,9 @@ def test_lengths_that_are_none(options: dict[str, int], message: str, model: Pre
 
 
 def test_a_tokenizer_of_another_model(model: PreTrainedModel, text: Text) -> None:
-    tokenizer = make_tokenizer(200)
+    given, other = Loaded(model, make_tokenizer(200)), Text("my.txt", "Red, green and blue. " * 20, "")
     with pytest.raises(EvaluationError, match=r"gives the token id 1[6-9].*, the model embeds 160 ids"):
-        measure_perplexity(model, tokenizer, Text("my.txt", "Red, green and blue. " * 20, ""), sequence_length=32)
+        measure_perplexity(given, text=other, asked=EvaluationSettings(sequence_length=32))
 
 
 def test_memory_too_small_for_one_window(model: PreTrainedModel, text: Text) -> None:
@@ -189,7 +203,7 @@ def test_progress_counts_windows(model: PreTrainedModel, text: Text) -> None:
     found = measured(model, text, progress=progress)
     (description, total, steps) = told[0]
     assert description == "my.txt"
-    assert total == len(found.losses) == sum(steps)
+    assert total == len(found.items) == sum(steps)
 
 
 def test_the_name_of_the_file_is_the_name_of_the_text(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import logging
 import math
 import statistics
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from transformers import PreTrainedModel
 from amprune.errors import EvaluationError
 from amprune.evaluation.comparison import average
 from amprune.evaluation.data import TASK_FILES
-from amprune.evaluation.guards import nan_refused
-from amprune.evaluation.zero_shot import Accuracy, headline_metric, measure_zero_shot, open_tasks
+from amprune.evaluation.measurement import Loaded, nan_refused
+from amprune.evaluation.records import Record
+from amprune.evaluation.zero_shot import headline_metric, measure_zero_shot, open_tasks
 from amprune.settings import TASKS, EvaluationSettings
 
 DEFINITIONS = {
@@ -55,9 +57,10 @@ def model() -> PreTrainedModel:
     return tiny_model()
 
 
-def measured(model: PreTrainedModel, task: str, folder: Path, **options: Any) -> dict[str, Accuracy]:
+def measured(model: PreTrainedModel, task: str, folder: Path, **options: Any) -> dict[str, Record]:
     (opened,) = open_tasks([task], data_dir=folder)
-    found, _ = measure_zero_shot(model, make_tokenizer(), opened, EvaluationSettings(**{"batch_size": 4, **options}))
+    asked = EvaluationSettings(**{"batch_size": 4, **options})
+    found = measure_zero_shot(Loaded(model, make_tokenizer()), task=opened, asked=asked)
     assert {accuracy.task for accuracy in found} == {task}
     return {accuracy.metric: accuracy for accuracy in found}
 
@@ -85,7 +88,7 @@ def reference(model: PreTrainedModel, task: str, file: Path, split: str, folder:
         logging.getLogger("lm_eval").setLevel(level)
 
 
-def assert_same(found: dict[str, Accuracy], expected: Any, task: str) -> None:
+def assert_same(found: dict[str, Record], expected: Any, task: str) -> None:
     figures, samples = expected["results"][f"{task}_here"], expected["samples"][f"{task}_here"]
     assert {f"{metric},none" for metric in found} == {
         name for name in figures if name.endswith(",none") and "_stderr" not in name
@@ -95,39 +98,37 @@ def assert_same(found: dict[str, Accuracy], expected: Any, task: str) -> None:
         assert accuracy.standard_error == figures[f"{metric}_stderr,none"]
         assert list(accuracy.items) == [sample[metric] for sample in samples]
         assert accuracy.n == len(samples)
-        assert accuracy.version == str(expected["versions"][f"{task}_here"])
-        assert accuracy.num_fewshot == expected["n-shot"][f"{task}_here"]
+        assert accuracy.settings["task_version"] == str(expected["versions"][f"{task}_here"])
+        assert accuracy.settings["num_fewshot"] == expected["n-shot"][f"{task}_here"]
 
 
 # The paper's tasks, on the real questions
 
 
 @pytest.fixture(scope="module")
-def accuracies(model: PreTrainedModel) -> dict[str, dict[str, Accuracy]]:
+def accuracies(model: PreTrainedModel) -> dict[str, dict[str, Record]]:
     return {task: measured(model, task, DATA_DIR, limit=LIMIT) for task in TASKS}
 
 
 @needs_data
 @pytest.mark.parametrize("task", TASKS)
 def test_figures_are_those_of_the_harness(
-    task: str, model: PreTrainedModel, accuracies: dict[str, dict[str, Accuracy]], tmp_path: Path
+    task: str, model: PreTrainedModel, accuracies: dict[str, dict[str, Record]], tmp_path: Path
 ) -> None:
     data = TASK_FILES[task]
     expected = reference(model, task, DATA_DIR / "tasks" / data.file, data.split, tmp_path, limit=LIMIT)
     assert_same(accuracies[task], expected, task)
-    assert {accuracy.num_fewshot for accuracy in accuracies[task].values()} == {0}
+    assert {accuracy.settings["num_fewshot"] for accuracy in accuracies[task].values()} == {0}
 
 
 @needs_data
-def test_a_random_model_gets_some_right_and_some_wrong(accuracies: dict[str, dict[str, Accuracy]]) -> None:
+def test_a_random_model_gets_some_right_and_some_wrong(accuracies: dict[str, dict[str, Record]]) -> None:
     items = [item for found in accuracies.values() for accuracy in found.values() for item in accuracy.items]
     assert set(items) == {0.0, 1.0}
 
 
 @needs_data
-def test_items_carry_a_hash_of_the_questions(
-    accuracies: dict[str, dict[str, Accuracy]], model: PreTrainedModel
-) -> None:
+def test_items_carry_a_hash_of_the_questions(accuracies: dict[str, dict[str, Record]], model: PreTrainedModel) -> None:
     hashes = {task: {accuracy.items_hash for accuracy in found.values()} for task, found in accuracies.items()}
     assert all(len(found) == 1 and None not in found for found in hashes.values())
     assert len(set.union(*hashes.values())) == len(TASKS)
@@ -138,7 +139,7 @@ def test_items_carry_a_hash_of_the_questions(
 
 
 @needs_data
-def test_the_headline_is_acc_norm_but_for_winogrande(accuracies: dict[str, dict[str, Accuracy]]) -> None:
+def test_the_headline_is_acc_norm_but_for_winogrande(accuracies: dict[str, dict[str, Record]]) -> None:
     chosen = {task: headline_metric(task, list(found)) for task, found in accuracies.items()}
     assert chosen == {"winogrande": "acc", **dict.fromkeys(TASKS[1:], "acc_norm")}
     assert headline_metric("winogrande", ["acc_norm", "acc"]) == "acc"
@@ -147,7 +148,7 @@ def test_the_headline_is_acc_norm_but_for_winogrande(accuracies: dict[str, dict[
 
 
 @needs_data
-def test_the_average_of_the_five_is_unweighted(accuracies: dict[str, dict[str, Accuracy]]) -> None:
+def test_the_average_of_the_five_is_unweighted(accuracies: dict[str, dict[str, Record]]) -> None:
     chosen = [found[headline_metric(task, list(found))] for task, found in accuracies.items()]
     mean, error = average([(accuracy.value, accuracy.standard_error) for accuracy in chosen])
     assert mean == pytest.approx(statistics.fmean(accuracy.value for accuracy in chosen))
@@ -160,7 +161,7 @@ def test_examples_before_a_question_are_the_harnesss(model: PreTrainedModel, tmp
     file, options = DATA_DIR / "tasks" / data.file, {"limit": 4, "num_fewshot": 2}
     found = measured(model, "winogrande", DATA_DIR, **options)
     assert_same(found, reference(model, "winogrande", file, data.split, tmp_path, **options), "winogrande")
-    assert found["acc"].num_fewshot == 2
+    assert found["acc"].settings["num_fewshot"] == 2
     none = measured(model, "winogrande", DATA_DIR, limit=4)
     assert none["acc"].items_hash != found["acc"].items_hash
 
@@ -204,10 +205,9 @@ def test_log_probabilities_are_summed_in_float32(tmp_path: Path) -> None:
 
 def test_log_probabilities_of_a_bfloat16_model_have_the_digits_of_float32() -> None:
     from amprune.evaluation.zero_shot import _language_model
-    from amprune.running import no_progress
 
     model = tiny_model(dtype=torch.bfloat16)
-    language_model = _language_model(model, make_tokenizer(), 1, no_progress, "task")
+    language_model = _language_model(Loaded(model, make_tokenizer()), 1, "task")
     context, choice = [1, 20, 30, 40], [50, 60, 70]
     ((found, _),) = language_model._loglikelihood_tokens([(("", ""), context, choice)])
     with torch.no_grad():
@@ -280,7 +280,7 @@ def test_a_task_with_examples_of_its_own_and_two_ways_to_read_an_answer(model: P
     assert {accuracy.n for accuracies in found.values() for accuracy in accuracies.values()} == {2}
     assert {len(accuracy.items) for accuracies in found.values() for accuracy in accuracies.values()} == {2}
     first = {count: accuracies[metrics[0]] for count, accuracies in found.items()}
-    assert {count: accuracy.num_fewshot for count, accuracy in first.items()} == {None: 5, 5: 5, 2: 2}
+    assert {count: accuracy.settings["num_fewshot"] for count, accuracy in first.items()} == {None: 5, 5: 5, 2: 2}
     assert first[None].items_hash == first[5].items_hash != first[2].items_hash
 
 
@@ -315,7 +315,7 @@ def test_without_a_file_the_items_come_from_the_hub(name: str, model: PreTrained
     (opened,) = open_tasks([name], data_dir=None if name in TASKS else tmp_path)
     assert opened.data is None
     with pytest.raises(EvaluationError, match=f"task {name} cannot run on its items from the hub; --data-dir FOLDER"):
-        measure_zero_shot(model, make_tokenizer(), opened, EvaluationSettings(limit=2))
+        measure_zero_shot(Loaded(model, make_tokenizer()), task=opened, asked=EvaluationSettings(limit=2))
 
 
 # What can go wrong while a task runs
@@ -339,13 +339,14 @@ def test_memory_that_runs_out_halves_the_batch(
     model: PreTrainedModel, sciq: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (opened,) = open_tasks(["sciq"], data_dir=sciq)
-    expected, _ = measure_zero_shot(model, make_tokenizer(), opened, EvaluationSettings(batch_size=2))
+    given = Loaded(model, make_tokenizer())
+    expected = measure_zero_shot(given, task=opened, asked=EvaluationSettings(batch_size=2))
     restore = short_of_memory(model, 2)
     with caplog.at_level(logging.WARNING, logger="amprune"):
-        found, fitted = measure_zero_shot(model, make_tokenizer(), opened, EvaluationSettings(batch_size=16))
+        found = measure_zero_shot(given, task=opened, asked=EvaluationSettings(batch_size=16))
     restore()
-    assert fitted == 2
-    assert found == expected
+    assert {record.note for record in expected} == {None}
+    assert found == [replace(record, note="a batch of 2 instead of 16: memory ran out") for record in expected]
     assert [record.args for record in caplog.records if record.name.startswith("amprune")] == [
         ("sciq", 8), ("sciq", 4), ("sciq", 2),
     ]  # fmt: skip

@@ -21,13 +21,6 @@ class Text:
 
 
 @dataclass(frozen=True)
-class _WikiText:
-    file: str
-    sha256: str
-    hub_split: str
-
-
-@dataclass(frozen=True)
 class TaskData:
     """A task's items as a JSON-lines file."""
 
@@ -47,17 +40,10 @@ class _TaskFile:
 
 
 WIKITEXT = {
-    "test": _WikiText(
-        file="wiki.test.raw",
-        sha256="173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08",
-        hub_split="test",
-    ),
-    "validation": _WikiText(
-        file="wiki.valid.raw",
-        sha256="4cd0f6876d07a413aa911261ff6d363c72d757d47f0fdd6015702014c89cb9c7",
-        hub_split="validation",
-    ),
+    "test": ("wiki.test.raw", "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"),
+    "validation": ("wiki.valid.raw", "4cd0f6876d07a413aa911261ff6d363c72d757d47f0fdd6015702014c89cb9c7"),
 }
+"""The raw file of each split, and its SHA-256."""
 
 _ARC: dict[str, type] = {"question": str, "choices": dict, "answerKey": str}
 
@@ -95,10 +81,10 @@ def load_wikitext(split: str = "test", *, data_dir: Path | None = None) -> Text:
     The raw file in `data_dir/wikitext2` gives the same text: a row a line, an empty row for a blank line, every other
     row ending in its newline.
     """
-    known = WIKITEXT[split]
-    rows = _hub_rows(known.hub_split) if data_dir is None else _rows(data_dir / "wikitext2" / known.file, known.sha256)
+    file, sha256 = WIKITEXT[split]
+    rows = _hub_rows(split) if data_dir is None else _rows(data_dir / "wikitext2" / file, sha256)
     content = "\n\n".join(rows)
-    return Text(f"wikitext2 {split}", content, hashlib.sha256(content.encode()).hexdigest())
+    return Text(f"wikitext2 {split}", content, _sha256(content.encode()))
 
 
 def load_text(path: Path) -> Text:
@@ -109,44 +95,41 @@ def load_text(path: Path) -> Text:
         content = ""
     if not content.strip():
         raise EvaluationError(f"{path} is empty or no UTF-8 text; perplexity needs text")
-    return Text(path.name, content, hashlib.sha256(content.encode()).hexdigest())
+    return Text(path.name, content, _sha256(content.encode()))
 
 
 def find_task_data(task: str, splits: tuple[str, ...], data_dir: Path) -> TaskData | None:
-    """Finds and checks a task's file in a data folder.
+    """Finds and checks a task's file in `data_dir/tasks`; None where it has none and the task is not of the paper.
 
-    Args:
-        task: the harness's name of it.
-        splits: the splits on which the harness would evaluate it, the first that is there counts.
-        data_dir: holds `tasks/`.
-
-    Returns:
-        The file; None for a task that the folder has no file of and that is none of the paper's five.
+    Of the splits on which the harness would evaluate the task, the first that is there counts.
     """
     folder = data_dir / "tasks"
-    known = TASK_FILES.get(task)
-    if known is not None:
+    if (known := TASK_FILES.get(task)) is not None:
         path = folder / known.file
         content = _read(path)
         _check_fields(path, _json_lines(path, content), known)
-        return TaskData(path, known.split, hashlib.sha256(content).hexdigest())
+        return TaskData(path, known.split, _sha256(content))
     for split in splits:
         if (path := folder / f"{task}_{split}.jsonl").is_file():
             content = _read(path)
             _json_lines(path, content)
-            return TaskData(path, split, hashlib.sha256(content).hexdigest())
+            return TaskData(path, split, _sha256(content))
     return None
 
 
 def _rows(path: Path, sha256: str) -> list[str]:
     content = _read(path)
-    if (found := hashlib.sha256(content).hexdigest()) != sha256:
+    if (found := _sha256(content)) != sha256:
         raise EvaluationError(
             f"{path} is not the raw file of WikiText-2: {len(content):,} bytes with sha256 {found[:12]}..., expected "
             f"{sha256[:12]}...; fetch it again (wikitext-2-raw-v1), or measure it as any text with --text {path}"
         )
     lines = content.decode("utf-8").split("\n")
     return ["" if not line.strip() else f"{line}\n" for line in lines[:-1]]
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _hub_rows(split: str) -> list[str]:
@@ -157,7 +140,7 @@ def _hub_rows(split: str) -> list[str]:
     except Exception as error:  # network failures come in many types
         raise EvaluationError(
             f"WikiText-2 cannot be fetched from the hub ({reason(error)}); give --data-dir with a folder that holds "
-            f"wikitext2/{next(item.file for item in WIKITEXT.values() if item.hub_split == split)}"
+            f"wikitext2/{WIKITEXT[split][0]}"
         ) from error
 
 

@@ -26,6 +26,7 @@ from amprune.model.writer import RECORDS
 from amprune.plan.artefact import PruningPlan
 from amprune.records import read_object
 from amprune.running import Progress, no_progress
+from amprune.settings import EvaluationSettings, PathLike
 
 logger = logging.getLogger(__name__)
 _NAMED = re.compile(r"([^=/\\]+)=(.+)")
@@ -44,24 +45,17 @@ class Subject:
     """The file that was given, of which `folder` holds the dequantised weights."""
 
 
-def open_subjects(
-    models: Sequence[str | os.PathLike[str]],
-    *,
-    revision: str | None = None,
-    dtype: str = "auto",
-    progress: Progress = no_progress,
-) -> tuple[Subject, ...]:
+def open_subjects(models: Sequence[PathLike], asked: EvaluationSettings, progress: Progress) -> tuple[Subject, ...]:
     """Finds the models, each MODEL or NAME=MODEL, and reads what identifies them."""
     if not models:
         raise EvaluationError("no model to measure; give one or more")
     for name in (names := names_of(models)):
         if names.count(name) > 1:
             raise EvaluationError(f"two models are called {name!r}; give them names: first={name} second=...")
-    named = [_named(os.fspath(model)) for model in models]
-    return tuple(_open(name, source, revision, dtype, progress) for name, source in named)
+    return tuple(_open(*_named(os.fspath(model)), asked, progress) for model in models)
 
 
-def names_of(models: Sequence[str | os.PathLike[str]]) -> list[str]:
+def names_of(models: Sequence[PathLike]) -> list[str]:
     """Returns what an evaluation calls each MODEL or NAME=MODEL: NAME, the folder's own name, or the hub id."""
     return [_named(os.fspath(model))[0] for model in models]
 
@@ -74,10 +68,10 @@ def _named(model: str) -> tuple[str, str]:
     return (path.resolve().name if path.exists() else model), model
 
 
-def _open(name: str, model: str, revision: str | None, dtype: str, progress: Progress) -> Subject:
+def _open(name: str, model: str, asked: EvaluationSettings, progress: Progress) -> Subject:
     file = Path(model).expanduser()
     gguf = read_gguf(file) if file.suffix.lower() == ".gguf" and file.is_file() else None
-    source = open_source(model, revision=revision, dtype=dtype)
+    source = open_source(model, revision=asked.revision, dtype=asked.dtype)
     config = read_object(source.folder / "config.json", hint=what_else(source.folder))
     quantization = quantization_of(config)
     if quantization is not None:
@@ -86,6 +80,7 @@ def _open(name: str, model: str, revision: str | None, dtype: str, progress: Pro
     if quantization is None:  # the names of quantised weights are their library's; loading them tells what is missing
         _check_weights(source.folder)
     plan_file = source.folder / RECORDS / "plan.json"
+    plan = PruningPlan.load(plan_file) if plan_file.is_file() else None
     front = read_front_matter(source.folder / "README.md")
     entry = ModelEntry(
         name=name,
@@ -97,8 +92,12 @@ def _open(name: str, model: str, revision: str | None, dtype: str, progress: Pro
         weight_bytes=sum(part.stat().st_size for part in ([file] if gguf else _weights(source.folder))),
         base_model=source.base_model or _first(front.get("base_model")),
         license=source.license or _first(front.get("license")),
-        pruned=_pruned(PruningPlan.load(plan_file)) if plan_file.is_file() else None,
-    )
+        pruned=None if plan is None else {
+            "ratio_target": plan.ratio_target, "ratio_actual": plan.ratio_actual,
+            "shape_before": plan.shape_before.to_dict(), "shape_after": plan.shape_after.to_dict(),
+            "provenance": dict(sorted({**plan.provenance, "options": plan.choices}.items())),
+        },
+    )  # fmt: skip
     return Subject(name, source.folder, entry, positions, gguf)
 
 
@@ -135,16 +134,6 @@ def _check_weights(folder: Path) -> None:
         logger.warning("%s: transformers ignores %d tensors, such as %s", folder.name, len(names), names[0])
 
 
-def _pruned(plan: PruningPlan) -> dict[str, Any]:
-    return {
-        "ratio_target": plan.ratio_target,
-        "ratio_actual": plan.ratio_actual,
-        "shape_before": plan.shape_before.to_dict(),
-        "shape_after": plan.shape_after.to_dict(),
-        "provenance": dict(sorted({**plan.provenance, "options": plan.choices}.items())),
-    }
-
-
 def content_hash(folder: Path, progress: Progress = no_progress) -> str:
     """Returns the SHA-256 of config.json and the weight files, read several at a time."""
     config, files = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest(), _weights(folder)
@@ -160,20 +149,14 @@ def _hashes(files: Sequence[Path], progress: Progress) -> list[str]:
     with progress(f"Hashing {files[0].parent.name}"[:24], len(files)) as advance, ThreadPoolExecutor(4) as pool:
 
         def digest(file: Path) -> str:
+            found = hashlib.sha256()
             with file.open("rb") as content:
-                found = hashlib.file_digest(content, "sha256") if hasattr(hashlib, "file_digest") else _digest(content)
+                while block := content.read(1 << 20):
+                    found.update(block)
             advance(1)
             return found.hexdigest()
 
         return list(pool.map(digest, files))
-
-
-def _digest(content: Any) -> Any:
-    """What `hashlib.file_digest` does, for Python 3.10."""
-    digest = hashlib.sha256()
-    while block := content.read(1 << 20):
-        digest.update(block)
-    return digest
 
 
 def _first(value: object) -> str | None:

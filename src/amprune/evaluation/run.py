@@ -1,40 +1,42 @@
 """Every measurement of one model or several, in order, into one `evaluation.json`. START HERE in this folder."""
 
+import logging
 import os
+import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from amprune.errors import EvaluationError, required
-from amprune.evaluation.data import Text, load_text, load_wikitext
-from amprune.evaluation.energy import energy_records
-from amprune.evaluation.guards import nan_refused, out_of_memory
+from amprune.evaluation.energy import energy_jobs
 from amprune.evaluation.identity import Subject, open_subjects
-from amprune.evaluation.latency import latency_records
-from amprune.evaluation.perplexity import check_windows, perplexity_records
+from amprune.evaluation.latency import latency_jobs
+from amprune.evaluation.measurement import Job, Loaded, nan_refused, out_of_memory
+from amprune.evaluation.perplexity import perplexity_jobs
 from amprune.evaluation.records import Evaluation, Record
-from amprune.evaluation.session import Session, device_name, open_session
 from amprune.evaluation.size import size_records
-from amprune.evaluation.zero_shot import Task, average_records, open_tasks, zero_shot_records
+from amprune.evaluation.zero_shot import zero_shot_jobs
 from amprune.model.architecture import quiet_transformers
-from amprune.model.latency import LatencySettings, Timed, check_positions, dtype_of, latency_cases
+from amprune.model.latency import LatencySettings, latency_cases
 from amprune.model.llama_cpp import llama_cpp_model
 from amprune.model.loading import default_device, load_tokenizer, loaded_model
+from amprune.records import go_on
 from amprune.running import Advance, Progress, no_progress
-from amprune.settings import MEASURED_BY, MEASUREMENTS, EvaluationSettings, PathLike, settle
+from amprune.settings import MEASURED_BY, MEASUREMENTS, EvaluationSettings, Measurement, PathLike, settle
 
-_Job = Callable[..., list[Record]]
-"""Measures `(model, tokenizer, progress=...)` and returns its records."""
+logger = logging.getLogger(__name__)
 _REQUESTED = (
     "sequence_length", "windows", "tasks", "limit", "num_fewshot", "dtype", "energy_seconds", "country",
 )  # fmt: skip
 """Settings that decide figures: an interrupted run is gone on with where they are the same."""
+_PACKAGES = ("amprune", "torch", "transformers", "tokenizers", "lm-eval", "codecarbon")
 
 
 def evaluate(
@@ -66,38 +68,31 @@ def evaluate(
     asked = settle(EvaluationSettings, settings, options)
     cases = latency_cases(asked) if latency is None else latency
     _check(asked, cases)
-    folder = None if asked.data_dir is None else Path(asked.data_dir).expanduser()
-    tasks = open_tasks(asked.tasks, data_dir=folder) if "zero_shot" in asked.measure else ()  # before a text is fetched
-    texts: list[Text] = []
-    if "perplexity" in asked.measure:
-        texts = [load_text(Path(text)) for text in asked.texts] or [load_wikitext(asked.split, data_dir=folder)]
-    given = [models] if isinstance(models, str | os.PathLike) else list(models)
-    subjects = open_subjects(given, revision=asked.revision, dtype=asked.dtype, progress=progress)
-    for subject in subjects:
-        _check_subject(subject, asked, cases)
-    request = {
-        "measure": list(asked.measure),
-        "data": [one.sha256 for one in texts] + [one.data.sha256 if one.data else one.name for one in tasks],
-        **{name: getattr(asked, name) for name in _REQUESTED},
-        "latency": [asdict(case) for case in cases],
+    openers: dict[Measurement, Callable[[], list[Job]]] = {  # to add a measurement, add a line
+        "perplexity": lambda: perplexity_jobs(asked),
+        "zero_shot": lambda: zero_shot_jobs(asked),
+        "latency": lambda: latency_jobs(cases),
+        "energy": lambda: energy_jobs(cases[:1], asked),
     }
-    where = f"device map {asked.device_map}" if asked.device_map else device_name(asked.device or default_device())
-    session = open_session(Path(output).expanduser(), subjects, request, device=where)
+    # Backwards, since tasks are found at once and texts may have to be fetched.
+    opened = {kind: openers[kind]() for kind in reversed(openers) if kind in asked.measure}
+    jobs = [Job("size", size_records), *(job for kind in openers for job in opened.get(kind, ()))]
+    given = [models] if isinstance(models, str | os.PathLike) else list(models)
+    subjects = open_subjects(given, asked, progress)
     for subject in subjects:
-        _measure_alone(session, subject, _alone(session, subject, texts, tasks, asked), asked, progress)
-    together: dict[str, Callable[[Mapping[str, Timed]], dict[str, list[Record]]]] = {}
-    if "latency" in asked.measure:
-        for case in cases:
-            together[f"latency: {case.label}"] = partial(latency_records, case=case, progress=progress)
-    if "energy" in asked.measure:
-        metered = partial(energy_records, case=cases[0], asked=asked, progress=progress)
-        together[f"energy: {cases[0].label}"] = metered
-    open_jobs = {label: job for label, job in together.items() if label not in session.done}
-    if open_jobs:
-        with _fitting(partial(_loaded, asked=asked, cases=cases), subjects) as loaded:
-            for label, measured in open_jobs.items():
-                session.keep(label, measured(loaded))
-    return session.finish()
+        for job in jobs:
+            job.check(subject)
+    session = _begin(Path(output).expanduser(), subjects, jobs, asked, cases)
+    for subject in subjects:
+        _measure_alone(session, subject, [job for job in jobs if not job.joint], asked, progress)
+    joint = [job for job in jobs if job.joint and job.label not in session.done]
+    if joint:
+        with _loaded(subjects, asked, cases) as loaded:
+            for job in joint:
+                session.keep(job.label, job.measure(loaded, progress))
+    session.evaluation.unfinished = None  # the same request then measures anew
+    session.evaluation.save(session.path)
+    return session.evaluation
 
 
 def _check(asked: EvaluationSettings, cases: Sequence[LatencySettings]) -> None:
@@ -117,84 +112,97 @@ def _check(asked: EvaluationSettings, cases: Sequence[LatencySettings]) -> None:
     required("measuring", *(library for kind in asked.measure for library in MEASURED_BY.get(kind, ())))
 
 
-def _check_subject(subject: Subject, asked: EvaluationSettings, cases: Sequence[LatencySettings]) -> None:
-    if "perplexity" in asked.measure:
-        check_windows(subject.positions, asked.sequence_length, asked.windows)
-    for case in cases if {"latency", "energy"} & set(asked.measure) else ():
-        check_positions(subject.name, subject.positions, case)
-        if subject.gguf is not None and (case.batch_size, case.mode) != (1, "eager"):
-            raise EvaluationError(
-                f"{subject.name} is a GGUF file, which llama.cpp runs one sequence at a time and as it is; ask for "
-                "--latency-batch 1 --mode eager, or leave it out"
-            )
+@dataclass(frozen=True)
+class _Session:
+    """Keeps records as they come, so that a run can go on where it was interrupted."""
+
+    path: Path
+    evaluation: Evaluation
+    device: str
+    done: list[str]
+    """Labels of what this run, or the interrupted one that it goes on with, has finished."""
+
+    def keep(self, label: str, records: Mapping[str, Sequence[Record]]) -> None:
+        """Saves the records of one measurement, by model; `label` is then done."""
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        for model, found in records.items():
+            common: dict[str, Any] = {"model": model, "device": self.device, "versions": versions(), "time": now}
+            self.evaluation.add(replace(record, **common) for record in found)
+        self.done.append(label)
+        self.evaluation.save(self.path)
 
 
-def _alone(
-    session: Session, subject: Subject, texts: Sequence[Text], tasks: Sequence[Task], asked: EvaluationSettings
-) -> dict[str, _Job]:
-    """Returns what is measured of each model alone: to add a measurement, add a line here."""
-
-    def average(model: PreTrainedModel, tokenizer: Any, *, progress: Progress) -> list[Record]:
-        records = session.evaluation.of(subject.name, "zero_shot")
-        same = {"limit": asked.limit, "num_fewshot": asked.num_fewshot or 0, "dtype": dtype_of(model)}
-        return average_records((one for one in records if one.device == session.device), same)
-
-    jobs: dict[str, _Job] = {"size": lambda model, tokenizer, *, progress: size_records(model, subject.gguf)}
-    jobs |= {text.name: partial(perplexity_records, text=text, asked=asked) for text in texts}
-    jobs |= {task.name: partial(zero_shot_records, task=task, asked=asked) for task in tasks}
-    return jobs | ({"average": average} if tasks else {})
+def _begin(
+    path: Path,
+    subjects: Sequence[Subject],
+    jobs: Sequence[Job],
+    asked: EvaluationSettings,
+    cases: Sequence[LatencySettings],
+) -> _Session:
+    """Reads the file when it is there and finds what an interrupted run of the same request had finished."""
+    evaluation = Evaluation.load(path) if path.exists() else Evaluation()
+    for subject in subjects:
+        evaluation.add_model(subject.entry)
+    device = f"device map {asked.device_map}" if asked.device_map else device_name(asked.device or default_device())
+    request = {
+        "measure": asked.measure,
+        "data": [job.data for job in jobs if job.data is not None],
+        **{name: getattr(asked, name) for name in _REQUESTED},
+        "latency": [asdict(case) for case in cases],
+        "device": device,
+        "models": {subject.name: subject.entry.sha256 for subject in subjects},
+    }
+    run = go_on(evaluation.unfinished, request)
+    if run.done:
+        logger.info("going on with an interrupted run; done already: %s", ", ".join(run.done))
+    evaluation.unfinished = run.begun()
+    evaluation.save(path)
+    return _Session(path, evaluation, device, run.done)
 
 
 def _measure_alone(
-    session: Session, subject: Subject, jobs: Mapping[str, _Job], asked: EvaluationSettings, progress: Progress
+    session: _Session, subject: Subject, jobs: Sequence[Job], asked: EvaluationSettings, progress: Progress
 ) -> None:
     """Loads a model once and measures what is not done yet."""
-    open_jobs = {name: job for name, job in jobs.items() if f"{subject.name}: {name}" not in session.done}
+    open_jobs = [job for job in jobs if f"{subject.name}: {job.label}" not in session.done]
     if not open_jobs:
         return
     tokenizer = None
-    if open_jobs.keys() - {"size", "average"}:
+    if any(job.data is not None for job in open_jobs):
         tokenizer = load_tokenizer(subject.folder, trust_remote_code=asked.trust_remote_code)
     note = None if subject.gguf is None else f"{subject.gguf.type} weights, dequantised and run by transformers"
-    load = partial(_in_transformers, asked=asked)
 
     def watched(description: str, total: int) -> AbstractContextManager[Advance]:
         return progress(f"{subject.name}: {description}", total)
 
-    with _fitting(load, [subject]) as models, nan_refused(models[subject.name], subject.name):
-        for name, job in open_jobs.items():
+    with _loaded([subject], asked) as models, nan_refused(model := models[subject.name], subject.name):
+        for job in open_jobs:
+            kept = [one for one in session.evaluation.of(subject.name) if one.device == session.device]
             with quiet_transformers():
-                found = job(models[subject.name], tokenizer, progress=watched)
-            noted = (replace(one, note="; ".join(filter(None, (note, one.note))) or None) for one in found)
-            session.keep(f"{subject.name}: {name}", {subject.name: noted})
-
-
-def _in_transformers(subject: Subject, *, asked: EvaluationSettings) -> AbstractContextManager[PreTrainedModel]:
-    return loaded_model(subject.folder, dtype=asked.dtype, device=asked.device, device_map=asked.device_map)
-
-
-def _loaded(
-    subject: Subject, *, asked: EvaluationSettings, cases: Sequence[LatencySettings]
-) -> AbstractContextManager[Timed]:
-    """Loads a model to be timed: a GGUF file in llama.cpp, others in transformers."""
-    if subject.gguf is None:
-        return _in_transformers(subject, asked=asked)
-    return llama_cpp_model(
-        subject.gguf,
-        positions=max(case.prompt_tokens + case.new_tokens for case in cases),
-        threads=torch.get_num_threads(),
-        gpu=(asked.device or default_device()) != "cpu",
-    )
+                found = job.measure(Loaded(model, tokenizer, subject.gguf, kept, watched))
+            noted = [replace(one, note="; ".join(filter(None, (note, one.note))) or None) for one in found]
+            session.keep(f"{subject.name}: {job.label}", {subject.name: noted})
 
 
 @contextmanager
-def _fitting(load: Any, subjects: Sequence[Subject]) -> Iterator[Mapping[str, Any]]:
-    """Loads models side by side."""
+def _loaded(
+    subjects: Sequence[Subject], asked: EvaluationSettings, cases: Sequence[LatencySettings] = ()
+) -> Iterator[dict[str, Any]]:
+    """Loads models side by side: where cases are timed, GGUF files in llama.cpp, and else all in transformers."""
     with ExitStack() as stack:
         models: dict[str, Any] = {}
         for subject in subjects:
+            found: AbstractContextManager[Any]
             try:
-                models[subject.name] = stack.enter_context(load(subject))
+                if subject.gguf is not None and cases:
+                    positions = max(case.prompt_tokens + case.new_tokens for case in cases)
+                    gpu = (asked.device or default_device()) != "cpu"
+                    threads = torch.get_num_threads()
+                    found = llama_cpp_model(subject.gguf, positions=positions, threads=threads, gpu=gpu)
+                else:
+                    where = {"device": asked.device, "device_map": asked.device_map}
+                    found = loaded_model(subject.folder, dtype=asked.dtype, **where)
+                models[subject.name] = stack.enter_context(found)
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
@@ -204,3 +212,29 @@ def _fitting(load: Any, subjects: Sequence[Subject]) -> Iterator[Mapping[str, An
                     "smaller --dtype, --device cpu or --device-map auto"
                 ) from error
         yield models
+
+
+def device_name(device: str) -> str:
+    """Returns what a device is: the processor and its threads, or the accelerator."""
+    if device.startswith("cuda"):
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    processor = names[0] if names else platform.processor() or platform.machine()
+    threads = torch.get_num_threads()
+    return f"{device} ({processor}, {threads} thread{'' if threads == 1 else 's'})"
+
+
+@lru_cache
+def versions() -> dict[str, str]:
+    """Returns the versions that can change a figure."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -10,10 +10,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import linear
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import PreTrainedModel
 
+from amprune.evaluation.measurement import Loaded
 from amprune.evaluation.records import Record
-from amprune.model.gguf_file import GgufFile
+from amprune.model.architecture import PreTrainedModel
 from amprune.model.latency import dtype_of
 from amprune.model.loading import input_device, is_quantized, vocabulary_size, weight_bytes, weight_count
 
@@ -43,16 +43,14 @@ _UNITS = {
 }
 
 
-def size_records(model: PreTrainedModel, gguf: GgufFile | None) -> list[Record]:
+def size_records(given: Loaded) -> list[Record]:
     """Parameters, bytes and multiply-accumulates; the bytes of a GGUF file are its own."""
-    sizes: dict[str, float] = asdict(measure_size(model))
-    if gguf is not None:
-        sizes |= {
-            "weight_bytes": gguf.weight_bytes,
-            "weight_bytes_per_token": gguf.weight_bytes_per_token,
-            "kv_cache_bytes_per_token": gguf.cache_bytes_per_token,
-        }
-    settings = {"dtype": dtype_of(model)}
+    sizes: dict[str, float] = asdict(measure_size(given.model))
+    if given.gguf is not None:
+        sizes["weight_bytes"] = given.gguf.weight_bytes
+        sizes["weight_bytes_per_token"] = given.gguf.weight_bytes_per_token
+        sizes["kv_cache_bytes_per_token"] = given.gguf.cache_bytes_per_token
+    settings = {"dtype": dtype_of(given.model)}
     return [
         Record(measurement="size", task="model", metric=name, value=value, unit=_UNITS[name], settings=settings)
         for name, value in sizes.items()
@@ -109,19 +107,19 @@ def _macs(model: PreTrainedModel) -> float:
 
 @contextmanager
 def _counted(model: PreTrainedModel) -> Iterator[None]:
-    """Puts a product of the same shape instead of every quantised layer, whose own kernels are not counted."""
+    """Replaces every quantised layer by a product of the same shape, whose own kernels are not counted."""
     layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and is_quantized(m.weight)]
+
+    def product(layer: torch.nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
+        return linear(inputs, inputs.new_zeros(()).expand(layer.out_features, layer.in_features))
+
     for layer in layers:
-        layer.forward = partial(_product, layer)  # type: ignore[method-assign]
+        layer.forward = partial(product, layer)  # type: ignore[method-assign]
     try:
         yield
     finally:
         for layer in layers:
             del layer.forward
-
-
-def _product(layer: torch.nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
-    return linear(inputs, inputs.new_zeros(()).expand(layer.out_features, layer.in_features))
 
 
 @contextmanager

@@ -7,23 +7,22 @@ import logging
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import PreTrainedModel
 
 from amprune.errors import AmpruneError, EvaluationError, reason
 from amprune.evaluation.comparison import average
 from amprune.evaluation.data import TASK_FILES, TaskData, find_task_data
-from amprune.evaluation.guards import halve_until_it_fits
+from amprune.evaluation.measurement import Job, Loaded, halve_until_it_fits
 from amprune.evaluation.records import Record
 from amprune.model.latency import dtype_of
 from amprune.model.loading import input_device
-from amprune.running import Progress, no_progress
 from amprune.settings import TASKS, EvaluationSettings
 
 _BOOTSTRAP = 1000
@@ -48,50 +47,20 @@ class Task:
     """None: from the hub."""
 
 
-@dataclass(frozen=True)
-class Accuracy:
-    """One metric of one task."""
-
-    task: str
-    metric: str
-    value: float
-    standard_error: float | None
-    items: tuple[float, ...]
-    """The metric of each question; empty where the harness has no such figure."""
-    items_hash: str | None
-    n: int
-    version: str
-    """Of the harness's task definition."""
-    num_fewshot: int
+def zero_shot_jobs(asked: EvaluationSettings) -> list[Job]:
+    """Opens the tasks; returns a job a task, and one for the average of the paper's."""
+    folder = None if asked.data_dir is None else Path(asked.data_dir).expanduser()
+    jobs = []
+    for task in open_tasks(asked.tasks, data_dir=folder):
+        data = task.data.sha256 if task.data else task.name
+        jobs.append(Job(task.name, partial(measure_zero_shot, task=task, asked=asked), data))
+    return [*jobs, Job("average", partial(average_accuracy, asked=asked))]
 
 
-def zero_shot_records(
-    model: PreTrainedModel, tokenizer: Any, task: Task, asked: EvaluationSettings, progress: Progress
-) -> list[Record]:
-    """Every metric of one task of the harness."""
-    found, fitted = measure_zero_shot(model, tokenizer, task, asked, progress=progress)
-    note = None if fitted == asked.batch_size else f"a batch of {fitted} instead of {asked.batch_size}: memory ran out"
-    return [
-        Record(
-            measurement="zero_shot", task=one.task, metric=one.metric, value=one.value,
-            unit="accuracy" if one.metric.startswith("acc") else one.metric, n=one.n,
-            standard_error=one.standard_error, items=one.items, items_hash=one.items_hash, note=note,
-            settings={
-                "limit": asked.limit, "num_fewshot": one.num_fewshot, "task_version": one.version,
-                "dtype": dtype_of(model),
-            },
-            data={"name": task.data.file.name, "sha256": task.data.sha256} if task.data else {"name": "hub"},
-        )
-        for one in found
-    ]  # fmt: skip
-
-
-def average_records(records: Iterable[Record], same: dict[str, Any]) -> list[Record]:
-    """The unweighted mean of the paper's five tasks, each by the metric that the paper reports; none if one lacks.
-
-    `same` is what the settings of the records have to have in common.
-    """
-    alike = [record for record in records if same.items() <= record.settings.items()]
+def average_accuracy(given: Loaded, *, asked: EvaluationSettings) -> list[Record]:
+    """The unweighted mean of the paper's five tasks, each by the metric that the paper reports; none if one lacks."""
+    same = {"limit": asked.limit, "num_fewshot": asked.num_fewshot or 0, "dtype": dtype_of(given.model)}
+    alike = [one for one in given.kept if one.measurement == "zero_shot" and same.items() <= one.settings.items()]
     chosen: list[Record] = []
     for task in TASKS:
         metrics = {record.metric: record for record in alike if record.task == task}
@@ -122,8 +91,6 @@ def open_tasks(names: Sequence[str], *, data_dir: Path | None = None) -> tuple[T
         everything = TaskManager() if others else None
     tasks = []
     for name in names:
-        if everything is not None and name not in _PAPER_FILES:
-            _check_known(name, everything)
         files, splits = _definition(name, everything)
         data = find_task_data(name, splits, data_dir) if data_dir is not None and files is not None else None
         if name in _PAPER_FILES or data is not None:
@@ -133,20 +100,17 @@ def open_tasks(names: Sequence[str], *, data_dir: Path | None = None) -> tuple[T
     return tuple(tasks)
 
 
-def _check_known(name: str, manager: Any) -> None:
-    if name not in manager.all_tasks:
-        near = [task for task in TASKS if name in task]
-        near = near or difflib.get_close_matches(name, [*TASKS, *manager.all_tasks], n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(dict.fromkeys(near))}?" if near else "`lm-eval ls tasks` lists them"
-        raise EvaluationError(f"lm-evaluation-harness has no task {name!r}; {hint}")
-
-
 def _definition(name: str, manager: Any) -> tuple[Path | None, tuple[str, ...]]:
     """Returns the file that defines a single task, None for a group, and the splits that it is evaluated on."""
     import lm_eval.tasks
 
     if name in _PAPER_FILES:
         return Path(lm_eval.tasks.__file__).parent / _PAPER_FILES[name], (TASK_FILES[name].split,)
+    if name not in manager.all_tasks:
+        near = [task for task in TASKS if name in task]
+        near = near or difflib.get_close_matches(name, [*TASKS, *manager.all_tasks], n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(dict.fromkeys(near))}?" if near else "`lm-eval ls tasks` lists them"
+        raise EvaluationError(f"lm-evaluation-harness has no task {name!r}; {hint}")
     entry = manager.task_index[name]
     if entry.kind.name != "TASK" or entry.yaml_path is None:
         return None, ()
@@ -179,36 +143,32 @@ def _overlay(name: str, definition: str, data: TaskData | None) -> Any:
         return TaskManager(include_path=str(folder), include_defaults=False)
 
 
-def measure_zero_shot(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    task: Task,
-    asked: EvaluationSettings,
-    *,
-    progress: Progress = no_progress,
-) -> tuple[list[Accuracy], int]:
-    """Runs one task of the harness; returns its metrics and the batch size that fitted.
+def measure_zero_shot(given: Loaded, *, task: Task, asked: EvaluationSettings) -> list[Record]:
+    """Runs one task of the harness; returns a record a metric, of which the items are the questions where it tells.
 
     Log-probabilities are summed in float32 whatever the model's dtype: in bfloat16 many choices of a question tie.
     """
 
-    def run(size: int) -> list[Accuracy]:
-        return _run(model, tokenizer, task, replace(asked, batch_size=size), progress)
+    def run(size: int) -> list[Record]:
+        return _run(given, task, replace(asked, batch_size=size))
 
-    return halve_until_it_fits(run, asked.batch_size, what=task.name)
+    found, fitted = halve_until_it_fits(run, asked.batch_size, what=task.name)
+    note = None if fitted == asked.batch_size else f"a batch of {fitted} instead of {asked.batch_size}: memory ran out"
+    return [replace(record, note=note) for record in found]
 
 
-def _run(
-    model: PreTrainedModel, tokenizer: Any, task: Task, asked: EvaluationSettings, progress: Progress
-) -> list[Accuracy]:
+def _run(given: Loaded, task: Task, asked: EvaluationSettings) -> list[Record]:
     from lm_eval import evaluate
 
     with _quiet_harness():
-        language_model = _language_model(model, tokenizer, asked.batch_size, progress, task.name)
+        language_model = _language_model(given, asked.batch_size, task.name)
         try:
             loaded = task.manager.load([task.name])
             for single in loaded["tasks"].values():
-                _set_examples(single, asked.num_fewshot)
+                own = single.get_config("num_fewshot")  # of a task that says none, the number is set
+                if own is None or (asked.num_fewshot is not None and own != 0):
+                    single.set_config(key="num_fewshot", value=asked.num_fewshot or 0)
+                single.set_fewshot_seed(seed=_FEWSHOT_SEED)
             results: Any = evaluate(language_model, loaded, limit=asked.limit, bootstrap_iters=_BOOTSTRAP)
         except (AmpruneError, MemoryError, RuntimeError):
             raise
@@ -220,20 +180,23 @@ def _run(
         except Exception as error:  # data sets fail in many types
             where = f"{task.data.file}" if task.data else "the hub; --data-dir FOLDER takes them from FOLDER/tasks"
             raise EvaluationError(f"task {task.name} cannot run on its items from {where}: {reason(error)}") from error
-    return [accuracy for name in results["results"] for accuracy in _accuracies(name, results)]
+    common = Record(
+        measurement="zero_shot", task=task.name, metric="", value=0, unit="",
+        settings={"limit": asked.limit, "num_fewshot": 0, "task_version": "", "dtype": dtype_of(given.model)},
+        data={"name": task.data.file.name, "sha256": task.data.sha256} if task.data else {"name": "hub"},
+    )  # fmt: skip
+    return [record for name in results["results"] for record in _records(name, results, common)]
 
 
-def _set_examples(task: Any, num_fewshot: int | None) -> None:
-    """Sets the number of examples before a question, which a task that says none itself has none of."""
-    own = task.get_config("num_fewshot")
-    if own is None or (num_fewshot is not None and own != 0):
-        task.set_config(key="num_fewshot", value=num_fewshot or 0)
-    task.set_fewshot_seed(seed=_FEWSHOT_SEED)
-
-
-def _accuracies(name: str, results: dict[str, Any]) -> Iterator[Accuracy]:
+def _records(name: str, results: dict[str, Any], common: Record) -> Iterator[Record]:
+    """Yields a record of every metric of a task, or of one in a group."""
     found, samples = results["results"][name], results["samples"].get(name, [])
     count = results["n-samples"].get(name, {}).get("effective") or len(samples)
+    settings = {
+        **common.settings,
+        "num_fewshot": int(results["n-shot"].get(name) or 0),
+        "task_version": str(results["versions"].get(name, "")),
+    }
     for key, value in found.items():
         metric, _, keeper = key.partition(",")
         if not keeper or metric.endswith("_stderr") or not isinstance(value, int | float):
@@ -241,16 +204,18 @@ def _accuracies(name: str, results: dict[str, Any]) -> Iterator[Accuracy]:
         error = found.get(f"{metric}_stderr,{keeper}")
         mine = [sample for sample in samples if sample.get("filter", keeper) == keeper]
         items = _items(mine, metric)
-        yield Accuracy(
+        metric = metric if keeper == "none" else f"{metric} ({keeper})"
+        yield replace(
+            common,
             task=name,
-            metric=metric if keeper == "none" else f"{metric} ({keeper})",
+            metric=metric,
             value=float(value),
+            unit="accuracy" if metric.startswith("acc") else metric,
+            n=int(count) or len(items),
             standard_error=float(error) if isinstance(error, int | float) and math.isfinite(error) else None,
+            settings=settings,
             items=items,
             items_hash=_hash(name, mine) if items else None,
-            n=int(count) or len(items),
-            version=str(results["versions"].get(name, "")),
-            num_fewshot=int(results["n-shot"].get(name) or 0),
         )
 
 
@@ -266,9 +231,7 @@ def _hash(name: str, samples: list[dict[str, Any]]) -> str:
     return hashlib.sha256("\n".join([name, *parts]).encode()).hexdigest()
 
 
-def _language_model(
-    model: PreTrainedModel, tokenizer: Any, batch_size: int, progress: Progress, description: str
-) -> Any:
+def _language_model(given: Loaded, batch_size: int, description: str) -> Any:
     """Wraps a loaded model for the harness, on the device on which it is, with a bar of ours."""
     from lm_eval.models.huggingface import HFLM
 
@@ -279,10 +242,10 @@ def _language_model(
 
         @property
         def device(self) -> Any:
-            return input_device(model)
+            return input_device(given.model)
 
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **options: Any) -> Any:
-            with progress(description, len(requests)) as self._advance:
+            with given.progress(description, len(requests)) as self._advance:
                 return super()._loglikelihood_tokens(requests, disable_tqdm=True, **options)
 
         def _model_call(self, inps: Any, **options: Any) -> Any:
@@ -291,7 +254,7 @@ def _language_model(
             return logits
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
-            with progress(description, len(requests)) as self._advance:
+            with given.progress(description, len(requests)) as self._advance:
                 return super().generate_until(requests, disable_tqdm=True)
 
         def _model_generate(self, context: Any, *arguments: Any, **options: Any) -> Any:
@@ -300,8 +263,9 @@ def _language_model(
             return generated
 
     return Watched(
-        pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal", softmax_dtype="float32"
-    )
+        pretrained=given.model, tokenizer=given.tokenizer, batch_size=batch_size, backend="causal",
+        softmax_dtype="float32",
+    )  # fmt: skip
 
 
 @contextmanager

@@ -10,8 +10,8 @@ from typing import Any
 
 from amprune.cut.refit.record import RECORD
 from amprune.errors import AmpruneError, EvaluationError, ScoresError, reason
-from amprune.evaluation.guards import out_of_memory
 from amprune.evaluation.identity import content_hash
+from amprune.evaluation.measurement import out_of_memory
 from amprune.evaluation.records import Evaluation
 from amprune.evaluation.run import evaluate
 from amprune.experiments.recipes import Cell

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from filelock import FileLock, Timeout
 
 from amprune.errors import EvaluationError
-from amprune.evaluation.session import versions
+from amprune.evaluation.run import versions
 from amprune.experiments.cells import EVALUATION, MODELS, SCORES, Bench
 from amprune.experiments.recipes import Recipe
 from amprune.experiments.settings import Settings

@@ -1,18 +1,52 @@
-"""What must not pass silently: NaN logits, and memory that runs out."""
+"""What a measurement is given and gives, and what must not pass silently: NaN logits, and memory that runs out."""
 
-import gc
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from transformers import PreTrainedModel
 
 from amprune.errors import EvaluationError, reason
+from amprune.evaluation.identity import Subject
+from amprune.evaluation.records import Record
+from amprune.model.architecture import PreTrainedModel
+from amprune.model.gguf_file import GgufFile
+from amprune.running import Progress, no_progress, release_memory
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that is measured alone."""
+
+    model: PreTrainedModel
+    """In evaluation mode."""
+    tokenizer: Any = None
+    """The model's own; None where no job needs one."""
+    gguf: GgufFile | None = None
+    """The file whose dequantised weights the model has."""
+    kept: Sequence[Record] = ()
+    """What is known of it on this device, of earlier runs too."""
+    progress: Progress = no_progress
+
+
+@dataclass(frozen=True)
+class Job:
+    """A part of a measurement, after which the figures are saved."""
+
+    label: str
+    measure: Callable[..., Any]
+    """Returns the records of one `Loaded`; of a joint job, those of each of `models, progress`, by name."""
+    data: str | None = None
+    """Identifies what is measured on, for which a tokenizer is needed."""
+    joint: bool = False
+    """Whether all models are measured in turn."""
+    check: Callable[[Subject], None] = lambda subject: None
+    """Refuses a model that cannot be measured, before one is loaded."""
 
 
 @contextmanager
@@ -45,7 +79,7 @@ def halve_until_it_fits(measure: Callable[[int], T], batch_size: int, *, what: s
                 raise
         # Outside the handler, whose traceback would keep the activations alive.
         batch_size //= 2
-        gc.collect()
+        release_memory()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         logger.warning("%s: out of memory; going on with a batch of %d", what, batch_size)
