@@ -7,13 +7,12 @@ from types import MappingProxyType
 from typing import Any, cast
 
 import torch
+import transformers
 from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM
 
 from amprune.errors import PlanError
 from amprune.model.architecture import (
     Architecture,
-    PreTrainedModel,
     config_of_blocks,
     config_with_heads,
     describe,
@@ -178,7 +177,7 @@ def _check_against_meta(headers: Mapping[str, TensorHeader], output: Architectur
             )
 
 
-def prune_model(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
+def prune_model(model: "transformers.PreTrainedModel", plan: PruningPlan) -> "transformers.PreTrainedModel":
     """Prunes a model in memory and returns a new one; `model` is left as it was.
 
     Raises:
@@ -199,7 +198,7 @@ def prune_model(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     changes = cuts_by_tensor(architecture, plan)
     config = make_config(output_config(raw, architecture, plan), where="the output's config")
     with init_empty_weights(include_buffers=False):
-        pruned: Any = AutoModelForCausalLM.from_config(config)
+        pruned: Any = transformers.AutoModelForCausalLM.from_config(config)
     for name, (cut, kept) in changes.items():
         state[name] = state[name].index_select(cut.axis, kept.to(state[name].device))
     renamed = kept_tensors(architecture, plan, state)
@@ -208,7 +207,7 @@ def prune_model(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     pruned.tie_weights()
     pruned.generation_config = copy.deepcopy(model.generation_config)
     pruned.to(model.device).train(model.training)
-    return cast(PreTrainedModel, pruned)
+    return cast("transformers.PreTrainedModel", pruned)
 
 
 def masks(plan: PruningPlan, architecture: Architecture) -> Iterator[tuple[str, torch.Tensor]]:
