@@ -1,22 +1,18 @@
 """The command line. Heavy imports stay inside the commands, so that `--help` is instant.
 
-options.py        the application, and how a function becomes a command
-pruning.py        from a model to a smaller one
-recovering.py     from a pruned model to a recovered one
-measuring.py      what that cost and what it gained
-experimenting.py  the paper's tables and figures
-serving.py        to what serves a model, and to the hub
-display.py        what is shown
-demo.py           the demonstration
+options.py   the application, and how a function becomes a command
+commands.py  every command, in the order of the data's way
+display.py   what is shown
+demo.py      the demonstration
 """
 
 import gc
 import sys
 
-from amprune.cli import experimenting, measuring, pruning, recovering, serving
+from amprune.cli import commands
 from amprune.cli.options import app
 
-__all__ = ["app", "experimenting", "main", "measuring", "pruning", "recovering", "serving"]
+__all__ = ["app", "commands", "main"]
 
 _PRUNING = ("demo", "inspect", "score", "plan", "apply", "verify", "prune")
 

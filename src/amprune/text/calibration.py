@@ -60,14 +60,9 @@ class CalibrationSet:
     def to_dict(self) -> dict[str, Any]:
         """Returns what a score file records of the set."""
         return {
-            "name": self.name,
-            "samples": len(self.samples),
-            "tokens": self.tokens,
-            "seed": self.seed,
-            "max_length": self.max_length,
-            "prompts_only": self.prompts_only,
-            "sha256": self.sha256,
-        }
+            "name": self.name, "samples": len(self.samples), "tokens": self.tokens, "seed": self.seed,
+            "max_length": self.max_length, "prompts_only": self.prompts_only, "sha256": self.sha256,
+        }  # fmt: skip
 
 
 def load_calibration(
@@ -98,10 +93,8 @@ def load_calibration(
             f"{name} holds {len(records)} samples, but {samples} were asked for; give {smaller}a larger set"
         )
     drawn = random.Random(asked.seed).sample(records, len(records) if samples is None else samples)
-    places = ((f"{name}, {place}", record) for place, record in drawn)
     encoded = (
-        _encode(tokenizer, _text(record, tokenizer, where, prompts_only=asked.prompts_only), max_length, where)
-        for where, record in places
+        _encode(record, tokenizer, f"{name}, {place}", asked.prompts_only, max_length) for place, record in drawn
     )
     kept = tuple(encoded if tokens is None else _until(encoded, tokens))
     return CalibrationSet(name, kept, asked.seed, max_length, asked.prompts_only)
@@ -160,23 +153,18 @@ def draw_calibration(
     return draw(dense, asked, trust_remote_code=asked.trust_remote_code)
 
 
-def _text(record: Mapping[str, Any], tokenizer: Any, where: str, *, prompts_only: bool) -> tuple[str, bool]:
-    """Returns a sample's text and whether special tokens are to be added."""
+def _encode(
+    record: Mapping[str, Any], tokenizer: Any, where: str, prompts_only: bool, max_length: int
+) -> tuple[int, ...]:
     found = render(record, tokenizer, where, prompts_only=prompts_only)
-    if not prompts_only:
-        return found.prompt + found.response, found.add_special_tokens
-    if not found.prompt and "messages" in record:
-        raise CalibrationError(f"{where}: prompts_only leaves nothing of messages that are one assistant turn")
-    if not found.prompt:
-        raise CalibrationError(f"{where}: prompts_only needs records with a prompt, but this one is plain text")
-    return found.prompt, found.add_special_tokens
-
-
-def _encode(tokenizer: Any, text: tuple[str, bool], max_length: int, where: str) -> tuple[int, ...]:
-    """Tokenises one text; a chat template has put in its own special tokens."""
-    content, special = text
+    if prompts_only and not found.prompt:
+        nothing = "leaves nothing of messages that are one assistant turn"
+        plain = "needs records with a prompt, but this one is plain text"
+        raise CalibrationError(f"{where}: prompts_only {nothing if 'messages' in record else plain}")
+    text = found.prompt if prompts_only else found.prompt + found.response
+    special = found.add_special_tokens
     try:
-        ids = tokenizer(content, add_special_tokens=special, truncation=True, max_length=max_length)["input_ids"]
+        ids = tokenizer(text, add_special_tokens=special, truncation=True, max_length=max_length)["input_ids"]
     except Exception as error:  # tokenizers raise many types, for a lone surrogate for instance
         raise CalibrationError(f"{where}: the tokenizer refuses this sample: {error}") from error
     if not ids:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -25,7 +25,6 @@ _ALPACA_WITHOUT_INPUT = (
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
 
-
 Record = tuple[str, Mapping[str, Any]]
 """Where a record stands, for messages, and its fields."""
 
@@ -37,46 +36,43 @@ def read_records(
 
     Returns its name and its records but for blank texts. `option` is how the command line calls the source.
     """
-    name, records = _read(source, option)
-    return name, [(where, record) for where, record in records if not _blank(record)]
-
-
-def _read(source: str | os.PathLike[str] | Sequence[str], option: str) -> tuple[str, list[Record]]:
+    records: Iterable[Record]
     if not isinstance(source, (str, os.PathLike)):
-        return "texts", [(f"text {number}", {"text": text}) for number, text in enumerate(source, 1)]
-    if source == "alpaca":
-        return "alpaca", list(_alpaca(option))
-    if source in _SHIPPED:
-        return str(source), [record for file in _SHIPPED[str(source)] for record in _shipped(file)]
+        name, records = "texts", [(f"text {number}", {"text": text}) for number, text in enumerate(source, 1)]
+    elif source == "alpaca":
+        name, records = "alpaca", _alpaca(option)
+    elif source in _SHIPPED:
+        name, folder = str(source), resources.files("amprune") / "data"
+        files = [(file, (folder / file).read_text(encoding="utf-8")) for file in _SHIPPED[name]]
+        records = [record for file, text in files for record in _json_lines(text, file)]
+    else:
+        name, records = Path(source).name, _file(source, option)
+    return name, [one for one in records if not isinstance(text := one[1].get("text"), str) or text.strip()]
+
+
+def _file(source: str | os.PathLike[str], option: str) -> list[Record]:
     path = Path(source).expanduser()
     if not path.is_file():
         raise CalibrationError(
             f"no {option.lstrip('-')} set {str(source)!r}: give alpaca, mixed, builtin or the path of a "
             f"{', '.join(_SUFFIXES)} file"
         )
-    readers: dict[str, Callable[[Path], list[Record]]] = {
-        ".jsonl": lambda file: _parse_lines(_text(file), str(file)),
-        ".json": _read_json,
-        ".txt": lambda file: [(place, {"text": line}) for place, line in _lines(_text(file))],
-        ".parquet": _read_parquet,
-    }
-    if path.suffix.lower() not in readers:
+    if (kind := path.suffix.lower()) not in _SUFFIXES:
         raise CalibrationError(f"{path}: unknown type of file; expected one of {', '.join(_SUFFIXES)}")
-    records = readers[path.suffix.lower()](path)
+    if kind == ".parquet":
+        records = _parquet(path)
+    else:
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CalibrationError(f"{path} cannot be read as UTF-8 text: {error}") from error
+        if kind == ".txt":
+            records = [(place, {"text": line}) for place, line in _lines(text)]
+        else:
+            records = _json_lines(text, str(path)) if kind == ".jsonl" else _json(text, path)
     if not records:
         raise CalibrationError(f"{path} is empty; {option} needs at least one sample")
-    return path.name, records
-
-
-def _shipped(file: str) -> list[Record]:
-    return _parse_lines((resources.files("amprune") / "data" / file).read_text(encoding="utf-8"), file)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"{path} cannot be read as UTF-8 text: {error}") from error
+    return records
 
 
 def _lines(text: str) -> Iterable[tuple[str, str]]:
@@ -84,7 +80,7 @@ def _lines(text: str) -> Iterable[tuple[str, str]]:
     return ((f"line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
 
 
-def _parse_lines(text: str, where: str) -> list[Record]:
+def _json_lines(text: str, where: str) -> list[Record]:
     records = []
     for place, line in _lines(text):
         try:
@@ -101,12 +97,9 @@ def _as_record(record: object, where: str) -> Mapping[str, Any]:
     return record
 
 
-def _read_json(path: Path) -> list[Record]:
-    text = _text(path)
-    if not text.strip():
-        return []
+def _json(text: str, path: Path) -> list[Record]:
     try:
-        content = json.loads(text)
+        content = json.loads(text) if text.strip() else []
     except json.JSONDecodeError as error:
         raise CalibrationError(f"{path}, line {error.lineno}: broken JSON ({error.msg}); is it JSON lines? "
                                "Then name it .jsonl") from None  # fmt: skip
@@ -117,7 +110,7 @@ def _read_json(path: Path) -> list[Record]:
     return [(f"record {n}", _as_record(record, f"{path}, record {n}")) for n, record in enumerate(content, 1)]
 
 
-def _read_parquet(path: Path) -> list[Record]:
+def _parquet(path: Path) -> list[Record]:
     import pyarrow
     import pyarrow.parquet
 
@@ -204,8 +197,3 @@ def _chat(tokenizer: Any, messages: object, where: str) -> Rendered:
 
 def _is_message(message: object) -> bool:
     return isinstance(message, dict) and all(isinstance(message.get(name), str) for name in ("role", "content"))
-
-
-def _blank(record: Mapping[str, Any]) -> bool:
-    """Tells an empty line of a text from a sample."""
-    return "text" in record and isinstance(record["text"], str) and not record["text"].strip()

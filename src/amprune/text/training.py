@@ -35,29 +35,21 @@ class TrainingData:
         """Returns what a record keeps."""
         tokens = sum(len(sample["input_ids"]) for sample in self.training)
         return {
-            "name": self.name,
-            "training": len(self.training),
-            "tokens": tokens,
-            "validation": len(self.validation),
-            "truncated": self.truncated,
-            "skipped": self.skipped,
-        }
+            "name": self.name, "training": len(self.training), "tokens": tokens, "validation": len(self.validation),
+            "truncated": self.truncated, "skipped": self.skipped,
+        }  # fmt: skip
 
 
 def load_training_data(
-    settings: RecoverySettings,
-    tokenizer: Any,
-    *,
-    max_length: int | None = None,
-    progress: Progress = no_progress,
+    settings: RecoverySettings, tokenizer: Any, *, max_length: int | None = None, progress: Progress = no_progress
 ) -> TrainingData:
     """Reads, draws, tokenises and splits a set.
 
     Prompt and response are one text when they are tokenised, with an end-of-sequence token after it, so that no second
     start token stands in the middle. Labels are the tokens of the response; of plain text, all.
 
-    `max_length` takes the place of the settings' where the model has fewer positions. Of the share that is held out for
-    validation, at least one sample is, unless it is 0.
+    `max_length` counts instead of the settings' where the model has fewer positions. At least one sample is held out
+    for validation, unless the share is 0.
     """
     samples, max_length = settings.samples, max_length or settings.max_length
     name, records = read_records(settings.data, option="--data")
@@ -76,7 +68,11 @@ def load_training_data(
                 kept.append(sample)
             advance(1)
     skipped = len(drawn) - len(kept)
-    _tell(name, len(drawn), truncated, skipped, max_length)
+    if truncated:
+        logger.info("%s: %d of %d samples are cut at %d tokens", name, truncated, len(drawn), max_length)
+    if skipped:
+        logger.warning("%s: %d of %d samples have no response within %d tokens and are left out", name, skipped,
+                       len(drawn), max_length)  # fmt: skip
     held = min(len(kept) - 1, max(1, round(len(kept) * settings.validation_share))) if settings.validation_share else 0
     if len(kept) - max(held, 0) < 1:
         raise RecoveryError(
@@ -86,14 +82,6 @@ def load_training_data(
     training = kept[held:]
     packed = _packed(training, max_length) if settings.packing else training
     return TrainingData(name, tuple(packed), tuple(kept[:held]), truncated, skipped)
-
-
-def _tell(name: str, drawn: int, truncated: int, skipped: int, max_length: int) -> None:
-    if truncated:
-        logger.info("%s: %d of %d samples are cut at %d tokens", name, truncated, drawn, max_length)
-    if skipped:
-        logger.warning("%s: %d of %d samples have no response within %d tokens and are left out", name, skipped, drawn,
-                       max_length)  # fmt: skip
 
 
 def _encode(record: Mapping[str, Any], tokenizer: Any, where: str, max_length: int) -> tuple[Sample, bool]:
