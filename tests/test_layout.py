@@ -1,6 +1,7 @@
 """The shape of the package: import order, sizes, public names, links of the documents."""
 
 import ast
+import pkgutil
 import re
 import subprocess
 import sys
@@ -79,3 +80,11 @@ def test_every_public_name_resolves_and_is_documented() -> None:
 def test_links_of_the_documents_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), target
+
+
+def test_what_the_page_on_the_method_calls_by_name_is_in_the_code() -> None:
+    page = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    names = set(re.findall(rf"`((?:{'|'.join(ORDER)})(?:\.\w+)+)`", page)) - {"plan.json"}
+    assert len(names) > 15
+    for name in sorted(names):  # of a field its class, which may give it no default
+        pkgutil.resolve_name("amprune." + re.sub(r"(\.[A-Z]\w*)\.\w+$", r"\1", name))

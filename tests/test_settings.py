@@ -1,5 +1,8 @@
 """Options stand once: recipes, presets and Python's keywords are made of the same fields."""
 
+import shutil
+import subprocess
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from amprune.settings import (
     write_recipe,
 )
 
+ROOT = Path(__file__).parent.parent
 KINDS = [kind for name, kind in vars(amprune.settings).items() if name.endswith("Settings") and name[0] != "_"]
 
 
@@ -103,3 +107,35 @@ def test_run_takes_every_option_of_its_stages() -> None:
     assert {"training_samples", "training_max_length", "evaluation_batch_size", "samples", "max_length"} <= names
     asked = RunSettings(ratio=0.2, seed=7)
     assert part(PruneSettings, asked) == replace(PruneSettings(ratio=0.2), seed=7)
+
+
+@pytest.mark.process
+def test_a_new_option_takes_two_edits(tmp_path: Path) -> None:
+    """Those of docs/options.md, made in a copy: the option is there everywhere, and does what it says."""
+    page = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
+    shutil.copytree(ROOT / "src" / "amprune", tmp_path / "amprune", ignore=shutil.ignore_patterns("__pycache__"))
+    files = page[page.index("```diff") :].split("--- a/src/")[1:]
+    assert len(files) == 2
+    for text in files:
+        file = tmp_path / text.splitlines()[0]
+        lines = [line for line in text.split("```")[0].splitlines()[2:] if not line.startswith("@@")]
+        before, after = ("\n".join(line[1:] for line in lines if line[0] in (" ", sign)) for sign in "-+")
+        content = file.read_text(encoding="utf-8")
+        assert content.count(before) == 1
+        file.write_text(content.replace(before, after), encoding="utf-8")
+    found = subprocess.run([sys.executable, "-c", TRIED], cwd=tmp_path, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.split() == ["(0,", "2)", "(2,", "3)"]
+
+
+TRIED = """
+from typer.testing import CliRunner
+from amprune.cli.options import app
+from amprune.plan.make import _keep
+from amprune.settings import PlanOptions, PruneSettings, RunSettings
+for command in ("plan", "prune", "run"):
+    assert "--last-of-equals" in CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output, command
+PruneSettings(last_of_equals=True), RunSettings(last_of_equals=True)
+scores = [1.0, 0.0, 2.0, 1.0]
+print(_keep(scores, 2, PlanOptions(), None), _keep(scores, 2, PlanOptions(last_of_equals=True), None))
+"""

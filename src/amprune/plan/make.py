@@ -11,7 +11,7 @@ from amprune.plan.artefact import LayerPlan, PruningPlan, check_plan
 from amprune.plan.budget import asked_ratio, find_budget, find_depth
 from amprune.plan.heads import Budget, check_budget
 from amprune.plan.options import applied_multiple, recorded
-from amprune.settings import Order, PlanOptions, settle
+from amprune.settings import PlanOptions, settle
 
 if TYPE_CHECKING:  # numbers in a row serve as scores; numpy need not be there
     from amprune.scoring.scores import ImportanceScores, LayerScores, Scores
@@ -106,18 +106,18 @@ def _keep_layer(scores: "LayerScores", index: int, budget: Budget, options: Plan
     groups = tuple(range(len(scores.groups)))
     queries: list[int] = []
     if budget.heads_mode == "groups":
-        groups = _keep(scores.groups, budget.key_value_heads, options.order, generator)
+        groups = _keep(scores.groups, budget.key_value_heads, options, generator)
     for first in (group * group_size for group in groups):
         members = scores.heads[first : first + group_size]
-        kept = _keep(members, budget.query_heads // len(groups), options.order, generator)
+        kept = _keep(members, budget.query_heads // len(groups), options, generator)
         queries += [first + head for head in kept]
-    return LayerPlan(tuple(queries), groups, _keep(scores.neurons, budget.neurons, options.order, generator))
+    return LayerPlan(tuple(queries), groups, _keep(scores.neurons, budget.neurons, options, generator))
 
 
-def _keep(scores: "Scores", count: int, order: Order, generator: random.Random | None) -> tuple[int, ...]:
+def _keep(scores: "Scores", count: int, options: PlanOptions, generator: random.Random | None) -> tuple[int, ...]:
     """Returns the indices to keep, ascending; of equal scores the lower index stays."""
     indices = range(len(scores))
     if generator is not None:
         return tuple(sorted(generator.sample(indices, count)))
-    sign = 1 if order == "reversed" else -1
+    sign = 1 if options.order == "reversed" else -1
     return tuple(sorted(sorted(indices, key=lambda index: (sign * scores[index], index))[:count]))
