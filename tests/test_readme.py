@@ -33,7 +33,13 @@ EXPERIMENT_OFFLINE = [
 # A smaller refit than the default's.
 PRUNE_QUICK = ["--tokens", "4096"]
 SCORE_QUICK = ["--samples", "8"]
-OFFLINE = {"prune": PRUNE_QUICK, "score": SCORE_QUICK, "evaluate": EVALUATE_OFFLINE, "experiment": EXPERIMENT_OFFLINE}
+OFFLINE = {
+    "prune": PRUNE_QUICK,
+    "apply": PRUNE_QUICK,
+    "score": SCORE_QUICK,
+    "evaluate": EVALUATE_OFFLINE,
+    "experiment": EXPERIMENT_OFFLINE,
+}
 PYTHON = [block for language, block in BLOCKS if language == "python"]
 
 

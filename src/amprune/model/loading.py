@@ -42,7 +42,8 @@ def loaded_model(
         checkpoint = read_checkpoint(source) if isinstance(source, Path) else source
         yield streamed_model(checkpoint, checkpoint.computed_in(dtype))
         return
-    folder, quantization = (source, None) if isinstance(source, Path) else (source.folder, None)
+    folder = source if isinstance(source, Path) else source.folder
+    quantization = None  # of an opened checkpoint, which refuses quantised weights
     if isinstance(source, Path) and (file := folder / "config.json").is_file():
         quantization = quantization_of(read_object(file))
     if quantization is not None:

@@ -16,7 +16,7 @@ from amprune.errors import RecoveryError, reason
 from amprune.model.reader import Checkpoint, identical, read_checkpoint
 from amprune.model.writer import copy_sidecars, write_shards
 from amprune.prove.comparison import check_loading, compare, finite, hold, probe_logits
-from amprune.running import Progress, no_progress
+from amprune.running import Advance, Progress, no_progress
 
 TOLERANCE = 1e-4
 """Largest allowed difference of a logit before rounding, in standard deviations: sums are taken in float32."""
@@ -108,10 +108,13 @@ def _merged(base: Checkpoint, name: str, update: Update) -> torch.Tensor:
 
 
 def _check(
-    base: Checkpoint, weights: Checkpoint, updates: Mapping[str, Update], folder: Path,
+    base: Checkpoint,
+    weights: Checkpoint,
+    updates: Mapping[str, Update],
+    folder: Path,
     get: Callable[[str], torch.Tensor],
-    advance: Callable[[int], None],
-) -> float:  # fmt: skip
+    advance: Advance,
+) -> float:
     """Holds three things: merged equals adapter, written equals merged but for rounding, and the folder loads."""
     check_loading(folder, RecoveryError)
     expected = finite(
