@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,13 @@ from transformers import PreTrainedModel
 
 from amprune import CalibrationSet, CheckpointError, ImportanceScores, ScoresError, score
 from amprune.model.architecture import Architecture
+from amprune.model.loading import computing_dtype
+from amprune.model.reader import read_checkpoint
 from amprune.model.shape import ModelShape
 from amprune.scoring.activations import measure_activations
 from amprune.scoring.formulas import amp, contribution_norms, input_moments
 from amprune.scoring.scores import LayerScores
+from amprune.settings import Compute
 
 KINDS = ("heads", "groups", "neurons")
 
@@ -237,17 +241,34 @@ def test_an_offloaded_model_scores_as_one_in_place(name: str) -> None:
     assert_close(score_model(model, tiny, CALIBRATION), expected, 1e-6)
 
 
-def test_the_computation_follows_the_dtype_of_the_checkpoint_unless_told(folders: Path) -> None:
+@pytest.mark.parametrize("units", [True, False], ids=["native", "emulated"])
+def test_the_computation_follows_the_dtype_of_the_checkpoint_unless_told(
+    units: bool, folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the processor emulates it, float32 is computed in instead, which holds the same weights."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: units)
     folder = folders / "llama-gqa-bfloat16"
     auto = score(folder, calibration=CALIBRATION, preset="paper", device="cpu")
     narrow = score(folder, calibration=CALIBRATION, preset="paper", device="cpu", dtype="bfloat16")
     wide = score(folder, calibration=CALIBRATION, preset="paper", device="cpu", dtype="float32")
     assert (auto.settings["dtype"], narrow.settings["dtype"], wide.settings["dtype"]) == (
-        "bfloat16", "bfloat16", "float32",
+        "bfloat16" if units else "float32", "bfloat16", "float32",
     )  # fmt: skip
-    assert same(auto.layers, narrow.layers)
-    assert not same(auto.layers, wide.layers)
-    assert_close(auto.layers, wide.layers, 0.1)
+    assert same(auto.layers, narrow.layers if units else wide.layers)
+    assert not same(narrow.layers, wide.layers)
+    assert_close(narrow.layers, wide.layers, 0.1)
+
+
+def test_a_model_keeps_its_dtype_where_float32_would_fill_the_memory(
+    folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    dense = read_checkpoint(folders / "llama-gqa-bfloat16")
+    weights = 4 * dense.shape.parameters
+    for total, expected in ((2 * weights, torch.float32), (2 * weights - 1, torch.bfloat16)):
+        monkeypatch.setattr("psutil.virtual_memory", lambda total=total: SimpleNamespace(total=total))
+        assert computing_dtype(dense, Compute(device="cpu")) == expected
+        assert computing_dtype(dense, Compute(device_map="disk")) == torch.float32
 
 
 def test_the_built_in_set_needs_only_a_folder_with_a_tokenizer(folders: Path) -> None:

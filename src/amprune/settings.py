@@ -94,7 +94,10 @@ class Device:
     """Where is computed."""
 
     device: str | None = option(None, "cpu, cuda, cuda:1 (default: cuda where there is one).")
-    dtype: Dtype = option("auto", "Dtype of the computation; a GGUF file is dequantised to it (auto: bfloat16).")
+    dtype: Dtype = option(
+        "auto",
+        "Dtype of the computation (auto: that of the weights); a GGUF file is dequantised to it (auto: bfloat16).",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

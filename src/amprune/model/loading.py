@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -17,6 +18,7 @@ from amprune.model.quantization import quantization_of, require_library
 from amprune.model.reader import Checkpoint, read_checkpoint
 from amprune.model.streaming import streamed_model
 from amprune.records import read_object
+from amprune.settings import Compute
 
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json",
@@ -128,6 +130,27 @@ def _move(model: Any, device: str) -> None:
 def default_device() -> str:
     """Returns cuda where there is one, else cpu."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def computing_dtype(dense: Checkpoint, where: Compute) -> torch.dtype:
+    """Returns the dtype that a model is scored and refitted in; auto is that of most parameters.
+
+    A processor without units for 16-bit floats emulates them, seven times slower than float32 (docs/decisions/0022).
+    There, auto is float32, which holds their every value, unless the weights would fill more than half of the memory.
+    """
+    kind, streamed = dense.computed_in(where.dtype), where.device_map == "disk"
+    on_cpu = streamed or torch.device(where.device or default_device()).type == "cpu"
+    if where.dtype != "auto" or not on_cpu or not _emulated(kind):
+        return kind
+    fits = streamed or 2 * dense.shape.parameters * torch.float32.itemsize <= psutil.virtual_memory().total
+    return torch.float32 if fits else kind
+
+
+def _emulated(kind: torch.dtype) -> bool:
+    """Tells whether this processor has no units that multiply matrices of a dtype."""
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(kind)
+    known = name is not None and torch._C._has_mkldnn
+    return known and not getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")()
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:

@@ -9,7 +9,7 @@ import transformers
 from amprune import __version__
 from amprune.errors import ScoresError
 from amprune.model.architecture import PreTrainedModel
-from amprune.model.loading import default_device, input_device, loaded_model
+from amprune.model.loading import computing_dtype, default_device, input_device, loaded_model
 from amprune.model.reader import Checkpoint, open_model
 from amprune.model.shape import ModelShape
 from amprune.running import Progress, no_progress
@@ -60,17 +60,18 @@ def score_criteria(
     progress: Progress = no_progress,
 ) -> dict[str, ImportanceScores]:
     """Scores an opened model by several criteria; one pass over the samples serves all that need the same."""
-    kind = dense.computed_in(where.dtype)
+    kind = computing_dtype(dense, where)
+    name = str(kind).removeprefix("torch.")
     scored = {one.name: _score_weights(dense, one, seed) for one in criteria if not one.calibrated}
     calibrated, device = [one for one in criteria if one.calibrated], "cpu"
     if calibrated and samples is not None:
         if any(one.needs is Needs.GRADIENTS for one in calibrated):
             _check_gradients(dense, samples, kind, where)
-        with loaded_model(dense, dtype=where.dtype, device=where.device, device_map=where.device_map) as loaded:
+        with loaded_model(dense, dtype=name, device=where.device, device_map=where.device_map) as loaded:
             device = input_device(loaded).type
             scored |= _score_calibrated(loaded, dense, samples, calibrated, where.batch_tokens, progress)
     settings = {
-        "dtype": str(kind).removeprefix("torch."),
+        "dtype": name,
         "amprune": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,

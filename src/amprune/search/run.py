@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from amprune.cut.refit.run import reconstruct
-from amprune.model.loading import loaded_model
+from amprune.model.loading import computing_dtype, loaded_model
 from amprune.model.reader import Checkpoint
 from amprune.plan.artefact import PruningPlan
 from amprune.plan.heads import Budget
@@ -54,8 +54,9 @@ def plan_on_model(
     if held_out is None or len(splits) == 1:
         plan = _largest(scores, options, splits) if search else make_plan(scores, options)
     else:
+        computed = str(computing_dtype(dense, where)).removeprefix("torch.")
         with (
-            loaded_model(dense, dtype=where.dtype, device=where.device, device_map=where.device_map) as model,
+            loaded_model(dense, dtype=computed, device=where.device, device_map=where.device_map) as model,
             TemporaryDirectory(prefix="amprune-refit-") as spill,
         ):
             # A model that is spread or streamed has no weights of its own to put others in the place of.
