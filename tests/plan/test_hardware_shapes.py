@@ -12,10 +12,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_allocation import HELD_OUT, loud_model, scores_of
-from test_plan import CONFIGS, fake_scores, kept, ratio_of, shape_of
 from tiny_calibration import architecture_of
 from tiny_models import NEURONS_ONLY, find, make_model
+from tiny_plans import CONFIGS, HELD_OUT, fake_scores, kept, loud_model, ratio_of, scores_of, shape_of
 from tiny_tokenizer import make_tokenizer
 from typer.testing import CliRunner
 

@@ -136,7 +136,7 @@ experiment("table1", sys.argv[3], sys.argv[4], **settings(Path(sys.argv[2]), met
 def test_it_goes_on_after_kill_9(
     undisturbed: ExperimentFiles, dense: Path, place: Path, tmp_path: Path, calls: list[str]
 ) -> None:
-    out, here = tmp_path / "out", Path(__file__).parent
+    out, here = tmp_path / "out", Path(__file__).parents[1]
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, here, place, dense, out], stdout=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

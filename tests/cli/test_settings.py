@@ -26,7 +26,7 @@ from amprune.settings import (
     write_recipe,
 )
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 KINDS = [kind for name, kind in vars(amprune.settings).items() if name.endswith("Settings") and name[0] != "_"]
 
 

@@ -1,6 +1,5 @@
 """Plans: the exact budget, which units stay, and that no nonsense is made, read or applied."""
 
-import functools
 import json
 import math
 import re
@@ -15,7 +14,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_models import ALL, NEURONS_ONLY, PRUNABLE_HEADS, Tiny, config_of, find, make_model, save_model
+from tiny_models import NEURONS_ONLY, PRUNABLE_HEADS, Tiny, find, make_model, save_model
+from tiny_plans import CONFIGS, PARAMETERS, REAL, fake_scores, kept, ratio_of, shape_of
 
 from amprune import CalibrationSet, ImportanceScores, ModelShape, PlanError, PruningPlan, apply_plan, make_plan, score
 from amprune.cut.slicing import prune_model
@@ -26,82 +26,14 @@ from amprune.plan.heads import head_choices
 from amprune.scoring.scores import LayerScores
 from amprune.settings import PlanOptions
 
-# Published sizes, written out so that nothing is fetched.
-REAL: dict[str, dict[str, Any]] = {
-    "Llama-2-7B": {
-        "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "vocab_size": 32000,
-    },
-    "Llama-3-8B": {
-        "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
-    },
-    "Qwen2.5-0.5B": {
-        "model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
-        "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True,
-    },
-    "Phi-2": {
-        "model_type": "phi", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 51200, "partial_rotary_factor": 0.4,
-    },
-    "Gemma-2-2B": {
-        "model_type": "gemma2", "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
-        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 256000,
-    },
-    "GPT-2": {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257},
-    "Falcon-7B": {
-        "model_type": "falcon", "hidden_size": 4544, "num_hidden_layers": 32, "num_attention_heads": 71,
-        "multi_query": True, "parallel_attn": True, "bias": False, "vocab_size": 65024,
-    },
-}  # fmt: skip
-PARAMETERS = {
-    "Llama-2-7B": 6_738_415_616,
-    "Llama-3-8B": 8_030_261_248,
-    "Qwen2.5-0.5B": 494_032_768,
-    "Phi-2": 2_779_683_840,
-    "Gemma-2-2B": 2_614_341_888,
-    "GPT-2": 124_439_808,
-    "Falcon-7B": 6_921_720_704,
-}
-CONFIGS = REAL | {tiny.id: config_of(tiny) for tiny in ALL}
 MODES = ("groups", "within")
 ORDERS = ("amp", "reversed", "random")
 KINDS = ("query_heads", "key_value_heads", "neurons")
 
 
-@functools.cache
-def shape_of(name: str) -> ModelShape:
-    return describe(CONFIGS[name]).shape
-
-
-@functools.cache
-def fake_scores(name: str) -> ImportanceScores:
-    """Random scores, with ties: only 50 values for the neurons."""
-    shape, generator = shape_of(name), np.random.default_rng(0)
-    layers = tuple(
-        LayerScores(
-            heads=generator.random(shape.num_attention_heads, dtype=np.float32),
-            groups=generator.random(shape.num_key_value_heads, dtype=np.float32),
-            neurons=generator.integers(50, size=shape.intermediate_size).astype(np.float32),
-        )
-        for _ in range(shape.num_layers)
-    )
-    return ImportanceScores(layers, shape, "0" * 64, "amp", {"name": "fake"}, {"dtype": "float32"})
-
-
-def kept(plan: PruningPlan) -> tuple[int, int, int]:
-    after = plan.shape_after
-    return after.num_attention_heads, after.num_key_value_heads, after.intermediate_size
-
-
 def half_a_neuron(shape: ModelShape) -> float:
     """Half a neuron in every layer, as a share of the parameters."""
     return shape.neuron_parameters * shape.num_layers / shape.parameters / 2
-
-
-def ratio_of(shape: ModelShape, query_heads: int, key_value_heads: int, neurons: int) -> float:
-    after = shape.shrunk(query_heads=query_heads, key_value_heads=key_value_heads, neurons=neurons)
-    return 1 - after.parameters / shape.parameters
 
 
 # The budget

@@ -23,7 +23,7 @@ from amprune.evaluation.energy import MODELLED, Energy, Part, interleaved_energy
 from amprune.evaluation.workload import Costs, check_workload, costs, saving, time_saved
 from amprune.settings import Workload
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "cost.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "cost.md"
 
 
 # Workloads

@@ -1,6 +1,6 @@
 """What users see, held as text: every `--help`, the public names with their signatures, a report and its model card.
 
-The texts lie in tests/snapshots. Where a change of them is meant, `pytest -m quick tests/test_snapshots.py
+The texts lie in tests/snapshots. Where a change of them is meant, `pytest -m quick tests/cli/test_snapshots.py
 --renew-snapshots` writes them anew, and the difference is reviewed as any other change of the commit.
 """
 
@@ -21,8 +21,8 @@ from amprune.evaluation.identity import content_hash
 from amprune.evaluation.records import Evaluation
 from amprune.report.write import write_report
 
-SNAPSHOTS = Path(__file__).parent / "snapshots"
-EVALUATED = Path(__file__).parent / "data" / "evaluated"
+SNAPSHOTS = Path(__file__).parents[1] / "snapshots"
+EVALUATED = Path(__file__).parents[1] / "data" / "evaluated"
 """Records of a tiny pruned model and of its dense one, with made-up figures; the weights are a stand-in."""
 COMMANDS = ["", *sorted(typer.main.get_group(app).commands)]
 Held = Callable[[str, str], None]

@@ -12,8 +12,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_calibration import architecture_of, random_samples
-from tiny_models import PRUNABLE_HEADS, Tiny, config_of, find, make_model
+from tiny_calibration import architecture_of
+from tiny_models import PRUNABLE_HEADS, Tiny, config_of, find
+from tiny_plans import HELD_OUT, loud_model, scores_of
 from transformers import PreTrainedModel
 
 from amprune import CalibrationSet, ImportanceScores, ModelShape, PlanError, PruningPlan, ScoresError, make_plan
@@ -21,36 +22,17 @@ from amprune.cut.masking import masked, swapped, whole_tensors
 from amprune.cut.slicing import cuts_by_tensor, prune_model
 from amprune.model.architecture import Architecture, describe
 from amprune.plan.heads import Budget
-from amprune.scoring.weights import random_scores
 from amprune.search import allocation as choice
 from amprune.search.allocation import FINALISTS, MOST, Candidate, allocate, candidates, choose, plan_of
 from amprune.search.damage import Damage, measure_changes
 from amprune.settings import PlanOptions
 
-HELD_OUT = random_samples(11, 30, 3, 30, seed=1)
 GQA, MHA = find("llama-gqa"), find("llama-mha")
 FAMILIES = [tiny for tiny in PRUNABLE_HEADS if tiny.variant in ("gqa", "mha", "mqa", "biases")]
 
 
 def shape_of(tiny: Tiny) -> ModelShape:
     return describe(config_of(tiny)).shape
-
-
-def scores_of(shape: ModelShape) -> ImportanceScores:
-    layers = tuple(random_scores(shape, seed=0, layer=layer) for layer in range(shape.num_layers))
-    return ImportanceScores(layers, shape, "0" * 64, "random", {}, {})
-
-
-def loud_model(tiny: Tiny) -> PreTrainedModel:
-    """A model whose units matter: weights as they are drawn hardly move a logit."""
-    model = make_model(tiny)
-    head: Any = model.get_output_embeddings()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 2 and (".layers." in name or ".h." in name):
-                parameter.mul_(4)
-        head.weight.mul_(4)
-    return model
 
 
 def left(shape: ModelShape, budget: Budget) -> int:

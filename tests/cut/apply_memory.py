@@ -1,6 +1,6 @@
 """Writes a random checkpoint of about 1.7 GB, applies a plan to it and prints what memory that took, as JSON.
 
-    python tests/apply_memory.py FOLDER [SOURCE_SHARD_SIZE]
+    python tests/cut/apply_memory.py FOLDER [SOURCE_SHARD_SIZE]
 
 The peak is that of the process above what the imports take, in MB (Linux: VmHWM of /proc/self/status).
 """

@@ -13,9 +13,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_plan import CONFIGS, fake_scores, shape_of
 from tiny_calibration import architecture_of
 from tiny_models import Tiny, config_of, find, save_model
+from tiny_plans import CONFIGS, fake_scores, shape_of
 
 from amprune import ModelShape, PlanError, apply_plan, make_plan, score
 from amprune.errors import EvaluationError

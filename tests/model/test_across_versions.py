@@ -19,7 +19,8 @@ pytestmark = [
 
 
 def other(command: str, folder: Path) -> None:
-    subprocess.run([OTHER, across_versions.__file__, command, str(folder)], check=True)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    subprocess.run([OTHER, across_versions.__file__, command, str(folder)], check=True, env=environment)
 
 
 @pytest.fixture(scope="module")

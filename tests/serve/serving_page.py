@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
 VLLM = PAGE[PAGE.index("## vLLM") :]
 VLLM = VLLM[: match.start()] if (match := re.search(r"^## (?!vLLM)", VLLM, flags=re.MULTILINE)) else VLLM

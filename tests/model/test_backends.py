@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_plan import fake_scores, shape_of
 from tiny_models import find, save_model
+from tiny_plans import fake_scores, shape_of
 from typer.testing import CliRunner
 
 from amprune import ModelShape, inspect, make_plan

@@ -1,7 +1,7 @@
 """Prunes tiny models with the installed transformers, and reads them again with another's.
 
-python tests/across_versions.py prune FOLDER     # FOLDER/NAME/dense, FOLDER/NAME/pruned and what they compute
-python tests/across_versions.py read FOLDER      # what this transformers makes of them
+PYTHONPATH=tests python tests/model/across_versions.py prune FOLDER   # dense and pruned models, what they compute
+PYTHONPATH=tests python tests/model/across_versions.py read FOLDER    # what this transformers makes of them
 """
 
 import sys
