@@ -22,16 +22,18 @@ SHELL = [line for language, block in BLOCKS if language == "sh" for line in bloc
 AMPRUNE = [line for line in SHELL if line.startswith("amprune ")]
 # The hub is out of reach of tests, and the README's number of items too large.
 DATA = os.environ.get("AMPRUNE_DATA_DIR")
-QUICK = ["--warmup", "1", "--runs", "3", "--new-tokens", "16", "--energy-seconds", "1"]
+# The same weights, where the processor emulates their dtype.
+DTYPE = ["--dtype", "auto" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"]
+QUICK = [*DTYPE, "--warmup", "1", "--runs", "3", "--new-tokens", "16", "--energy-seconds", "1"]
 EVALUATE_OFFLINE = [
     *QUICK, *(["--data-dir", DATA, "--limit", "4", "--windows", "1"] if DATA else ["--measure", "latency,energy"])
 ]  # fmt: skip
 EXPERIMENT_OFFLINE = [
-    "--method", "amp,depth", "--calibration", "builtin", "--samples", "4", "--windows", "1",
+    *DTYPE, "--method", "amp,depth", "--calibration", "builtin", "--samples", "1", "--windows", "1",
     *(["--data-dir", DATA, "--tasks", "piqa", "--limit", "4"] if DATA else ["--tasks", "", "--text", __file__]),
 ]  # fmt: skip
 # A smaller refit than the default's.
-PRUNE_QUICK = ["--tokens", "4096"]
+PRUNE_QUICK = ["--tokens", "1024"]
 SCORE_QUICK = ["--samples", "8"]
 OFFLINE = {
     "prune": PRUNE_QUICK,

@@ -18,9 +18,10 @@ from amprune.evaluation.measurement import Loaded
 from amprune.evaluation.perplexity import measure_perplexity
 from amprune.evaluation.size import measure_size
 from amprune.evaluation.zero_shot import measure_zero_shot, open_tasks
-from amprune.model.loading import load_tokenizer, loaded_model
+from amprune.model.loading import computing_dtype, load_tokenizer, loaded_model
+from amprune.model.reader import read_checkpoint
 from amprune.model.source import open_source
-from amprune.settings import EvaluationSettings
+from amprune.settings import Compute, EvaluationSettings
 
 pytestmark = [pytest.mark.real_model, needs_data]
 
@@ -37,6 +38,14 @@ def model(folder: Path) -> Iterator[PreTrainedModel]:
 
 
 @pytest.fixture(scope="module")
+def computing(folder: Path) -> Iterator[PreTrainedModel]:
+    """The same weights in a dtype that this processor need not emulate."""
+    dtype = computing_dtype(read_checkpoint(folder), Compute(device="cpu"))
+    with loaded_model(folder, dtype=str(dtype).removeprefix("torch.")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
 def tokenizer(folder: Path) -> Any:
     return load_tokenizer(folder)
 
@@ -48,27 +57,26 @@ def test_wikitext_has_the_tokens_of_the_hubs(tokenizer: Any) -> None:
     assert counts == [304_986, 303_415]
 
 
-def test_perplexity_of_the_first_windows(model: PreTrainedModel, tokenizer: Any) -> None:
+def test_perplexity_of_the_first_windows(computing: PreTrainedModel, tokenizer: Any) -> None:
     text, length = load_text(DATA_DIR / "wikitext2" / "wiki.test.raw"), 1024
     text_ids = tokenizer(text.content[:40_000], return_tensors="pt", verbose=False)["input_ids"][0]
     windows = text_ids[: 3 * length].reshape(3, length)
     losses = []
     for window in windows:
         with torch.no_grad():
-            losses.append(float(model(window[None], labels=window[None]).loss))
+            losses.append(float(computing(window[None], labels=window[None]).loss))
     asked = EvaluationSettings(sequence_length=length, windows=3)
-    (found,) = measure_perplexity(Loaded(model, tokenizer), text=text, asked=asked)
-    assert model.dtype == torch.bfloat16
+    (found,) = measure_perplexity(Loaded(computing, tokenizer), text=text, asked=asked)
     assert found.items == pytest.approx(losses, rel=1e-4)
     assert found.value == pytest.approx(math.exp(statistics.fmean(losses)), rel=1e-4)
     assert 15 < found.value < 35
 
 
-def test_accuracies_are_those_of_the_harness(model: PreTrainedModel, tokenizer: Any) -> None:
+def test_accuracies_are_those_of_the_harness(computing: PreTrainedModel, tokenizer: Any) -> None:
     (task,) = open_tasks(["piqa"], data_dir=DATA_DIR)
     asked = EvaluationSettings(limit=8, batch_size=4)
-    found = measure_zero_shot(Loaded(model, tokenizer), task=task, asked=asked)
-    language_model: Any = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, softmax_dtype=torch.float32)
+    found = measure_zero_shot(Loaded(computing, tokenizer), task=task, asked=asked)
+    language_model: Any = HFLM(pretrained=computing, tokenizer=tokenizer, batch_size=4, softmax_dtype=torch.float32)
     expected = simple_evaluate(language_model, tasks=["piqa"], task_manager=task.manager, limit=8)
     assert expected is not None
     for accuracy in found:
@@ -80,6 +88,7 @@ def test_accuracies_are_those_of_the_harness(model: PreTrainedModel, tokenizer: 
 
 def test_sizes_of_smollm2(model: PreTrainedModel) -> None:
     found = measure_size(model)
+    assert model.dtype == torch.bfloat16
     assert found.parameters == 134_515_008
     assert found.weight_bytes == 2 * found.parameters
     assert found.weight_bytes_per_token == found.weight_bytes  # the language-model head shares the only table
