@@ -107,7 +107,9 @@ def test_a_file_of_which_transformers_leaves_weights_out_is_refused(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reader = gguf.GGUFReader(folder / "f32.gguf")
-    reader.tensors.append(SimpleNamespace(name="blk.0.more.bias", n_elements=7))
+    kind = SimpleNamespace(name="F32")
+    more = SimpleNamespace(name="blk.0.more.bias", shape=[7], n_elements=7, n_bytes=28, tensor_type=kind)
+    reader.tensors.append(more)
     ours, theirs = iter([reader]), gguf.GGUFReader  # amprune's own reader comes before that of transformers
     monkeypatch.setattr(gguf, "GGUFReader", lambda *given: next(ours, None) or theirs(*given))
     shutil.copy(folder / "f32.gguf", tmp_path / "more.gguf")
@@ -115,6 +117,54 @@ def test_a_file_of_which_transformers_leaves_weights_out_is_refused(
         CheckpointError, match=r"more.gguf has \d+,\d+ weights, of which transformers reads .* as a llama"
     ):
         open_source(tmp_path / "more.gguf")
+
+
+@reads_gguf
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"split.count": 2, "split.no": 0}, r"is part 1 of 2 of a model; join the parts"),
+        ({"block_count": 99}, r"says block_count 99, but its \d+ tensors have 2; the file is incomplete or damaged"),
+        ({"block_count": 2**31}, r"says block_count 2,147,483,648, but its"),
+        ({"embedding_length": 2**20}, r"says embedding_length 1,048,576, but its \d+ tensors have 96"),
+        ({"feed_forward_length": 2**20}, r"says feed_forward_length 1,048,576, but its"),
+        ({"-": "blk.1."}, r"says block_count 2, but its \d+ tensors have 1"),
+        ({"-": "blk.1.attn_q"}, r"lacks 1 tensors of a llama, such as model.layers.1.self_attn.q_proj.weight"),
+        ({"-": "output_norm"}, r"lacks 1 tensors of a llama, such as model.norm.weight"),
+        ({"-": ""}, r"says block_count 2, but its 0 tensors have others"),
+    ],
+)
+def test_a_part_of_a_model_is_never_taken_for_the_whole(
+    damage: dict[str, Any], message: str, folder: Path, tmp_path: Path
+) -> None:
+    """Nothing is drawn at random in the place of what a file lacks."""
+    file = rewritten(folder / "f32.gguf", tmp_path / "damaged.gguf", damage)
+    with pytest.raises(CheckpointError, match=message):
+        open_source(file)
+
+
+def rewritten(source: Path, target: Path, damage: dict[str, Any]) -> Path:
+    """Copies a GGUF file with other fields, and without the tensors whose names begin with that of `-`."""
+    reader = gguf.GGUFReader(source)
+    kind = reader.fields["general.architecture"].contents()
+    writer = gguf.GGUFWriter(target, kind)
+    own = {name if name.startswith("split.") else f"{kind}.{name}": value for name, value in damage.items()}
+    for field in reader.fields.values():
+        if field.name.startswith("GGUF.") or field.name == "general.architecture":
+            continue
+        types = field.types[1] if len(field.types) > 1 else None
+        writer.add_key_value(field.name, own.pop(field.name, field.contents()), field.types[0], sub_type=types)
+    for name, value in own.items():
+        if not name.endswith(".-"):
+            writer.add_uint16(name, value)
+    for tensor in reader.tensors:
+        if "-" not in damage or not tensor.name.startswith(damage["-"]):
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
 
 
 @reads_gguf

@@ -1,5 +1,6 @@
 """A GGUF file: what it says of itself, and what it holds as a model of transformers."""
 
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from amprune.model.architecture import PreTrainedModel, config_with_heads, descr
 from amprune.model.families import find_family
 
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
+_BLOCK = re.compile(r"blk\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -96,11 +98,37 @@ class GgufFile:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Reads the header of a GGUF file."""
+    """Reads the header of a GGUF file, and holds it to the tensors that are there."""
     if not path.is_file():
         raise CheckpointError(f"no file {path}")
     required(f"{path}, a GGUF file,", "gguf")
-    return _read(path, path.stat().st_mtime_ns)
+    file = _read(path, path.stat().st_mtime_ns)
+    _check_claims(file)
+    return file
+
+
+def _check_claims(file: GgufFile) -> None:
+    """Refuses a part of a model, and sizes in the header that the tensors do not have."""
+    if (parts := file.fields.get("split.count", 1)) != 1:
+        raise CheckpointError(
+            f"{file.path} is part {file.fields.get('split.no', 0) + 1} of {parts} of a model; join the parts into one "
+            "file (`llama-gguf-split --merge FIRST-PART WHOLE.gguf`), or give the Hugging Face folder that they were "
+            "made from"
+        )
+    names = [tensor.name for tensor in file.tensors]
+    blocks = {int(found[1]) for name in names if (found := _BLOCK.match(name))}
+    rows = {tensor.name: tensor.row for tensor in file.tensors}
+    _check_claim(file, "block_count", len(blocks) if blocks == set(range(len(blocks))) else None)
+    _check_claim(file, "embedding_length", rows.get(_EMBEDDING))
+
+
+def _check_claim(file: GgufFile, name: str, there: int | None) -> None:
+    claimed = file.fields.get(name)
+    if isinstance(claimed, int) and claimed != there:
+        raise CheckpointError(
+            f"{file.path} says {name} {claimed:,}, but its {len(file.tensors)} tensors have {there or 'others'}; the file "
+            "is incomplete or damaged: download it again, or give the Hugging Face folder that it was made from"
+        )
 
 
 def set_width(file: GgufFile, neurons: int) -> GgufFile:
@@ -171,10 +199,10 @@ def load_gguf(gguf: Path, dtype: torch.dtype, options: Mapping[str, Any]) -> tup
         dtype: of the weights.
         options: what tells transformers to unpack them.
     """
-    from gguf import GGUFReader
-
-    reader = GGUFReader(gguf)
-    stored = {str(tensor.name): int(tensor.n_elements) for tensor in reader.tensors}
+    file = read_gguf(gguf)
+    stored = {tensor.name: tensor.elements for tensor in file.tensors}
+    widths = [tensor.row for tensor in file.tensors if tensor.name == "blk.0.ffn_down.weight"]
+    _check_claim(file, "feed_forward_length", next(iter(widths), None))
     where: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     with _any_heads():
         config = AutoConfig.from_pretrained(**where)
@@ -186,8 +214,8 @@ def load_gguf(gguf: Path, dtype: torch.dtype, options: Mapping[str, Any]) -> tup
         )
         tokenizer = AutoTokenizer.from_pretrained(**where)
     model, report = loaded
-    _check_whole(gguf, stored, model, report["missing_keys"])
-    _check_rotation(gguf, reader, model)
+    _check_whole(gguf, stored, model, {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
+    _check_rotation(file, model)
     odd = config.model_type == "llama" and config.hidden_size % config.num_attention_heads
     return _as_equivalent(model) if odd else model, tokenizer
 
@@ -205,9 +233,14 @@ def _any_heads() -> Iterator[None]:
 
 
 def _check_whole(gguf: Path, stored: Mapping[str, int], model: PreTrainedModel, missing: Collection[str]) -> None:
-    """Refuses a model that has fewer weights than the file."""
+    """Refuses a model that has weights which are not the file's, and one that has fewer."""
+    if missing:
+        raise CheckpointError(
+            f"{gguf} lacks {len(missing)} tensors of a {model.config.model_type}, such as {min(missing)}, or has them "
+            "in another shape; give the Hugging Face folder that the file was made from"
+        )
     weights = sum(count for name, count in stored.items() if not name.startswith(_COMPUTED))
-    read = sum(tensor.numel() for name, tensor in model.named_parameters() if name not in missing)
+    read = sum(tensor.numel() for tensor in model.parameters())
     if weights > read:
         raise CheckpointError(
             f"{gguf} has {weights:,} weights, of which transformers reads {read:,} as a {model.config.model_type}; "
@@ -215,13 +248,13 @@ def _check_whole(gguf: Path, stored: Mapping[str, int], model: PreTrainedModel, 
         )
 
 
-def _check_rotation(gguf: Path, reader: Any, model: PreTrainedModel) -> None:
+def _check_rotation(file: GgufFile, model: PreTrainedModel) -> None:
     """Refuses a model that rotates another part of each head than the file says, since its reader does not ask."""
-    field = reader.fields.get(f"{reader.fields['general.architecture'].contents()}.rope.dimension_count")
+    rotated = file.fields.get("rope.dimension_count")
     widths = {2 * len(buffer) for name, buffer in model.named_buffers() if name.endswith("rotary_emb.inv_freq")}
-    if field is not None and widths and field.contents() not in widths:
+    if rotated is not None and widths and rotated not in widths:
         raise CheckpointError(
-            f"{gguf} rotates {field.contents()} numbers of each head, but transformers reads {min(widths)}; give the "
+            f"{file.path} rotates {rotated} numbers of each head, but transformers reads {min(widths)}; give the "
             "Hugging Face folder that the file was made from"
         )
 

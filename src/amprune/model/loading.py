@@ -11,7 +11,7 @@ import psutil
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from amprune.errors import CheckpointError
+from amprune.errors import CheckpointError, reason
 from amprune.model.architecture import PreTrainedModel, quiet_transformers
 from amprune.model.files import stored_tensors
 from amprune.model.quantization import quantization_of, require_library
@@ -65,8 +65,8 @@ def loaded_model(
                     trust_remote_code=False,  # else transformers asks on the terminal
                     output_loading_info=True,
                 )
-        except (OSError, ValueError, RuntimeError, ImportError) as error:
-            raise CheckpointError(f"transformers cannot load {folder}: {error}") from error
+        except Exception as error:  # of a damaged config or tensor, transformers raises many types
+            raise CheckpointError(f"transformers cannot load {folder}: {reason(error)}") from error
         # transformers draws at random what the folder lacks.
         if names := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
             raise CheckpointError(
@@ -99,8 +99,8 @@ def loading_problems(folder: Path) -> dict[str, list[str]]:
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        raise CheckpointError(f"transformers cannot load {folder}: {error}") from error
+    except Exception as error:  # of a damaged config, transformers raises many types
+        raise CheckpointError(f"transformers cannot load {folder}: {reason(error)}") from error
     return {kind: sorted(map(str, names)) for kind, names in report.items() if names}
 
 
