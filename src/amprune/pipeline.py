@@ -26,7 +26,7 @@ from amprune.model.source import Source, open_source
 from amprune.model.writer import RECORDS, check_output, parse_size, staged_folder
 from amprune.plan.artefact import PruningPlan
 from amprune.plan.target import parse_target
-from amprune.prove.card import write_model_card
+from amprune.prove.card import write_card
 from amprune.prove.checks import VerificationReport, read_plan, verify_checkpoint
 from amprune.records import Run, begin, write
 from amprune.running import Progress, no_progress
@@ -186,7 +186,7 @@ def _write(
         write(records / "verification.json", report.to_dict())
         command = "prune" if isinstance(asked, PruneSettings) else "apply"
         write_recipe(records / "recipe.yaml", command, asked)
-        write_model_card(partial, plan, report, source=source)
+        write_card(partial, source=source)
     return PrunedModel(folder, plan, report, dense.bytes, stored_bytes(folder))
 
 

@@ -39,7 +39,7 @@ from amprune.plan.artefact import check_plan
 from amprune.plan.budget import find_depth, removable_blocks
 from amprune.prove.card import removal
 from amprune.prove.checks import verify_checkpoint
-from amprune.report.figures_importance import blocks_figure
+from amprune.report.importance import blocks_figure
 from amprune.report.write import write_report
 from amprune.scoring.blocks import block_perplexities
 from amprune.scoring.scores import InputMeans, LayerScores

@@ -31,13 +31,13 @@ from amprune.model.recovered import TrainingLog, read_training_log
 from amprune.model.shape import ModelShape
 from amprune.model.source import open_source
 from amprune.plan.make import make_plan
-from amprune.prove.card import read_card, write_recovered_card
-from amprune.report.figures_importance import heads_figure, neurons_figure
-from amprune.report.figures_training import running_mean
+from amprune.prove.card import read_card, write_card
+from amprune.report.drawing import _apart
+from amprune.report.importance import heads_figure, neurons_figure
 from amprune.report.inputs import read_inputs
-from amprune.report.labels import _apart
 from amprune.report.numbers import number, percent, probability, scaled, seconds, shortened, times
 from amprune.report.quality import _lines
+from amprune.report.training import running_mean
 from amprune.report.write import ReportFiles, write_report
 from amprune.scoring.scores import ImportanceScores, LayerScores
 
@@ -668,7 +668,7 @@ def train_on_paper(folder: Path, *, seed: int = 0, every: int = 2, **choices: An
 def write_card_of(folder: Path, record: dict[str, Any], *, source: Path) -> None:
     """Keeps a record of a training, and writes the card that tells of it."""
     (folder / "amprune" / "recovery.json").write_text(json.dumps(record))
-    write_recovered_card(folder, source=open_source(source))
+    write_card(folder, source=open_source(source))
 
 
 @pytest.fixture

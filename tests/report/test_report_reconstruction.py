@@ -15,8 +15,8 @@ from tiny_reconstruction import write
 
 from amprune.cut.refit.record import ReconstructionRecord, read_record
 from amprune.errors import ReportError
-from amprune.report.figures_reconstruction import reconstruction_figure
 from amprune.report.inputs import read_inputs
+from amprune.report.reconstruction import reconstruction_figure
 from amprune.report.write import write_report
 
 

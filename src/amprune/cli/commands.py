@@ -49,7 +49,7 @@ def demo_command(
 
     def show() -> None:
         show_result(result)
-        stdout.print(f"\nQ: {QUESTION}\n\ndense:  {dense}\n\npruned: {pruned}\n", markup=False)
+        stdout.print(f"\nQ: {QUESTION}\n\ndense:  {dense}\n\npruned: {pruned}\n")
         stdout.print("The pruned model was not trained after pruning; that is what a recovery stage is for.")
 
     return {**result_summary(result), "question": QUESTION, "dense_answer": dense, "pruned_answer": pruned}, show
@@ -265,7 +265,7 @@ def experiment_command(
             lines = "\n".join(f"  {model}, {cell}: {reason}" for model, cell, reason in files.failed)
             stderr.print(
                 f"amprune: failed cells: {len(files.failed)}; the same command tries them again\n{lines}",
-                style="bold red", markup=False, soft_wrap=True,
+                style="bold red", soft_wrap=True,
             )  # fmt: skip
             raise typer.Exit(1)
 

@@ -2,17 +2,14 @@
 
 import json
 import logging
-import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from amprune.errors import AmpruneError
 from amprune.running import Advance
@@ -25,14 +22,17 @@ if TYPE_CHECKING:
     from amprune.plan.artefact import PruningPlan
     from amprune.prove.checks import VerificationReport
     from amprune.recovery.run import RecoveredModel
-    from amprune.report.measures import Measure
+    from amprune.report.grid import Grid
     from amprune.report.write import ReportFiles
     from amprune.scoring.scores import ImportanceScores
     from amprune.serve.gguf.run import ExportedGguf
     from amprune.serve.hub.run import PushedModel
     from amprune.serve.quantize.run import QuantizedModel
 
-stdout, stderr = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False)
+stdout, stderr = (
+    Console(highlight=False, markup=False, soft_wrap=True),
+    Console(stderr=True, highlight=False, markup=False),
+)
 
 
 @contextmanager
@@ -51,13 +51,13 @@ def reported(
     except AmpruneError as error:
         if debug:
             raise
-        stderr.print(f"amprune: {error}", style="bold red", markup=False, soft_wrap=True)
+        stderr.print(f"amprune: {error}", style="bold red", soft_wrap=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         finished = kept is not None and kept.exists()
         option = f" with {again}" if again else ""
         left = f"what was finished is in {kept}, the same command{option} goes on from there" if finished else None
-        stderr.print(f"amprune: interrupted; {left or otherwise}", markup=False, soft_wrap=True)
+        stderr.print(f"amprune: interrupted; {left or otherwise}", soft_wrap=True)
         raise typer.Exit(130) from None
     except (typer.Exit, typer.Abort):
         raise
@@ -65,7 +65,7 @@ def reported(
         if debug:
             raise
         kind = type(error).__name__
-        stderr.print(f"amprune: unexpected {kind}: {error} (--debug shows where)", style="bold red", markup=False)
+        stderr.print(f"amprune: unexpected {kind}: {error} (--debug shows where)", style="bold red")
         raise typer.Exit(1) from None
 
 
@@ -87,6 +87,19 @@ def emit(summary: dict[str, Any], as_json: bool, show: Callable[[], None]) -> No
         sys.stdout.write(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     else:
         show()
+
+
+def show_grid(grid: "Grid") -> None:
+    """Prints a grid of figures, turned where the terminal is too narrow for it."""
+    from amprune.report.grid import to_terminal
+
+    stdout.print(to_terminal(grid, stdout.width))
+
+
+def _show(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]], *, words: int = 1) -> None:
+    from amprune.report.grid import Grid
+
+    show_grid(Grid(title, tuple(heads), tuple(map(tuple, rows)), words))
 
 
 def plan_summary(plan: "PruningPlan") -> dict[str, Any]:
@@ -118,28 +131,25 @@ def show_scores(scores: "ImportanceScores", output: Path) -> None:
     units = f"{shape.num_layers} layers of {shape.num_attention_heads} heads and {shape.intermediate_size:,} neurons"
     what = units if scores.blocks is None else f"{shape.num_layers} blocks"
     where = f" on {used['samples']} samples ({used['tokens']:,} tokens) of {used['name']}" if used else ""
-    stdout.print(f"Scored {what} by {scores.criterion}{where}\nScores in {output}", markup=False)
+    stdout.print(f"Scored {what} by {scores.criterion}{where}\nScores in {output}")
 
 
 def show_plan(plan: "PruningPlan", title: str, sizes: tuple[int, int] | None = None) -> None:
     """Prints the shapes before and after as a table; `sizes` are the bytes of the weights, where they are known."""
     before, after = plan.shape_before, plan.shape_after
-    table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column("")
-    for name in ("dense", "pruned", "removed"):
-        table.add_column(name, justify="right")
-    rows = [
+    counts = [
         ("parameters", before.parameters, after.parameters),
         *([("blocks", before.num_layers, after.num_layers)] if after.num_layers < before.num_layers else []),
         ("query heads per layer", before.num_attention_heads, after.num_attention_heads),
         ("key-value heads per layer", before.num_key_value_heads, after.num_key_value_heads),
         ("neurons per layer", before.intermediate_size, after.intermediate_size),
     ]
-    for name, dense, pruned in rows:
-        table.add_row(name, f"{dense:,}", f"{pruned:,}", f"{1 - pruned / dense:.2%}")
+    rows: list[tuple[str, ...]] = [
+        (name, f"{dense:,}", f"{pruned:,}", f"{1 - pruned / dense:.2%}") for name, dense, pruned in counts
+    ]
     if sizes is not None:
-        table.add_row("weights", *(f"{size / 1e6:,.1f} MB" for size in sizes), f"{1 - sizes[1] / sizes[0]:.2%}")
-    stdout.print(table)
+        rows.append(("weights", *(f"{size / 1e6:,.1f} MB" for size in sizes), f"{1 - sizes[1] / sizes[0]:.2%}"))
+    _show(title, ("", "dense", "pruned", "removed"), rows)
     if abs(plan.ratio_actual - plan.ratio_target) > 5e-4:
         stdout.print(f"Asked for {plan.ratio_target:.2%}; {_nearest(plan)}")
     if (devices := plan.options.get("tensor_parallel", 1)) != 1:
@@ -169,20 +179,16 @@ def show_allocation(plan: "PruningPlan") -> None:
     found = plan.provenance.get("allocation")
     if found is None:
         return
-    table = Table(title="Splits of the budget, by the damage on held-out text", title_justify="left")
-    for name in ("query/key-value heads", "neurons", "removed", "divergence", "refitted", ""):
-        table.add_column(name, justify="right")
+    rows = []
     for index, one in enumerate(found["candidates"]):
         budget, refitted = one["budget"], one["refitted"]
-        table.add_row(
-            f"{budget['query_heads']}/{budget['key_value_heads']}",
-            f"{budget['neurons']:,}",
-            f"{one['ratio']:.2%}",
-            f"{one['damage']['kl']:.3f}",
-            "" if refitted is None else f"{refitted['kl']:.3f}",
+        rows.append((
+            f"{budget['query_heads']}/{budget['key_value_heads']}", f"{budget['neurons']:,}", f"{one['ratio']:.2%}",
+            f"{one['damage']['kl']:.3f}", "" if refitted is None else f"{refitted['kl']:.3f}",
             "chosen" if index == found["chosen"] else "",
-        )
-    stdout.print(table)
+        ))  # fmt: skip
+    heads = ("query/key-value heads", "neurons", "removed", "divergence", "refitted", "")
+    _show("Splits of the budget, by the damage on held-out text", heads, rows, words=0)
     stdout.print(
         "Divergence: Kullback-Leibler, nats a token, of the dense model's predictions; refitted: a short refit."
     )
@@ -195,7 +201,7 @@ def show_verification(report: "VerificationReport") -> None:
     stdout.print("Verified" if report.passed else "NOT verified", style="bold green" if report.passed else "bold red")
     for check in report.checks:
         mark = "ok " if check.passed else "BAD"
-        stdout.print(f"  {mark} {check.name}: {check.detail}", markup=False)
+        stdout.print(f"  {mark} {check.name}: {check.detail}")
 
 
 def show_inspection(found: "Inspection") -> None:
@@ -203,12 +209,10 @@ def show_inspection(found: "Inspection") -> None:
     shape = found.shape
     size = f", {found.bytes / 1e6:,.1f} MB in {found.dtype}" if found.bytes else ""
     stdout.print(f"{found.model}: {found.architecture}, {shape.parameters:,} parameters{size}", style="bold")
-    table = Table(title="Parameters", title_justify="left")
-    for name, justify in (("part", "left"), ("parameters", "right"), ("share", "right")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    for part, count in found.parameters_by_part.items():
-        table.add_row(part, f"{count:,}", f"{count / shape.parameters:.1%}")
-    stdout.print(table)
+    parts = [
+        (part, f"{count:,}", f"{count / shape.parameters:.1%}") for part, count in found.parameters_by_part.items()
+    ]
+    _show("Parameters", ("part", "parameters", "share"), parts)
     tied = "tied" if found.tied_embeddings else "separate"
     stdout.print(
         f"{shape.num_layers} layers, hidden size {shape.hidden_size:,}, {tied} embeddings\n"
@@ -231,7 +235,7 @@ def show_inspection(found: "Inspection") -> None:
     if found.shape_warnings:
         stdout.print("Shapes: what backends handle badly")
     for warning in found.shape_warnings:
-        stdout.print(f"  {warning.backend}: {warning.what}: {warning.reason}", markup=False)
+        stdout.print(f"  {warning.backend}: {warning.what}: {warning.reason}")
 
 
 def ranges(numbers: tuple[int, ...]) -> str:
@@ -247,76 +251,19 @@ def ranges(numbers: tuple[int, ...]) -> str:
 
 def show_evaluation(evaluation: "Evaluation", models: Sequence[str], output: Path) -> None:
     """Prints a row for each figure of the models and a column for each, the difference from the first in brackets."""
-    from amprune.report.measures import averages, find_measures, headlines
+    from amprune.report.summary import evaluation_grid
 
-    tasks = headlines(evaluation)
-    measures = [
-        *find_measures(evaluation, "size", "parameters"),
-        *find_measures(evaluation, "size", "weight_bytes"),
-        *find_measures(evaluation, "perplexity"),
-        *tasks,
-        *averages(evaluation),
-        *find_measures(evaluation, "latency", "total"),
-        *find_measures(evaluation, "memory"),
-        *find_measures(evaluation, "energy"),
-    ]
-    table = Table(title=f"Evaluation in {output}", title_justify="left", title_style="bold")
-    table.add_column("")
-    for name in models:
-        table.add_column(escape(name), justify="right")
-    for measure in measures:
-        cells = [_figure(measure, name, tasks, baseline=models[0]) for name in models]
-        if any(cells):
-            table.add_row(escape(_row_name(measure)), *cells)
-    stdout.print(table)
+    show_grid(evaluation_grid(evaluation, models, output))
     if len(models) > 1:
         stdout.print(f"In brackets: difference from {models[0]}, paired; of a latency (median), how many times faster.")
     folder = output.parent.parent if output.parent.name == "amprune" else output.parent  # in a checkpoint
-    stdout.print(f"`amprune report {folder}` draws it.", markup=False)
-
-
-def _row_name(measure: "Measure") -> str:
-    metric = measure.metric.replace("_", " ")
-    if measure.measurement == "size":
-        return metric
-    what = {"latency": f"{metric} latency", "memory": f"{metric} memory", "energy": measure.first.unit}
-    kind = what.get(measure.measurement, metric)
-    return f"{measure.label}: {kind}" + (", %" if measure.first.unit == "accuracy" else "")
-
-
-def _figure(measure: "Measure", model: str, tasks: Sequence["Measure"], *, baseline: str) -> str:
-    """Writes one cell: the value, and how it differs from the baseline's."""
-    from amprune.report.measures import average_change
-    from amprune.report.measures import change as find_change
-    from amprune.report.numbers import number, scaled, seconds, times
-
-    record = measure.records.get(model)
-    if record is None:
-        return ""
-    change = average_change(measure, tasks, model, baseline) if measure.task == "average" else None
-    change = change or find_change(measure, model, baseline)
-    if measure.measurement in ("size", "memory"):
-        theirs = measure.records.get(baseline)
-        less = f" ({record.value / theirs.value - 1:+.1%})" if theirs is not None and model != baseline else ""
-        return scaled(record.value, "B" if record.unit == "bytes" else "") + less
-    if measure.measurement == "latency":
-        middle = statistics.median(record.items or (record.value,))
-        return seconds(middle) + (f" ({times(change.difference.value)})" if change else "")
-    scale, error = (100 if record.unit == "accuracy" else 1), record.standard_error
-    text = number(scale * record.value, None if error is None else scale * error)
-    if change is None:
-        return text
-    found = change.difference
-    spread = None if found.standard_error is None else scale * found.standard_error
-    return f"{text} ({number(scale * found.value, spread, signed=True)})"
+    stdout.print(f"`amprune report {folder}` draws it.")
 
 
 def show_recovery(result: "RecoveredModel") -> None:
     """Says how the losses changed and where the model is."""
     record = result.record
-    stdout.print(
-        f"Recovered model in {result.folder}, {record['steps']} steps on {record['data']['name']}", markup=False
-    )
+    stdout.print(f"Recovered model in {result.folder}, {record['steps']} steps on {record['data']['name']}")
     if record["validation_before"] is not None:
         stdout.print(f"Validation loss {record['validation_before']:.4f} -> {record['validation_after']:.4f}")
     stdout.print(
@@ -328,19 +275,17 @@ def show_recovery(result: "RecoveredModel") -> None:
 def show_export(exported: "ExportedGguf") -> None:
     """Prints the types of an exported file's tensors, what was proven, and rows that its type does not suit."""
     file = exported.file
-    table = Table(title=f"{file.type} in {escape(str(file.path))}", title_justify="left", title_style="bold")
-    for name in ("type", "tensors", "MB", "share"):
-        table.add_column(name, justify="left" if name == "type" else "right")
-    for kind, (count, size) in file.types.items():
-        table.add_row(kind.lower(), f"{count:,}", f"{size / 1e6:,.1f}", f"{size / file.weight_bytes:.1%}")
-    table.add_row("all", f"{len(file.tensors):,}", f"{file.weight_bytes / 1e6:,.1f}", "")
-    stdout.print(table)
+    rows = [
+        (kind.lower(), f"{count:,}", f"{size / 1e6:,.1f}", f"{size / file.weight_bytes:.1%}")
+        for kind, (count, size) in file.types.items()
+    ]
+    whole = ("all", f"{len(file.tensors):,}", f"{file.weight_bytes / 1e6:,.1f}", "")
+    _show(f"{file.type} in {file.path}", ("type", "tensors", "MB", "share"), [*rows, whole])
     if exported.odd_rows:
-        rows = ", ".join(f"{row:,} ({count} tensors)" for row, count in exported.odd_rows.items())
+        odd = ", ".join(f"{row:,} ({count} tensors)" for row, count in exported.odd_rows.items())
         stdout.print(
-            f"Rows that the blocks of {file.type} do not divide took a larger type: {rows}. Neurons in multiples of "
+            f"Rows that the blocks of {file.type} do not divide took a larger type: {odd}. Neurons in multiples of "
             "256 (32 for q8_0 and q4_0) avoid it for the down projections: --neuron-multiple 256",
-            markup=False,
         )
     if (check := exported.check) is None:
         stdout.print("Converted; not run in llama.cpp", style="bold yellow")
@@ -350,7 +295,6 @@ def show_export(exported: "ExportedGguf") -> None:
         stdout.print(
             f"  ok  {check.runtime}: {check.agreed} of {check.tokens} greedy tokens are those of transformers in "
             f"float32{gap}",
-            markup=False,
         )
 
 
@@ -358,53 +302,26 @@ def show_quantized(model: "QuantizedModel") -> None:
     """Says how large a quantised model is, what quantising did to it and what was proven."""
     from amprune.model.quantization import quantization_sentences
 
-    stdout.print(f"Quantised model in {model.folder}", style="bold", markup=False)
+    stdout.print(f"Quantised model in {model.folder}", style="bold")
     for sentence in quantization_sentences(model.record):
-        stdout.print(f"  {sentence}", markup=False)
+        stdout.print(f"  {sentence}")
 
 
 def show_report(files: "ReportFiles") -> None:
     """Says what was written."""
-    stdout.print(f"Report in {files.html} and {files.markdown}, {len(files.figures) // 2} figures", markup=False)
+    stdout.print(f"Report in {files.html} and {files.markdown}, {len(files.figures) // 2} figures")
     if files.card is not None:
-        stdout.print(f"Model card renewed: {files.card}", markup=False)
+        stdout.print(f"Model card renewed: {files.card}")
     if files.card_kept is not None:
-        stdout.print(files.card_kept, markup=False)
-
-
-def _is_summary(title: str) -> bool:
-    return title == "Avg" or title.startswith("perplexity")
-
-
-def _summary(title: str, figure: "dict[str, float | None] | None") -> str:
-    """Returns a figure of a cell with its standard error; nothing where it was not measured."""
-    from amprune.report.numbers import number
-
-    if figure is None or (value := figure["value"]) is None:
-        return ""
-    scale, error = 100 if title == "Avg" else 1, figure["standard_error"]
-    return number(scale * value, None if error is None else scale * error)
+        stdout.print(files.card_kept)
 
 
 def show_experiment(files: "ExperimentFiles") -> None:
     """Says what became of the cells and where the report is."""
-    cells = [(found.model, *entry) for found in files.results.models for entry in found.cells.items()]
-    titles = [title for title in dict.fromkeys(t for *_, cell in cells for t in cell.figures) if _is_summary(title)]
-    several = len(files.results.models) > 1
-    title = f"Experiment {files.results.experiment}" + ("" if several or not cells else f", {cells[0][0]}")
-    table = Table(title=escape(title), title_justify="left", title_style="bold")
-    for name in (*(["model"] if several else []), "cell", "state"):
-        table.add_column(name, no_wrap=not several)
-    for name in ("removed", *(title.replace("Avg", "average, %").partition(", wiki")[0] for title in titles)):
-        table.add_column(name, justify="right", no_wrap=True)
-    for model, name, cell in cells:
-        share = "" if cell.ratio is None else f"{cell.ratio:.2%}"
-        shown = (_summary(title, cell.figures.get(title)) for title in titles)
-        table.add_row(*([escape(model)] if several else []), escape(name), cell.state, share, *shown)
-    stdout.print(table)
-    stdout.print(
-        f"Report in {files.report.html} and {files.report.markdown}; {files.record} is the record", markup=False
-    )
+    from amprune.experiments.tables import results_grid
+
+    show_grid(results_grid(files.results))
+    stdout.print(f"Report in {files.report.html} and {files.report.markdown}; {files.record} is the record")
 
 
 def show_push(result: "PushedModel") -> None:
@@ -422,4 +339,4 @@ def show_push(result: "PushedModel") -> None:
     lines += [f"Not among them: {', '.join(result.left_out)}"] if result.left_out else []
     lines += [f"Removed there, of an earlier model: {', '.join(result.removed)}"] if result.removed else []
     lines += [] if sent else ["Nothing was sent."]
-    stdout.print("\n".join(lines), markup=False)
+    stdout.print("\n".join(lines))

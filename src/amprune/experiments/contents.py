@@ -13,8 +13,8 @@ from amprune.experiments.recipes import BEST, DENSE, Cell, Recipe
 from amprune.experiments.results import ModelResults, Results
 from amprune.experiments.settings import Settings
 from amprune.experiments.tables import Shown
-from amprune.report.blocks import Block, Bullets, Contents, Section, Text
 from amprune.report.drawing import colours_of
+from amprune.report.page import Block, Bullets, Contents, Section, Text
 
 _SECTIONS: Mapping[str, Callable[[Shown], list[Section]]] = {
     "table1": sections.table1,

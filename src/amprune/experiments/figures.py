@@ -8,8 +8,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-from amprune.report.drawing import BASELINE_COLOUR, ROW_COLOUR, colours_of, logarithmic, new_figure, style
-from amprune.report.labels import Label, write_column
+from amprune.report.drawing import (
+    BASELINE_COLOUR,
+    ROW_COLOUR,
+    Label,
+    colours_of,
+    logarithmic,
+    new_figure,
+    style,
+    write_column,
+)
 from amprune.report.numbers import shortened
 
 _LOG_RANGE = 10.0

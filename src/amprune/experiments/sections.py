@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from amprune.experiments.figures import Level, Panel, Point, lines_figure, rows_figure
 from amprune.experiments.recipes import DENSE, Cell, percentage
 from amprune.experiments.tables import Column, Shown, columns_of, difference_table, quality_table, summary_columns
-from amprune.report.blocks import Block, Bullets, Picture, Section, Text
 from amprune.report.numbers import number
+from amprune.report.page import Block, Bullets, Picture, Section, Text
 from amprune.settings import PRESETS
 
 

@@ -7,9 +7,9 @@ from amprune.evaluation.comparison import Difference
 from amprune.evaluation.records import Evaluation, Record
 from amprune.experiments.figures import Point
 from amprune.experiments.recipes import DENSE, QUALITY, Cell, Recipe, percentage
-from amprune.experiments.results import CellResult, ModelResults
+from amprune.experiments.results import CellResult, ModelResults, Results
 from amprune.experiments.settings import Settings
-from amprune.report.blocks import Table, drop_empty_columns
+from amprune.report.grid import Grid, filled
 from amprune.report.measures import Change, Measure, average_change, averages, change, find_measures, headlines
 from amprune.report.numbers import MISSING, number, percent
 from amprune.report.quality import difference
@@ -165,7 +165,7 @@ def figures_of(evaluation: Evaluation, cell: Cell) -> dict[str, dict[str, float 
 def quality_table(
     shown: Shown, cells: Sequence[Cell], ratio: float | None, *, heading: str = "method",
     label: Callable[[Cell], str] = lambda cell: cell.method,
-) -> Table:  # fmt: skip
+) -> Grid:  # fmt: skip
     """Returns a row a cell: how much it lacks, its figures.
 
     Where all are of one ratio, which the caption then names, the best of each column among the pruned is in bold.
@@ -183,10 +183,10 @@ def quality_table(
         bold |= {(row, place) for row, value in values.items() if value == best and len(set(values.values())) > 1}
     header = (heading, "removed", *(column.title for column in columns))
     caption = "" if ratio is None else f"{percentage(ratio)} of the parameters \u00b1 standard error"
-    return drop_empty_columns(Table(caption, header, tuple(rows), bold=frozenset(bold)), MISSING)
+    return filled(Grid(caption, header, tuple(rows), bold=frozenset(bold)))
 
 
-def difference_table(shown: Shown, cells: Sequence[Cell], baseline: Cell) -> Table | None:
+def difference_table(shown: Shown, cells: Sequence[Cell], baseline: Cell) -> Grid | None:
     """Returns by how much each cell differs from one of them; None where there is nothing to compare."""
     columns = columns_of(shown.evaluation)
     others = [cell for cell in shown.done(cells) if cell != baseline]
@@ -197,4 +197,27 @@ def difference_table(shown: Shown, cells: Sequence[Cell], baseline: Cell) -> Tab
         for cell in others
     ]
     caption = f"Difference from {baseline.name}, \u00b1 standard error"
-    return drop_empty_columns(Table(caption, ("method", *(c.title for c in columns)), tuple(rows)), MISSING)
+    return filled(Grid(caption, ("method", *(c.title for c in columns)), tuple(rows)))
+
+
+def results_grid(results: Results) -> Grid:
+    """Returns a row a cell for the terminal: what became of it, perplexity and average with standard errors."""
+    cells = [(found.model, *entry) for found in results.models for entry in found.cells.items()]
+    known = dict.fromkeys(title for *_, cell in cells for title in cell.figures)
+    titles = [title for title in known if title == "Avg" or title.startswith("perplexity")]
+    several = len(results.models) > 1
+    rows = []
+    for model, name, cell in cells:
+        figures = (cell.figures.get(title, {}) for title in titles)
+        shown = (
+            "" if (value := figure.get("value")) is None
+            else number(value, figure.get("standard_error"), scale=100 if title == "Avg" else 1)
+            for title, figure in zip(titles, figures, strict=True)
+        )  # fmt: skip
+        removed = "" if cell.ratio is None else f"{cell.ratio:.2%}"
+        rows.append((*([model] if several else []), name, cell.state, removed, *shown))
+    heads = (title.replace("Avg", "average, %").partition(", wiki")[0] for title in titles)
+    return Grid(
+        f"Experiment {results.experiment}" + ("" if several or not cells else f", {cells[0][0]}"),
+        (*(["model"] if several else []), "cell", "state", "removed", *heads), tuple(rows), words=3 if several else 2,
+    )  # fmt: skip

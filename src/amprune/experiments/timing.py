@@ -6,11 +6,12 @@ from pathlib import Path
 from amprune.experiments.figures import Point, lines_figure
 from amprune.experiments.recipes import DENSE, percentage
 from amprune.experiments.tables import Shown
-from amprune.report.blocks import Block, Bullets, Picture, Section, Table, Text
 from amprune.report.drawing import colours_of
+from amprune.report.grid import Grid
 from amprune.report.inputs import Inputs, Subject
 from amprune.report.measures import Measure, change, find_measures, ideal_speedup
 from amprune.report.numbers import MISSING, percent, times
+from amprune.report.page import Block, Bullets, Picture, Section, Text
 from amprune.report.speed import latency_section, resources_section, speedup_words, workload_section
 from amprune.settings import Workload
 
@@ -27,7 +28,7 @@ def speedup(shown: Shown) -> list[Section]:
         removed = MISSING if share is None else percent(share, 2)
         rows.append((cell.name, removed, times(ideal) if ideal else missing, *figures))
     header = ("model", "removed", "ideal", *(m.label for m in measures))
-    blocks: list[Block] = [Table("Speedup of decoding", header, tuple(rows))]
+    blocks: list[Block] = [Grid("Speedup of decoding", header, tuple(rows))]
     if lines := tuple(line for measure in measures for line in _rivals(shown, measure)):
         blocks.insert(0, Bullets(lines))
     words = (
@@ -63,7 +64,7 @@ def _measured(shown: Shown) -> list[Section]:
             for block in latency.blocks
         ]
         latency = Section(latency.title, tuple(named))
-    return [section for section in (latency, resources_section(inputs, colours)) if section is not None]
+    return [section for section in (latency, resources_section(inputs)) if section is not None]
 
 
 def _inputs(shown: Shown) -> Inputs:

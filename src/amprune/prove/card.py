@@ -11,12 +11,12 @@ import yaml
 
 from amprune import __version__
 from amprune.model.files import read_front_matter
-from amprune.model.quantization import Quantization, quantization_sentences
+from amprune.model.quantization import Quantization, is_quantized, quantization_sentences, read_quantization
 from amprune.model.recovered import Recovery, data_sentence, is_recovered, read_recovery, training_sentences
 from amprune.model.source import Source
 from amprune.model.writer import RECORDS
 from amprune.plan.artefact import PruningPlan
-from amprune.prove.checks import VerificationReport
+from amprune.records import read_object
 
 CARD = "README.md"
 FRONT: dict[str, object] = {
@@ -41,74 +41,85 @@ class CardHead:
     """Whether someone else wrote the file."""
 
 
-def write_model_card(folder: Path, plan: PruningPlan, report: VerificationReport, *, source: Source) -> None:
-    """Writes `README.md`; the licence is carried over from the source's own card."""
-    text = card_text(
-        plan,
-        dense=source.name,
-        front=_front_matter(source),
-        records=[path.name for path in (folder / RECORDS).iterdir()],
-        logit_difference=report.logit_difference,
+@dataclass(frozen=True)
+class Made:
+    """What was done to a model, as its records say; None where it was not done."""
+
+    plan: PruningPlan | None = None
+    recovery: Recovery | None = None
+    quantization: Quantization | None = None
+    logit_difference: float | None = None
+    """What the verification found."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a report adds to a card."""
+
+    text: str = ""
+    """Markdown."""
+    measured: bool = False
+    """Whether the results tell of the model's quality."""
+    limits: tuple[str, ...] = ()
+    """Plain sentences beside those that hold for every such model."""
+    front: Mapping[str, object] = field(default_factory=dict)
+    """Front matter where the card has none of its own."""
+    index: list[dict[str, Any]] = field(default_factory=list)
+    """The results as front matter: the hub's `model-index`."""
+
+
+def read_made(folder: Path) -> Made:
+    """Reads what was done to a model from its folder `amprune/`; raises an error where a record is damaged."""
+    records = folder / RECORDS
+    verified = records / "verification.json"
+    return Made(
+        PruningPlan.load(records / "plan.json") if (records / "plan.json").is_file() else None,
+        read_recovery(folder) if is_recovered(folder) else None,
+        read_quantization(folder) if is_quantized(folder) else None,
+        read_object(verified).get("logit_difference") if verified.is_file() else None,
     )
-    (folder / CARD).write_text(text, encoding="utf-8")
 
 
-def write_recovered_card(folder: Path, *, source: Source) -> None:
-    """Writes the `README.md` of a model that was trained: the card of what it was trained from, and the training.
+def write_card(folder: Path, *, source: Source) -> None:
+    """Writes the `README.md` of a model that was pruned, trained or quantised.
 
     Args:
-        folder: where the records are already; a plan among them says that the model was pruned.
-        source: what was trained; the front matter of its card is carried over.
+        folder: where the records are already; the last stage among them is what was done to `source`.
+        source: what the model was made from; what its card says of licence, languages and origin is carried over.
 
     Raises:
-        RecoveryError: the record is damaged.
+        AmpruneError: a record is damaged.
     """
-    recovery = read_recovery(folder)
-    head, plan = read_card(source.folder), _plan(folder)
-    front = _grown_front(head, source, "recovered", pruned=plan is not None)
-    text = card_text(
-        plan,
-        dense=recovery.source if plan is None else _dense(head, front),
-        front=front,
-        records=[path.name for path in (folder / RECORDS).iterdir()],
-        recovery=recovery,
-    )
-    (folder / CARD).write_text(text, encoding="utf-8")
-
-
-def write_quantized_card(folder: Path, record: Quantization, *, source: Source) -> None:
-    """Writes the `README.md` of a model that was quantised: the card of what it was made from, and the quantising.
-
-    Args:
-        folder: where the records are already; a plan and a training among them are told as well.
-        record: the content of `quantization.json`.
-        source: what was quantised; the front matter of its card is carried over.
-
-    Raises:
-        RecoveryError: the record of the training is damaged.
-    """
-    head, plan = read_card(source.folder), _plan(folder)
-    recovery = read_recovery(folder) if is_recovered(folder) else None
-    front = _grown_front(head, source, "quantized", record.type, record.library, pruned=plan is not None)
-    text = card_text(
-        plan,
-        dense=source.name if plan is None and recovery is None else _dense(head, front),
-        front=front,
-        records=[path.name for path in (folder / RECORDS).iterdir()],
-        recovery=recovery,
-        quantization=record,
-    )
-    (folder / CARD).write_text(text, encoding="utf-8")
-
-
-def _plan(folder: Path) -> PruningPlan | None:
-    file = folder / RECORDS / "plan.json"
-    return PruningPlan.load(file) if file.is_file() else None
-
-
-def _dense(head: CardHead, front: Mapping[str, object]) -> str:
+    made, head = read_made(folder), read_card(source.folder)
+    front = _front_matter(source, made, head)
     base = front.get("base_model")
-    return head.dense or (str(base[0]) if isinstance(base, list) and base else None) or "the dense model"
+    dense = head.dense or (str(base[0]) if isinstance(base, list) and base else "the dense model")
+    stages = [stage for stage in (made.plan, made.recovery, made.quantization) if stage is not None]
+    if len(stages) == 1:  # nothing was done to the source
+        dense = source.name
+    text = _card_text(made, dense=dense, front=front, records=_names(folder))
+    (folder / CARD).write_text(text, encoding="utf-8")
+
+
+def renewed_card(folder: Path, made: Made, results: Results, *, dense: str, records: Sequence[str] = ()) -> str | None:
+    """Returns the text of `README.md` with the results; None where someone else wrote the file.
+
+    `dense` names the dense model where the card does not, `records` are files that the folder `amprune/` will have.
+    """
+    head = read_card(folder)
+    if head.foreign or (made.plan, made.recovery, made.quantization) == (None, None, None):
+        return None
+    own = {name: value for name, value in head.front.items() if name != "model-index"}
+    front = {**FRONT, "tags": _tags(made), **own}
+    front |= {name: value for name, value in results.front.items() if name not in front}
+    if results.index:
+        front["model-index"] = results.index
+    names = dict.fromkeys([*_names(folder), *records])
+    return _card_text(made, dense=head.dense or dense, front=front, records=list(names), results=results)
+
+
+def _names(folder: Path) -> list[str]:
+    return [path.name for path in (folder / RECORDS).iterdir() if not path.name.startswith(".")]
 
 
 def read_card(folder: Path) -> CardHead:
@@ -125,47 +136,28 @@ def read_card(folder: Path) -> CardHead:
     return CardHead(read_front_matter(file), dense if isinstance(dense, str) else None, foreign=marker is None)
 
 
-def card_text(
-    plan: PruningPlan | None,
-    *,
-    dense: str,
-    front: Mapping[str, object],
-    records: Sequence[str],
-    logit_difference: float | None = None,
-    recovery: Recovery | None = None,
-    quantization: Quantization | None = None,
-    results: str = "",
-    measured: bool = False,
-    limits: Sequence[str] = (),
+def _card_text(
+    made: Made, *, dense: str, front: Mapping[str, object], records: Sequence[str], results: Results | None = None
 ) -> str:
-    """Returns the whole card of a pruned, trained or quantised model.
-
-    Args:
-        plan: by which the model was pruned; None of a dense model that was trained or quantised.
-        dense: what the dense model is called.
-        front: YAML front matter.
-        records: names of the files in the folder `amprune/`.
-        logit_difference: what the verification found; None where there was none.
-        recovery: how the model was trained; None where it was not.
-        quantization: how the model was quantised; None where it was not.
-        results: Markdown.
-        measured: whether the results tell of the model's quality.
-        limits: plain sentences beside those that hold for every such model.
-    """
+    """Returns the whole card: how the model was made, its results and its limits."""
+    results = results or Results()
+    plan, recovery, quantization = made.plan, made.recovery, made.quantization
     name = json.dumps(dense, ensure_ascii=False).replace(">", "\\u003e")
-    made = () if plan is None else how_it_was_made(plan, logit_difference)
-    trained = () if recovery is None else training_sentences(recovery)
-    packed = () if quantization is None else quantization_sentences(quantization)
-    sentences = "\n".join(f"- {escaped(sentence)}" for sentence in (*made, *trained, *packed))
-    middle = f"{results.strip()}\n\n" if results.strip() else ""
-    more = "".join(f"- {escaped(limit)}\n" for limit in limits)
+    said = (
+        *(() if plan is None else how_it_was_made(plan, made.logit_difference)),
+        *(() if recovery is None else training_sentences(recovery)),
+        *(() if quantization is None else quantization_sentences(quantization)),
+    )
+    sentences = "\n".join(f"- {escaped(sentence)}" for sentence in said)
+    middle = f"{results.text.strip()}\n\n" if results.text.strip() else ""
+    more = "".join(f"- {escaped(limit)}\n" for limit in results.limits)
     header = yaml.safe_dump(dict(front), sort_keys=False, allow_unicode=True)
     return f"""---
 {header}---
 
 {_MARKER}{name} -->
 
-{_opening(plan, dense, recovered=recovery is not None, quantization=quantization)}
+{_opening(made, dense)}
 {sentences}
 - `{RECORDS}/` holds how it was made: {", ".join(sorted(records))}.
 
@@ -178,13 +170,14 @@ tokenizer = AutoTokenizer.from_pretrained("PATH_OR_ID")
 
 {middle}## Limits
 
-{escaped(_caution(plan, recovery, measured=measured, quantized=quantization is not None))}
+{escaped(_caution(made, measured=results.measured))}
 Everything that the dense model's card says of its risks and licence holds here too.
 {chr(10) + more if more else ""}"""
 
 
-def _opening(plan: PruningPlan | None, dense: str, *, recovered: bool, quantization: Quantization | None) -> str:
+def _opening(made: Made, dense: str) -> str:
     """Returns the title, what was done, and the sizes before and after."""
+    plan, recovered, quantization = made.plan, made.recovery is not None, made.quantization
     by = f"with amprune {__version__}"
     title = f", quantised to {quantization.type}" if quantization is not None else ""
     ordinary = " It is an ordinary checkpoint."
@@ -209,7 +202,8 @@ Made from {escaped(dense)} by structured pruning {by}: {removal(plan)}, {_by(pla
 """
 
 
-def _caution(plan: PruningPlan | None, recovery: Recovery | None, *, measured: bool, quantized: bool) -> str:
+def _caution(made: Made, *, measured: bool) -> str:
+    plan, recovery, quantized = made.plan, made.recovery, made.quantization is not None
     if recovery is None:
         done = "Quantised" if plan is None else "Pruned without any training after it"
         also = ", and then quantised" if quantized and plan is not None else ""
@@ -302,30 +296,28 @@ def escaped(text: str) -> str:
     return re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)
 
 
-def _front_matter(source: Source) -> dict[str, object]:
-    front = dict(FRONT)
-    carried = read_front_matter(source.folder / CARD)
+def _front_matter(source: Source, made: Made, head: CardHead) -> dict[str, object]:
+    """Carries front matter over: of a card by amprune everything but the results, of another what surely holds."""
+    front, carried = dict(FRONT), head.front
     if source.license is not None:
         front["license"] = source.license
     front |= {key: carried[key] for key in ("license", "license_name", "license_link", "language") if key in carried}
     if source.base_model is not None:
         front["base_model"] = [source.base_model]
+    if made.recovery is None and made.quantization is None:  # the source is no output of amprune
+        return front
+    if head.dense is not None:
+        front |= {key: value for key, value in carried.items() if key != "model-index"}
+    if made.plan is not None and "base_model" in carried:
+        front["base_model"] = carried["base_model"]
+    kept = front["tags"] if head.dense is not None and isinstance(front["tags"], list) else []
+    front["tags"] = list(dict.fromkeys([*map(str, kept), *_tags(made)]))
     return front
 
 
-def _grown_front(head: CardHead, source: Source, *tags: str, pruned: bool) -> dict[str, object]:
-    """Carries front matter over: of a card by amprune everything but the results, of another what surely holds.
-
-    `tags` are added: what was done to the model of the card.
-    """
-    front = _front_matter(source)
-    ours = head.dense is not None
-    if ours:
-        front |= {key: value for key, value in head.front.items() if key != "model-index"}
-    if pruned and "base_model" in head.front:
-        front["base_model"] = head.front["base_model"]
-    known = front.get("tags")
-    kept = [str(tag) for tag in known] if isinstance(known, list) else []
-    first = ["pruned", "amprune"] if pruned else ["amprune"]
-    front["tags"] = list(dict.fromkeys([*(kept if ours else first), *tags]))
-    return front
+def _tags(made: Made) -> list[str]:
+    tags = [*(["pruned"] if made.plan is not None else []), "amprune"]
+    tags += ["recovered"] if made.recovery is not None else []
+    if made.quantization is not None:
+        tags += ["quantized", made.quantization.type, made.quantization.library]
+    return tags

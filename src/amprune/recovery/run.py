@@ -23,7 +23,7 @@ from amprune.model.reader import Checkpoint, open_model
 from amprune.model.recovered import LOG, RECORD, read_log
 from amprune.model.source import Source, open_source
 from amprune.model.writer import RECORDS, check_output, parse_size, staged_folder
-from amprune.prove.card import write_recovered_card
+from amprune.prove.card import write_card
 from amprune.records import write
 from amprune.recovery.merging import write_recovered
 from amprune.recovery.models import check_device, check_teacher, teaching_model, trainable_model
@@ -180,6 +180,6 @@ def _write(
                 shutil.copyfile(before / name, records / name)
         write(records / RECORD, record)
         write_log(records / LOG, log)
-        write_recovered_card(staged, source=source)
+        write_card(staged, source=source)
         write_recipe(records / "recipe.yaml", "recover", settings)
     return record

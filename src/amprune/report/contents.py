@@ -1,11 +1,12 @@
 """From what was read to what is shown: title, summary, sections."""
 
-from amprune.report.blocks import Bullets, Contents, Section, Table, Text, Tile, TileGroup, drop_empty_columns
 from amprune.report.drawing import colours_of
+from amprune.report.grid import grid_of
 from amprune.report.importance import importance_section
 from amprune.report.inputs import Inputs, Subject
 from amprune.report.measures import average_change, averages, change, find_measures, headlines, ideal_speedup
-from amprune.report.numbers import MISSING, number, percent, scaled, times
+from amprune.report.numbers import number, percent, scaled, times
+from amprune.report.page import Bullets, Contents, Section, Text, Tile, TileGroup
 from amprune.report.provenance import LIMITS, limits, made_section, measuring_section, removed_words, settings_section
 from amprune.report.quality import accuracy, accuracy_section, difference, heading, perplexity_section
 from amprune.report.reconstruction import reconstruction_section
@@ -25,10 +26,10 @@ def make_contents(inputs: Inputs, *, workload: Workload) -> Contents:
     sections = [
         _overview(inputs) if measured else measuring_section(inputs),
         perplexity_section(inputs, colours),
-        accuracy_section(inputs, colours),
+        accuracy_section(inputs),
         latency_section(inputs, colours),
-        resources_section(inputs, colours),
-        size_section(inputs, colours),
+        resources_section(inputs),
+        size_section(inputs),
         importance_section(inputs, colours),
         reconstruction_section(inputs, colours),
         recovery_section(inputs, colours),
@@ -143,11 +144,10 @@ def _overview(inputs: Inputs) -> Section:
         title = "average accuracy, %" if means else heading(measure)
         columns.append((title, {name: accuracy(measure, name) for name in measure.records}))
     speed, case = _speed_columns(inputs)
-    rows = tuple((s.name, *(values.get(s.name, MISSING) for _, values in (*columns, *speed))) for s in inputs.subjects)
-    table = Table("", ("model", *(title for title, _ in (*columns, *speed))), rows)
+    grid = grid_of("", [subject.name for subject in inputs.subjects], [*columns, *speed])
     shown = "; ".join([*cases, *case])
     note = f"Of each kind, what was measured first{f' ({shown})' if shown else ''}. The sections below have the rest."
-    return Section("Overview", (drop_empty_columns(table, MISSING), Text(note)))
+    return Section("Overview", (grid, Text(note)))
 
 
 def _speed_columns(inputs: Inputs) -> tuple[list[tuple[str, dict[str, str]]], list[str]]:

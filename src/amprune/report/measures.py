@@ -33,6 +33,11 @@ class Measure:
         """Returns the record that was measured first."""
         return next(iter(self.records.values()))
 
+    @property
+    def scale(self) -> float:
+        """Returns by what its figures are multiplied to be shown: accuracies are in percent."""
+        return 100.0 if self.first.unit == "accuracy" else 1.0
+
 
 @dataclass(frozen=True)
 class Change:
@@ -162,6 +167,6 @@ def tokens_per_second(record: Record) -> float | None:
 
 
 def decode_steps(measure: Measure) -> int:
-    """Returns how many tokens a decode latency is for: all new ones but the first, which the prefill gives."""
+    """Returns how many tokens a decode latency is for: all new ones but the first, which the prefill gives; else 1."""
     new = measure.settings.get("new_tokens")
-    return max(1, new - 1) if isinstance(new, int) else 1
+    return max(1, new - 1) if isinstance(new, int) and measure.metric == "decode" else 1

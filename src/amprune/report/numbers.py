@@ -7,11 +7,12 @@ MISSING = "\u2013"
 _SCIENTIFIC = 1e6
 
 
-def number(value: float, error: float | None = None, *, signed: bool = False) -> str:
-    """Returns a value with its standard error, both to the error's first digit (two where that is 1 or 2).
+def number(value: float, error: float | None = None, *, signed: bool = False, scale: float = 1.0) -> str:
+    """Returns a value with its standard error, both times `scale`, to the error's first digit (two where it is 1 or 2).
 
     Without an error the value has four significant digits; from a million on it is written as 5.3e+08.
     """
+    value, error = scale * value, None if error is None else scale * error
     if abs(value) >= _SCIENTIFIC:
         text = _scientific(abs(value), error)
     elif error is None or not math.isfinite(error) or error <= 0:

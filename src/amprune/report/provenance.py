@@ -8,10 +8,11 @@ from amprune.evaluation.records import Record
 from amprune.model.quantization import quantization_sentences
 from amprune.model.recovered import data_sentence
 from amprune.prove.card import criterion, how_it_was_made, removal, size_rows
-from amprune.report.blocks import Block, Bullets, Command, Section, Table, Text
+from amprune.report.grid import Grid
 from amprune.report.inputs import EVALUATION, Inputs
 from amprune.report.measures import change, find_measures, setting
 from amprune.report.numbers import MISSING, percent
+from amprune.report.page import Block, Bullets, Command, Section, Text
 
 MADE, LIMITS, UNMEASURED = "How it was made", "Limits", "Not measured yet"
 UNTRAINED = "The pruned models were not trained after pruning."
@@ -34,7 +35,7 @@ def made_section(inputs: Inputs) -> Section | None:
     extra = (f"Options of the plan: {chosen}.",) if chosen else ()
     blocks: list[Block] = [
         Bullets((*sentences, *how_it_was_made(plan, proof), *extra)),
-        Table("Shape", ("", "dense", "pruned"), size_rows(plan)),
+        Grid("Shape", ("", "dense", "pruned"), size_rows(plan)),
     ]
     checks = (inputs.verification or {}).get("checks")
     if packed:
@@ -43,7 +44,7 @@ def made_section(inputs: Inputs) -> Section | None:
         rows = tuple(
             (str(c.get("name")), "passed" if c.get("passed") else "FAILED", str(c.get("detail"))) for c in checks
         )
-        blocks.append(Table("Verification", ("check", "result", "found"), rows, left=3))
+        blocks.append(Grid("Verification", ("check", "result", "found"), rows, words=3))
     elif subject.trained:
         blocks.append(
             Text("It was trained after that, so that its logits are no longer those of the masked dense model.")
@@ -80,7 +81,7 @@ def settings_section(inputs: Inputs) -> Section | None:
         return None
     rows = _measured(records)
     header = ("measurement", "task", "settings", "seed", "device", "data (sha256)")
-    blocks: list[Block] = [Table("Settings", header, rows, left=6)]
+    blocks: list[Block] = [Grid("Settings", header, rows, words=6)]
     versions = {record.versions.get(name) and f"{name} {record.versions[name]}" for record in records
                 for name in record.versions}  # fmt: skip
     known = sorted(version for version in versions if version)
@@ -94,7 +95,7 @@ def settings_section(inputs: Inputs) -> Section | None:
         (entry.name, _place(entry.source), entry.model_type, entry.dtype, entry.license or MISSING, entry.sha256[:16])
         for entry in inputs.evaluation.models.values()
     )
-    blocks.append(Table("Models", ("model", "source", "type", "dtype", "licence", "sha256"), models, left=6))
+    blocks.append(Grid("Models", ("model", "source", "type", "dtype", "licence", "sha256"), models, words=6))
     return Section("How it was measured", tuple(blocks))
 
 

@@ -1,41 +1,38 @@
-"""Perplexity and zero-shot accuracy: tables, figures and what they say."""
+"""Perplexity and zero-shot accuracy: tables, the figure and what they say."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from amprune.report.blocks import Block, Picture, Section, Table, Text, drop_empty_columns
-from amprune.report.drawing import style
-from amprune.report.figures_measured import perplexity_figure
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from amprune.report.drawing import BASELINE_COLOUR, ENDS, Label, logarithmic, new_figure, style, write_labels
+from amprune.report.grid import grid_of
 from amprune.report.inputs import Inputs
 from amprune.report.measures import Change, Measure, average_change, averages, change, find_measures, headlines
-from amprune.report.numbers import MISSING, number, percent, probability, times
+from amprune.report.numbers import MISSING, number, percent, probability, shortened, times
+from amprune.report.page import Block, Picture, Section, Text
 from amprune.report.sizes import removed
 
-_UNPAIRED = " (not paired)"
+_LOG_RANGE = 10.0
 
 
 def perplexity_section(inputs: Inputs, colours: dict[str, str]) -> Section | None:
     """Says what each text's perplexity is, with its difference from the baseline's."""
     blocks: list[Block] = []
     for index, measure in enumerate(find_measures(inputs.evaluation, "perplexity"), start=1):
-        changes = {name: change(measure, name, inputs.baseline) for name in measure.records}
+        records, base = measure.records, measure.records.get(inputs.baseline or "")
+        changes = {name: found for name in records if (found := change(measure, name, inputs.baseline)) is not None}
         if spoken := _spoken(measure, inputs):
             blocks.append(Text(_perplexity_words(measure, spoken, inputs)))
-        rows = tuple(
-            (
-                name,
-                number(record.value, record.standard_error),
-                difference(changes[name]),
-                times(record.value / measure.records[inputs.baseline].value)
-                if changes[name] is not None and inputs.baseline is not None
-                else MISSING,
-                f"{record.n:,}",
-            )
-            for name, record in measure.records.items()
-        )
-        header = ("model", "perplexity \u00b1 standard error", "difference", "ratio", "windows")
-        blocks.append(drop_empty_columns(Table(f"Perplexity, {measure.label}", header, rows), MISSING))
-        if any(name != inputs.baseline for name in measure.records):
+        columns = [
+            ("perplexity \u00b1 standard error", {n: number(r.value, r.standard_error) for n, r in records.items()}),
+            ("difference", {name: difference(found) for name, found in changes.items()}),
+            ("ratio", {name: times(records[name].value / base.value) for name in changes if base is not None}),
+            ("windows", {name: f"{record.n:,}" for name, record in records.items()}),
+        ]
+        blocks.append(grid_of(f"Perplexity, {measure.label}", list(records), columns))
+        if any(name != inputs.baseline for name in records):
             blocks.append(_perplexity_picture(inputs, measure, colours, f"perplexity-{index}"))
     return Section("Perplexity", tuple(blocks)) if blocks else None
 
@@ -66,13 +63,54 @@ def _perplexity_words(measure: Measure, spoken: list[str], inputs: Inputs) -> st
 
 def _perplexity_picture(inputs: Inputs, measure: Measure, colours: dict[str, str], name: str) -> Picture:
     ratios = {subject.name: removed(inputs, subject) for subject in inputs.subjects}
-    with style():
-        figure = perplexity_figure(
-            measure, ratios=ratios, baseline=inputs.baseline, colours=colours, lines=_lines(inputs)
-        )
+    figure = _perplexity_figure(inputs, measure, ratios, colours)
     points = "; ".join(f"{n}: {number(r.value)} at {percent(ratios[n])} removed" for n, r in measure.records.items())
     caption = f"Perplexity on {measure.label} against the share of parameters removed; bars are standard errors."
     return Picture(name, figure, f"Perplexity against ratio. {points}.", caption)
+
+
+@style()
+def _perplexity_figure(inputs: Inputs, measure: Measure, ratios: dict[str, float], colours: dict[str, str]) -> Figure:
+    """Draws perplexity against the share of parameters removed, models that differ in the ratio alone joined."""
+    figure = new_figure(3.3)
+    axes = figure.add_subplot()
+    baseline, lines = inputs.baseline, _lines(inputs)
+    names = [name for name in measure.records if name != baseline]
+    values = {name: record.value for name, record in measure.records.items()}
+    for line in lines:
+        points = sorted((ratios[name], values[name]) for name in line if name in values)
+        axes.plot([100 * x for x, _ in points], [y for _, y in points], color="#bdbdbd", linewidth=1.2, zorder=1)
+    for name in names:
+        error = measure.records[name].standard_error
+        x, y, colour = 100 * ratios[name], values[name], colours[name]
+        axes.errorbar(x, y, yerr=error, fmt="o", color=colour, markersize=5.5, capsize=2.5, linewidth=1.2, zorder=3)
+    _scale_perplexity(axes, list(values.values()), [ratios[name] for name in names])
+    axes.set_xlabel("parameters removed, %")
+    axes.set_ylabel("perplexity (lower is better)")
+    axes.grid(axis="y")
+    shown = {n: number(r.value, r.standard_error) for n, r in measure.records.items()}
+    labels = [Label(100 * ratios[n], values[n], f"{shortened(n, 24)}\n{shown[n]}", colours[n]) for n in names]
+    if baseline in values and baseline is not None:
+        axes.axhline(values[baseline], color=BASELINE_COLOUR, linestyle="--", linewidth=1.1, zorder=2)
+        ends = [(values[baseline], f"{shortened(baseline, 24)}: {shown[baseline]}")]
+        labels = [Label(x, y, text, BASELINE_COLOUR, ENDS) for y, text in ends for x in axes.get_xlim()[:1]] + labels
+    write_labels(
+        figure, axes, labels, [line.get_xydata() for line in axes.lines[: len(lines)]], values.get(baseline or "")
+    )
+    return figure
+
+
+def _scale_perplexity(axes: Axes, values: Sequence[float], ratios: Sequence[float]) -> None:
+    low, high = min(values), max(values)
+    left, right = min([0.0, *ratios]), max([0.0, *ratios])
+    room = max(right - left, 0.05)
+    axes.set_xlim(100 * (left - 0.04 * room), 100 * (right + 0.28 * room))
+    if low > 0 and high / low > _LOG_RANGE:
+        logarithmic(axes, "y")
+        axes.set_ylim(low / (high / low) ** 0.08, high * (high / low) ** 0.16)
+        logarithmic(axes, "y")
+    else:
+        axes.set_ylim(max(0.0, low - 0.25 * (high - low) - 0.05 * low), high + 0.22 * (high - low) + 0.05 * high)
 
 
 def _lines(inputs: Inputs) -> list[list[str]]:
@@ -98,35 +136,32 @@ def difference(found: Change | None, *, scale: float = 1.0) -> str:
     """Returns a difference with its standard error, marked where it is not paired."""
     if found is None:
         return MISSING
-    error = found.difference.standard_error
-    text = number(found.difference.value * scale, None if error is None else error * scale, signed=True)
-    return text if found.paired else text + _UNPAIRED
+    text = number(found.difference.value, found.difference.standard_error, signed=True, scale=scale)
+    return text if found.paired else f"{text} (not paired)"
 
 
-def accuracy_section(inputs: Inputs, colours: dict[str, str]) -> Section | None:
+def accuracy_section(inputs: Inputs) -> Section | None:
     """Says what each task's zero-shot accuracy is, with the differences question by question."""
     tasks, means = headlines(inputs.evaluation), averages(inputs.evaluation)
     if not tasks and not means:
         return None
-    columns = [*tasks, *means]
-    blocks: list[Block] = [Text(_accuracy_words(inputs, tasks, means))]
-    header = ("model", *(heading(measure) for measure in columns))
-    values = tuple((s.name, *(accuracy(m, s.name) for m in columns)) for s in inputs.subjects)
-    blocks.append(drop_empty_columns(Table("Accuracy, % \u00b1 standard error", header, values), MISSING))
-    changes = tuple(
-        (s.name, *(_accuracy_change(m, tasks, means, s.name, inputs.baseline) for m in columns))
-        for s in inputs.compared
-    )
-    if any(cell != MISSING for row in changes for cell in row[1:]):
-        caption = f"Difference from {inputs.baseline} in percentage points \u00b1 standard error"
-        blocks.append(drop_empty_columns(Table(caption, header, changes), MISSING))
-        blocks.append(
-            Text(
-                "Differences are taken question by question, so that their errors are smaller than those of the two "
-                "accuracies. p: two-sided exact McNemar test; with several tasks and models, a few small values are "
-                "expected by chance."
-            )
+    names, compared = [s.name for s in inputs.subjects], [s.name for s in inputs.compared]
+    figures = [(heading(m), {name: accuracy(m, name) for name in names}) for m in (*tasks, *means)]
+    blocks: list[Block] = [
+        Text(_accuracy_words(inputs, tasks, means)), grid_of("Accuracy, % \u00b1 standard error", names, figures)
+    ]  # fmt: skip
+    changes = [
+        (heading(m), {name: _accuracy_change(m, tasks, means, name, inputs.baseline) for name in compared})
+        for m in (*tasks, *means)
+    ]
+    if any(cell != MISSING for _, cells in changes for cell in cells.values()):
+        title = f"Difference from {inputs.baseline} in percentage points \u00b1 standard error"
+        words = (
+            "Differences are taken question by question, so that their errors are smaller than those of the two "
+            "accuracies. p: two-sided exact McNemar test; with several tasks and models, a few small values are "
+            "expected by chance."
         )
+        blocks += [grid_of(title, compared, changes), Text(words)]
     return Section("Zero-shot accuracy", tuple(blocks))
 
 
@@ -142,24 +177,19 @@ def accuracy(measure: Measure, model: str | None) -> str:
     record = measure.records.get(model or "")
     if record is None:
         return MISSING
-    scale, error = _scale(measure), record.standard_error
-    return number(scale * record.value, None if error is None else scale * error)
-
-
-def _scale(measure: Measure) -> float:
-    return 100.0 if measure.first.unit == "accuracy" else 1.0
+    return number(record.value, record.standard_error, scale=measure.scale)
 
 
 def _accuracy_change(
-    measure: Measure, tasks: Sequence[Measure], means: Sequence[Measure], model: str, baseline: str | None
+    measure: Measure, tasks: Iterable[Measure], means: Iterable[Measure], model: str, baseline: str | None
 ) -> str:
     if measure in means:
         return difference(average_change(measure, tasks, model, baseline), scale=100)
     found = change(measure, model, baseline)
     if found is None or found.difference.p_value is None:
-        return difference(found, scale=_scale(measure))
+        return difference(found, scale=measure.scale)
     value = probability(found.difference.p_value)
-    return f"{difference(found, scale=_scale(measure))}\n(p {value if value.startswith('<') else '= ' + value})"
+    return f"{difference(found, scale=measure.scale)}\n(p {value if value.startswith('<') else '= ' + value})"
 
 
 def _accuracy_words(inputs: Inputs, tasks: Sequence[Measure], means: Sequence[Measure]) -> str:

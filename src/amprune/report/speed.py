@@ -1,10 +1,14 @@
-"""Latency, memory, energy and what a workload costs: tables, figures and what they say."""
+"""Latency, memory, energy and what a workload costs: tables, the figure and what they say."""
+
+from collections.abc import Mapping, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from amprune.evaluation.records import Record
 from amprune.evaluation.workload import Costs, costs, saving, time_saved
-from amprune.report.blocks import Block, Bullets, Picture, Section, Table, Text, drop_empty_columns
-from amprune.report.drawing import style
-from amprune.report.figures_measured import latency_figure
+from amprune.report.drawing import new_figure, style
+from amprune.report.grid import Grid, grid_of
 from amprune.report.inputs import Inputs
 from amprune.report.measures import (
     Change,
@@ -16,7 +20,8 @@ from amprune.report.measures import (
     quartiles,
     tokens_per_second,
 )
-from amprune.report.numbers import MISSING, number, percent, scaled, seconds, times
+from amprune.report.numbers import number, percent, scaled, seconds, shortened, times
+from amprune.report.page import Block, Bullets, Picture, Section, Text
 from amprune.settings import Workload
 
 _MEDIANS = (
@@ -37,62 +42,48 @@ def latency_section(inputs: Inputs, colours: dict[str, str]) -> Section | None:
     if not any(stages.values()):
         return None
     blocks: list[Block] = []
-    if sentences := latency_sentences(inputs):
+    if sentences := _latency_sentences(inputs):
         blocks.append(Bullets(tuple(sentences)))
-    cases = {(m.label, m.device): m for measures in stages.values() for m in measures}
-    for (label, device), case in cases.items():
-        found = {
-            name: next((m for m in measures if (m.label, m.device, m.settings) == (label, device, case.settings)), None)
+    for case in {(m.label, m.device): m for measures in stages.values() for m in measures}.values():
+        same = (case.label, case.device, case.settings)
+        blocks.append(_latency_grid(inputs, case.label, {
+            name: next((m for m in measures if (m.label, m.device, m.settings) == same), None)
             for name, measures in stages.items()
-        }
-        blocks.append(_latency_table(inputs, label, found))
+        }))  # fmt: skip
     blocks.append(Text(_MEDIANS))
     if stages["decode"]:
         blocks.append(_latency_picture(inputs, stages["decode"], colours))
-    if any(ideal_speedup(inputs.evaluation, subject.name, inputs.baseline) for subject in inputs.compared):
+    if _ideals(inputs):
         blocks.append(Text(_IDEAL))
     return Section("Latency", tuple(blocks))
 
 
-def _latency_table(inputs: Inputs, label: str, stages: dict[str, Measure | None]) -> Table:
-    rows = []
-    for subject in inputs.subjects:
-        name = subject.name
-        if not any(measure is not None and name in measure.records for measure in stages.values()):
-            continue
-        ideal = ideal_speedup(inputs.evaluation, name, inputs.baseline)
-        decode = stages["decode"]
-        gained = change(decode, name, inputs.baseline) if decode is not None else None
-        share = percent(gained.difference.value / ideal, 0) if gained and ideal and ideal > 1 else MISSING
-        rows.append(
-            (
-                name,
-                _time(stages["prefill"], name),
-                _speedup(stages["prefill"], name, inputs.baseline),
-                _time(decode, name, per_token=True),
-                _speedup(decode, name, inputs.baseline),
-                times(ideal) if ideal is not None else MISSING,
-                share,
-                _time(stages["total"], name),
-                _speedup(stages["total"], name, inputs.baseline),
-            )
-        )
-    header = (
-        *("model", "prefill", "prefill speedup", "decode per token", "decode speedup", "ideal", "of the ideal"),
-        *("total", "total speedup"),
-    )
-    return drop_empty_columns(Table(f"Latency, {label}", header, tuple(rows)), MISSING)
+def _ideals(inputs: Inputs) -> dict[str, float]:
+    found = {s.name: ideal_speedup(inputs.evaluation, s.name, inputs.baseline) for s in inputs.compared}
+    return {name: ideal for name, ideal in found.items() if ideal is not None}
 
 
-def _time(measure: Measure | None, name: str, *, per_token: bool = False) -> str:
-    if measure is None or name not in measure.records:
-        return MISSING
-    return seconds(quartiles(measure.records[name])[1] / (decode_steps(measure) if per_token else 1))
+def _latency_grid(inputs: Inputs, label: str, stages: Mapping[str, Measure | None]) -> Grid:
+    """Returns the times of a case, each stage with its speedup, decoding with the ideal as well."""
+    there = {name for measure in stages.values() if measure is not None for name in measure.records}
+    names, ideals = [s.name for s in inputs.subjects if s.name in there], _ideals(inputs)
+    columns: list[tuple[str, dict[str, str]]] = []
+    for stage, measure in stages.items():
+        times_of = {} if measure is None else {name: _time(measure, name) for name in measure.records}
+        found = {} if measure is None else {name: change(measure, name, inputs.baseline) for name in measure.records}
+        gains = {name: gain for name, gain in found.items() if gain is not None}
+        columns.append(("decode per token" if stage == "decode" else stage, times_of))
+        columns.append((f"{stage} speedup", {name: speedup_words(gain) for name, gain in gains.items()}))
+        if stage == "decode":
+            shares = {n: gains[n].difference.value / ideal for n, ideal in ideals.items() if n in gains and ideal > 1}
+            columns.append(("ideal", {name: times(ideal) for name, ideal in ideals.items()}))
+            columns.append(("of the ideal", {name: percent(share, 0) for name, share in shares.items()}))
+    return grid_of(f"Latency, {label}", names, columns)
 
 
-def _speedup(measure: Measure | None, name: str, baseline: str | None) -> str:
-    found = change(measure, name, baseline) if measure is not None else None
-    return MISSING if found is None else speedup_words(found)
+def _time(measure: Measure, name: str) -> str:
+    """Returns the median time, of decoding for a token."""
+    return seconds(quartiles(measure.records[name])[1] / decode_steps(measure))
 
 
 def speedup_words(found: Change) -> str:
@@ -104,7 +95,7 @@ def speedup_words(found: Change) -> str:
     return text if found.paired else f"{text}, not paired"
 
 
-def latency_sentences(inputs: Inputs) -> list[str]:
+def _latency_sentences(inputs: Inputs) -> list[str]:
     """Returns a sentence a case on the report's model, or one a model on the first case."""
     measures = find_measures(inputs.evaluation, "latency", "decode")
     if inputs.focus is None:
@@ -132,16 +123,11 @@ def _latency_sentence(inputs: Inputs, measure: Measure, name: str) -> str:
     return f"{text}; {saved} of the time is saved where {possible} could be, and {times(ideal / speedup)} is left."
 
 
-def _latency_picture(inputs: Inputs, measures: tuple[Measure, ...], colours: dict[str, str]) -> Picture:
-    ideals = {
-        subject.name: ideal
-        for subject in inputs.compared
-        if (ideal := ideal_speedup(inputs.evaluation, subject.name, inputs.baseline)) is not None
-    }
-    with style():
-        figure = latency_figure(measures, baseline=inputs.baseline, ideals=ideals, colours=colours)
+def _latency_picture(inputs: Inputs, measures: Sequence[Measure], colours: dict[str, str]) -> Picture:
+    ideals = _ideals(inputs)
+    figure = _latency_figure(measures, baseline=inputs.baseline, ideals=ideals, colours=colours)
     words = "; ".join(
-        f"{measure.label}: " + ", ".join(f"{name} {_time(measure, name, per_token=True)}" for name in measure.records)
+        f"{measure.label}: " + ", ".join(f"{name} {_time(measure, name)}" for name in measure.records)
         for measure in measures
     )
     caption = "Median time for a decoded token; whiskers are quartiles" + (
@@ -150,7 +136,54 @@ def _latency_picture(inputs: Inputs, measures: tuple[Measure, ...], colours: dic
     return Picture("latency", figure, f"Milliseconds a decoded token. {words}.", caption)
 
 
-def resources_section(inputs: Inputs, colours: dict[str, str]) -> Section | None:
+@style()
+def _latency_figure(
+    measures: Sequence[Measure],
+    *,
+    baseline: str | None,
+    ideals: Mapping[str, float],
+    colours: Mapping[str, str],
+) -> Figure:
+    """Draws milliseconds per decoded token, a panel for each case, with a mark where the ideal lies."""
+    heights = [0.62 + 0.3 * len(measure.records) for measure in measures]
+    figure = new_figure(sum(heights) + 0.35)
+    panels = figure.subplots(len(measures), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, measure in zip(panels, measures, strict=True):
+        _latency_panel(axes, measure, baseline=baseline, ideals=ideals, colours=colours)
+    panels[-1].set_xlabel("decoding, milliseconds a token (shorter is better)")
+    return figure
+
+
+def _latency_panel(
+    axes: Axes, measure: Measure, *, baseline: str | None, ideals: Mapping[str, float], colours: Mapping[str, str]
+) -> None:
+    steps, records = decode_steps(measure), measure.records
+    spreads = {name: [1000 * value / steps for value in quartiles(record)] for name, record in records.items()}
+    milliseconds = {name: middle for name, (_, middle, _) in spreads.items()}
+    dense = milliseconds.get(baseline or "")
+    for row, (name, value) in enumerate(milliseconds.items()):
+        low, _, high = spreads[name]
+        axes.barh(row, value, height=0.68, color=colours[name])
+        axes.errorbar(value, row, xerr=[[value - low], [high - value]], color="#222222", capsize=2, linewidth=1.0)
+        words = number(value)
+        found = change(measure, name, baseline)
+        if found is not None:
+            words += f"  ({times(found.difference.value)}"
+        if dense is not None and name in ideals:
+            ideal = dense / ideals[name]
+            axes.plot([ideal, ideal], [row - 0.42, row + 0.42], color="black", linewidth=1.8)
+            words += f" of {times(ideals[name])} ideal"
+        words += ")" if found is not None else ""
+        axes.annotate(words, (high, row), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.set_yticks(range(len(milliseconds)), [shortened(name, 22) for name in milliseconds])
+    axes.invert_yaxis()
+    axes.set_title(measure.label)
+    axes.set_xlim(0, max(milliseconds.values()) * 1.75)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+
+
+def resources_section(inputs: Inputs) -> Section | None:
     """Sets peak memory and energy of every case side by side."""
     blocks: list[Block] = []
     for measurement, words in (("memory", "Peak memory"), ("energy", "Energy")):
@@ -159,10 +192,10 @@ def resources_section(inputs: Inputs, colours: dict[str, str]) -> Section | None
             continue
         units = dict.fromkeys(measure.first.unit for measure in measures)
         unit = "" if "bytes" in units else f", {' or '.join(units)}"
-        rows = tuple((s.name, *(_amount(m, s.name, inputs.baseline) for m in measures)) for s in inputs.subjects)
-        header = ("model", *(measure.label for measure in measures))
         against = f", with the change from {inputs.baseline}" if inputs.compared and inputs.baseline else ""
-        blocks.append(drop_empty_columns(Table(f"{words}{unit}{against}", header, rows), MISSING))
+        columns = [(m.label, {n: " ".join([amount(m.records[n]), *(f"({r})" for r in rise(m, n, inputs.baseline))])
+                              for n in m.records}) for m in measures]  # fmt: skip
+        blocks.append(grid_of(f"{words}{unit}{against}", [s.name for s in inputs.subjects], columns))
         notes = dict.fromkeys(record.note for measure in measures for record in measure.records.values())
         blocks += [Text(f"{words}: {note.rstrip('.')}.") for note in notes if note]
     return Section("Memory and energy", tuple(blocks)) if blocks else None
@@ -171,15 +204,6 @@ def resources_section(inputs: Inputs, colours: dict[str, str]) -> Section | None
 def amount(record: Record) -> str:
     """Returns bytes or watt-hours as text."""
     return scaled(record.value, "B") if record.unit == "bytes" else number(record.value, record.standard_error)
-
-
-def _amount(measure: Measure, name: str, baseline: str | None) -> str:
-    record, base = measure.records.get(name), measure.records.get(baseline or "")
-    if record is None:
-        return MISSING
-    if base is None or base is record or base.value <= 0:
-        return amount(record)
-    return f"{amount(record)} ({', '.join(rise(measure, name, baseline))})"
 
 
 def rise(measure: Measure, name: str, baseline: str | None) -> tuple[str, ...]:
@@ -199,30 +223,21 @@ def workload_section(inputs: Inputs, workload: Workload) -> Section | None:
         return None
     taken = {name: costs(workload, tokens_per_second=speed) for name, speed in speeds.items()}
     base = taken.get(inputs.baseline or "")
-    rows = tuple(
-        (
-            name,
-            f"{number(speeds[name])}",
-            f"{found.hours:,.1f}",
-            f"{found.money:,.2f}",
-            f"{found.energy_kwh:,.2f}",
-            f"{found.co2_kg:,.2f}",
-            MISSING if base is None or name == inputs.baseline else percent(saving(base.hours, found.hours)),
-        )
-        for name, found in taken.items()
-    )
-    header = ("model", "tokens a second", "hours", workload.currency, "kWh", "kg CO2e", "time saved")
-    words = tuple(_saving_sentence(inputs, name, taken, workload) for name in taken if _is_spoken(inputs, name, taken))
-    table = Table(f"{workload.days:g} days of {workload.tokens_per_day:,.0f} tokens a day", header, rows)
-    said: list[Block] = [Bullets(words)] if words else []
-    blocks = (*said, drop_empty_columns(table, MISSING), Text(_assumptions(workload, measure.label)))
-    return Section("Cost and carbon of a workload", blocks)
-
-
-def _is_spoken(inputs: Inputs, name: str, taken: dict[str, Costs]) -> bool:
-    if name == inputs.baseline or inputs.baseline not in taken:
-        return False
-    return name == inputs.focus if inputs.focus is not None else len(taken) <= 4
+    others = {name: found for name, found in taken.items() if name != inputs.baseline and base is not None}
+    columns = [
+        ("tokens a second", {name: number(speed) for name, speed in speeds.items()}),
+        ("hours", {name: f"{found.hours:,.1f}" for name, found in taken.items()}),
+        (workload.currency, {name: f"{found.money:,.2f}" for name, found in taken.items()}),
+        ("kWh", {name: f"{found.energy_kwh:,.2f}" for name, found in taken.items()}),
+        ("kg CO2e", {name: f"{found.co2_kg:,.2f}" for name, found in taken.items()}),
+        ("time saved", {n: percent(saving(base.hours, one.hours)) for n, one in others.items() if base is not None}),
+    ]
+    few = len(taken) <= 4
+    spoken = [name for name in others if (name == inputs.focus if inputs.focus is not None else few)]
+    words = tuple(_saving_sentence(inputs, name, taken, workload) for name in spoken)
+    title = f"{workload.days:g} days of {workload.tokens_per_day:,.0f} tokens a day"
+    blocks = (grid_of(title, list(taken), columns), Text(_assumptions(workload, measure.label)))
+    return Section("Cost and carbon of a workload", (*([Bullets(words)] if words else []), *blocks))
 
 
 def _saving_sentence(inputs: Inputs, name: str, taken: dict[str, Costs], workload: Workload) -> str:

@@ -1,14 +1,29 @@
 """The section on recovery: how models were trained, what it did to the loss, and how it went."""
 
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
 from amprune.model.recovered import TrainingLog, method, recipe, training_sentences
-from amprune.report.blocks import Block, Bullets, Picture, Section, Table, Text, drop_empty_columns
-from amprune.report.drawing import style
-from amprune.report.figures_training import is_averaged, training_figure
+from amprune.report.drawing import Label, new_figure, style, tick, write_column
+from amprune.report.grid import Grid, filled
 from amprune.report.inputs import Inputs, Subject
-from amprune.report.numbers import MINUS, MISSING, number
+from amprune.report.numbers import MINUS, MISSING, number, shortened
+from amprune.report.page import Block, Bullets, Picture, Section, Text
 
 RECOVERY = "Recovery"
 _VALIDATION = "The validation loss is the mean over the samples held out of their mean loss a response token, in nats."
+_SPOKEN = 2
+"""Runs whose labels tell both losses; of more runs they tell one."""
+_FEWEST = 12
+"""Points below which a running mean hides more than it shows."""
+_SHARE = 40
+"""A running mean reaches as far as this part of the run, to both sides."""
+
+Points = tuple[tuple[int, float], ...]
 
 
 def recovery_section(inputs: Inputs, colours: dict[str, str]) -> Section | None:
@@ -23,17 +38,8 @@ def recovery_section(inputs: Inputs, colours: dict[str, str]) -> Section | None:
     if unknown:
         blocks.append(Text(f"The record of the training is damaged: {', '.join(unknown)}."))
     if rows := tuple(_row(subject) for subject in trained if subject.recovery is not None):
-        header = (
-            "model",
-            "trained by",
-            "steps",
-            "samples",
-            "validation loss before",
-            "after",
-            "change",
-            "tokens a second",
-        )
-        blocks.append(drop_empty_columns(Table("Training", header, rows, left=2), MISSING))
+        heads = ("model", "trained by", "steps", "samples", "validation loss before", "after", "change")
+        blocks.append(filled(Grid("Training", (*heads, "tokens a second"), rows, words=2)))
         if any(subject.recovery.before is not None for subject in trained if subject.recovery is not None):
             blocks.append(Text(_VALIDATION))
     if picture := _picture(trained, colours):
@@ -62,15 +68,9 @@ def _row(subject: Subject) -> tuple[str, ...]:
         f"{recovery.data['training']:,}",
         number(before) if before is not None else MISSING,
         number(after) if after is not None else MISSING,
-        _difference(before, after),
+        MISSING if before is None or after is None else f"{after - before:+.3f}".replace("-", MINUS),
         number(speed) if speed is not None else MISSING,
     )
-
-
-def _difference(before: float | None, after: float | None) -> str:
-    if before is None or after is None:
-        return MISSING
-    return f"{after - before:+.3f}".replace("-", MINUS)
 
 
 def _picture(trained: list[Subject], colours: dict[str, str]) -> Picture | None:
@@ -81,11 +81,10 @@ def _picture(trained: list[Subject], colours: dict[str, str]) -> Picture | None:
             runs.setdefault(subject.log, []).append(subject.name)
     if not runs:
         return None
-    with style():
-        figure = training_figure([(names, log) for log, names in runs.items()], colours=colours)
+    figure = _training_figure([(names, log) for log, names in runs.items()], colours=colours)
     parts = []
     if any(log.training for log in runs):
-        mean = ", a line is their running mean" if any(is_averaged(log.training) for log in runs) else ""
+        mean = ", a line is their running mean" if any(_is_averaged(log.training) for log in runs) else ""
         parts.append(f"dots are the training loss of the logged steps{mean}")
     if any(log.validation for log in runs):
         parts.append("circles, joined by a dashed line, are the validation loss")
@@ -100,3 +99,76 @@ def _course(log: TrainingLog) -> str:
     curves = [("training", log.training), ("validation", log.validation)]
     ends = [(f"{kind} loss", points[0], points[-1]) for kind, points in curves if points]
     return ", ".join(f"{kind} {number(a[1])} at step {a[0]:,}, {number(b[1])} at step {b[0]:,}" for kind, a, b in ends)
+
+
+@style()
+def _training_figure(runs: Sequence[tuple[Sequence[str], TrainingLog]], *, colours: Mapping[str, str]) -> Figure:
+    """Draws the losses of each run, given with the names of the models that it made."""
+    figure = new_figure(3.5)
+    axes = figure.add_subplot()
+    labels: list[Label] = []
+    for names, log in runs:
+        colour = colours[names[0]]
+        smooth = _draw_training(axes, log.training, colour, alpha=0.35 if len(runs) <= _SPOKEN else 0.2)
+        if log.validation:
+            x, y = zip(*log.validation, strict=True)
+            axes.plot(x, y, "o--", color=colour, markerfacecolor="white", markersize=5.5, linewidth=1.0, zorder=4)
+        labels.append(_label(", ".join(names), log, smooth, colour, spoken=len(runs) <= _SPOKEN))
+    last = max(step for _, log in runs for step, _ in (*log.training, *log.validation))
+    axes.set_xlim(-0.02 * last, 1.38 * max(last, 1))
+    axes.set_xticks(
+        [
+            value
+            for value in MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]).tick_values(0, last)
+            if 0 <= value <= last
+        ]
+    )
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.yaxis.set_major_formatter(lambda value, _: tick(value))
+    axes.set_xlabel("optimizer steps")
+    axes.set_ylabel("loss, nats a token (lower is better)")
+    axes.grid(axis="y")
+    write_column(figure, axes, labels, last)
+    return figure
+
+
+def _draw_training(axes: Axes, points: Points, colour: str, *, alpha: float) -> Points:
+    """Draws the logged losses and, where there are enough, their running mean; returns the line."""
+    if not points:
+        return ()
+    steps, losses = (np.array(values, dtype=float) for values in zip(*points, strict=True))
+    few = not _is_averaged(points)
+    axes.scatter(steps, losses, s=16 if few else 7, color=colour, alpha=0.8 if few else alpha, linewidths=0, zorder=2)
+    if few:
+        return points
+    mean = running_mean(losses, max(1, len(points) // _SHARE))
+    axes.plot(steps, mean, color=colour, linewidth=1.1, alpha=0.9, zorder=3)
+    return tuple(zip(map(int, steps), map(float, mean), strict=True))
+
+
+def _is_averaged(points: Points) -> bool:
+    """Tells whether a running mean is drawn through the losses."""
+    return len(points) >= _FEWEST
+
+
+def running_mean(values: np.ndarray, reach: int) -> np.ndarray:
+    """Returns the mean of each value and of `reach` values on both of its sides, fewer at the ends."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    places = np.arange(len(values))
+    first, end = np.maximum(places - reach, 0), np.minimum(places + reach + 1, len(values))
+    found: np.ndarray = (sums[end] - sums[first]) / (end - first)
+    return found
+
+
+def _label(names: str, log: TrainingLog, smooth: Points, colour: str, *, spoken: bool) -> Label:
+    """Names a run at its end, with its last losses beside the marks that they are drawn by."""
+    ends = [(sign, kind, points[-1]) for sign, kind, points in _curves(log, smooth) if points]
+    name, (step, loss) = shortened(names, 24), ends[0][2]
+    if not spoken:
+        return Label(step, loss, f"{name} {number(loss)}", colour)
+    lines = [f"{sign} {kind} {number(value)}" for sign, kind, (_, value) in ends]
+    return Label(step, loss, "\n".join([name, *lines]), colour)
+
+
+def _curves(log: TrainingLog, smooth: Points) -> tuple[tuple[str, str, Points], ...]:
+    return (("\u25cb", "validation", log.validation), ("\u25cf", "training", smooth))

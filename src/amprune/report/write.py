@@ -1,6 +1,5 @@
 """Draws a report: everything once, in order. Files appear whole or not at all."""
 
-import base64
 import contextlib
 import os
 import re
@@ -12,25 +11,29 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from markupsafe import Markup, escape
-
-from amprune import __version__
 from amprune.errors import ReportError
 from amprune.evaluation.workload import check_workload
+from amprune.model.recovered import data_sentence
 from amprune.model.writer import RECORDS
-from amprune.prove.card import CARD, escaped
-from amprune.report.blocks import Bullets, Contents, Section
-from amprune.report.card import renewed_card
+from amprune.prove.card import CARD, Made, Results, renewed_card
 from amprune.report.contents import make_contents
 from amprune.report.drawing import to_png, to_svg
 from amprune.report.inputs import Inputs, read_inputs
-from amprune.report.provenance import LIMITS, MADE, UNMEASURED
+from amprune.report.page import (
+    GENERATOR,
+    MARKER,
+    Bullets,
+    Contents,
+    Section,
+    page_html,
+    page_markdown,
+    sections_markdown,
+)
+from amprune.report.provenance import LIMITS, MADE, UNMEASURED, UNTRAINED, limits, logit_difference
+from amprune.report.summary import model_index
 from amprune.report.training import RECOVERY
 from amprune.settings import ReportSettings, Workload, part, settle
 
-_MARKER = "<!-- drawn by amprune report -->"
-_GENERATOR = '<meta name="generator" content="amprune'
 _FIGURES = "figures"
 _NAMES = ("report.md", "report.html")
 
@@ -83,7 +86,7 @@ def write_contents(output: Path, contents: Contents, *, beside: Mapping[Path, by
 
     Figures that an earlier report had and this one has not are removed.
     """
-    for name, mark in zip(_NAMES, (_MARKER, _GENERATOR), strict=True):
+    for name, mark in zip(_NAMES, (MARKER, GENERATOR), strict=True):
         _refuse_foreign(output / name, mark)
     files: dict[Path, bytes] = {}
     images = {}
@@ -92,8 +95,8 @@ def write_contents(output: Path, contents: Contents, *, beside: Mapping[Path, by
         files[output / _FIGURES / f"{picture.name}.svg"] = images[picture.name]
         files[output / _FIGURES / f"{picture.name}.png"] = to_png(picture.figure)
     figures = tuple(files)
-    files[output / _NAMES[0]] = _markdown(contents).encode()
-    files[output / _NAMES[1]] = _html(contents, images).encode()
+    files[output / _NAMES[0]] = page_markdown(contents, figures=f"{_FIGURES}/").encode()
+    files[output / _NAMES[1]] = page_html(contents, images).encode()
     stale = _stale(output, figures)
     _write(output, {**files, **(beside or {})})
     for file in stale:
@@ -105,7 +108,7 @@ def remove_report(output: Path) -> None:
     """Removes report.md, report.html and their figures from a folder, unless someone else wrote them."""
     for file in _stale(output, ()):
         file.unlink(missing_ok=True)
-    for name, mark in zip(_NAMES, (_MARKER, _GENERATOR), strict=True):
+    for name, mark in zip(_NAMES, (MARKER, GENERATOR), strict=True):
         with contextlib.suppress(ReportError, FileNotFoundError):
             _refuse_foreign(output / name, mark)
             (output / name).unlink()
@@ -123,14 +126,32 @@ def _refuse_foreign(file: Path, mark: str) -> None:
 
 
 def _card(folder: Path, inputs: Inputs, contents: Contents, written: Sequence[str]) -> str | None:
-    if inputs.focus is None:
+    """Returns the model card with the results; None where there is none, or someone else's."""
+    subject = inputs.subject(inputs.focus)
+    if subject is None:
         return None
-    own = (MADE, LIMITS, UNMEASURED)  # The card has words of its own for these.
-    shown = [_for_card(section) for section in contents.sections if section.title not in own]
-    results = _sections(shown, level=3, figures=f"{RECORDS}/{_FIGURES}/")
-    there = [path.name for path in inputs.output.iterdir() if not path.name.startswith(".")]
-    records = dict.fromkeys([*there, *written])
-    return renewed_card(folder, inputs, records=list(records), results=f"## Results\n\n{results}")
+    made = Made(subject.plan, subject.recovery, subject.quantization, logit_difference(inputs))
+    said = {UNTRAINED} if made.recovery is None else {f"{subject.name}: {data_sentence(made.recovery)}"}
+    front: dict[str, object] = {}
+    for known in (subject, inputs.subject(inputs.baseline)):
+        if known is not None and known.entry is not None:
+            front |= {} if known.entry.license is None else {"license": front.get("license", known.entry.license)}
+            front |= (
+                {}
+                if known.entry.base_model is None
+                else {"base_model": front.get("base_model", [known.entry.base_model])}
+            )
+    records = inputs.evaluation.records.values()
+    # How the model was made, and what it is not for, the card says in its own words.
+    shown = [_for_card(section) for section in contents.sections if section.title not in (MADE, LIMITS, UNMEASURED)]
+    results = Results(
+        text=f"## Results\n\n{sections_markdown(shown, level=3, figures=f'{RECORDS}/{_FIGURES}/')}",
+        measured=any(r.model == subject.name and r.measurement in ("perplexity", "zero_shot") for r in records),
+        limits=tuple(limit for limit in limits(inputs) if limit not in said),
+        front=front,
+        index=model_index(inputs.evaluation, subject.name),
+    )
+    return renewed_card(folder, made, results, dense=inputs.baseline or "the dense model", records=written)
 
 
 def _for_card(section: Section) -> Section:
@@ -138,55 +159,6 @@ def _for_card(section: Section) -> Section:
     if section.title != RECOVERY:
         return section
     return replace(section, blocks=tuple(block for block in section.blocks if not isinstance(block, Bullets)))
-
-
-def _environment(*, autoescape: bool) -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("amprune.report"),
-        autoescape=autoescape,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters["md"] = escaped
-    environment.filters["nb"] = _unbroken
-    return environment
-
-
-def _markdown(contents: Contents) -> str:
-    body = _sections(contents.sections, level=2, figures=f"{_FIGURES}/")
-    return f"{_MARKER}\n\n# {escaped(contents.title)}\n\n{escaped(contents.lead)}\n\n{body}"
-
-
-def _sections(sections: Sequence[Section], *, level: int, figures: str) -> str:
-    template = _environment(autoescape=False).get_template("report.md.j2")
-    text = template.render(sections=sections, level=level, figures=figures)
-    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
-
-
-def _html(contents: Contents, images: Mapping[str, bytes]) -> str:
-    def swatch(name: str) -> Markup:
-        colour = contents.colours.get(name)
-        return (
-            Markup() if colour is None else Markup('<span class="swatch" style="background:{}"></span>').format(colour)
-        )
-
-    data = {name: f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}" for name, svg in images.items()}
-    template = _environment(autoescape=True).get_template("report.html.j2")
-    return template.render(
-        contents=contents, images=data, version=escape(__version__), swatch=swatch, partition=_partition
-    )
-
-
-def _unbroken(text: str) -> str:
-    """Keeps a figure and its sign on one line."""
-    return text.replace(" %", "\u00a0%").replace(" \u00b1 ", "\u00a0\u00b1\u00a0")
-
-
-def _partition(value: str) -> tuple[str, str, str]:
-    figure, sign, error = value.partition(" ± ")
-    return figure, sign, error
 
 
 def _stale(output: Path, figures: Sequence[Path]) -> list[Path]:

@@ -20,7 +20,7 @@ from amprune.model.recovered import LOG
 from amprune.model.recovered import RECORD as RECOVERY
 from amprune.model.source import open_source
 from amprune.model.writer import RECORDS, check_output, copy_sidecars, parse_size, staged_folder, write_shards
-from amprune.prove.card import write_quantized_card
+from amprune.prove.card import write_card
 from amprune.records import write
 from amprune.running import Progress, no_progress
 from amprune.serve.quantize.check import Parts, check_quantized
@@ -92,7 +92,7 @@ def quantize(
             if (source.folder / RECORDS / name).is_file():
                 shutil.copyfile(source.folder / RECORDS / name, partial / RECORDS / name)
         write(partial / RECORDS / RECORD, record.to_dict())
-        write_quantized_card(partial, record, source=source)
+        write_card(partial, source=source)
     return QuantizedModel(folder, record)
 
 

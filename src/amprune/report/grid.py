@@ -1,0 +1,145 @@
+"""A grid of figures, and how it is shown: in a terminal, as Markdown, as HTML."""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from markupsafe import Markup, escape
+from rich.cells import cell_len
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from amprune.prove.card import escaped
+from amprune.report.numbers import MISSING
+
+_SHORT = 20
+"""Letters up to which a name stays on one line of a page."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Cells of text under heads, a row for each model (or figure, or check)."""
+
+    title: str
+    """May be empty, as a head may be."""
+    heads: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    words: int = 1
+    """So many columns, from the left, hold words; the others hold numbers."""
+    bold: frozenset[tuple[int, int]] = frozenset()
+    """Row and column of the cells that stand out."""
+
+
+def grid_of(title: str, names: Sequence[str], columns: Sequence[tuple[str, Mapping[str, str]]]) -> Grid:
+    """Returns a row for each model and a column for each figure, given by the models' names, without empty columns."""
+    rows = tuple((name, *(cells.get(name, MISSING) for _, cells in columns)) for name in names)
+    return filled(Grid(title, ("model", *(head for head, _ in columns)), rows))
+
+
+def filled(grid: Grid) -> Grid:
+    """Leaves out the columns of numbers in which no row has anything."""
+    places = range(len(grid.heads))
+    kept = [place for place in places if place < grid.words or any(row[place] != MISSING for row in grid.rows)]
+    return replace(
+        grid,
+        heads=tuple(grid.heads[place] for place in kept),
+        rows=tuple(tuple(row[place] for place in kept) for row in grid.rows),
+        bold=frozenset((row, kept.index(place)) for row, place in grid.bold if place in kept),
+    )
+
+
+def to_terminal(grid: Grid, width: int) -> Group:
+    """Returns the grid for rich to print: a table where that fits, else turned, a block of lines for each row.
+
+    Nothing is cut: a table is as wide as its cells, and in a block words go on in the next line.
+    """
+    rows = [[" ".join(cell.split()) for cell in row] for row in (grid.heads, *grid.rows)]
+    edges = 3 * len(grid.heads) + 1
+    if sum(max(map(cell_len, column)) for column in zip(*rows, strict=True)) + edges > width:
+        return Group(*_title(grid), *_blocks(rows, width))
+    table = Table()
+    for place, head in enumerate(rows[0]):
+        table.add_column(Text(head), justify="left" if place < grid.words else "right", no_wrap=True)
+    for number, row in enumerate(rows[1:]):
+        table.add_row(*(Text(cell, "bold" if (number, place) in grid.bold else "") for place, cell in enumerate(row)))
+    return Group(*_title(grid), table)
+
+
+def _title(grid: Grid) -> list[Text]:
+    return [Text(grid.title, "bold")] if grid.title else []
+
+
+def _blocks(rows: Sequence[Sequence[str]], width: int) -> list[Text]:
+    (first, *heads), *models = rows
+    room = min(max(map(cell_len, heads), default=0) + 1, width // 2)
+    lines = []
+    for name, *cells in models:
+        lines.append(Text(f"{first}: {name}" if first else name, "bold"))
+        for head, cell in zip(heads, cells, strict=True):
+            label = f"  {f'{head}:':<{room}} " if head else "  "
+            if cell:
+                lines.append(Text(textwrap.fill(cell, width, initial_indent=label, subsequent_indent="    ",
+                                                break_long_words=False, break_on_hyphens=False)))  # fmt: skip
+    return lines
+
+
+def to_markdown(grid: Grid) -> str:
+    """Returns the grid as a table of GitHub's Markdown, its title before it in bold."""
+    lines = [
+        " | ".join(map(escaped, grid.heads)),
+        *(
+            " | ".join(
+                f"**{escaped(cell)}**" if (number, place) in grid.bold else escaped(cell)
+                for place, cell in enumerate(row)
+            )
+            for number, row in enumerate(grid.rows)
+        ),
+    ]
+    lines = [f"| {line} |" for line in lines]
+    lines.insert(1, "".join("|---" if place < grid.words else "|--:" for place in range(len(grid.heads))) + "|")
+    return "\n".join([*([f"**{escaped(grid.title)}**", ""] if grid.title else []), *lines])
+
+
+def to_html(grid: Grid, *, colours: Mapping[str, str], label: str) -> Markup:
+    """Returns the grid as a table that can be scrolled sideways; `label` names it where it has no title.
+
+    A row that is named after a model has the model's colour before it.
+    """
+    heads = Markup().join(
+        Markup('<th scope="col"{}>{}</th>').format(_words(place, grid), head) for place, head in enumerate(grid.heads)
+    )
+    rows = Markup("\n").join(
+        Markup("<tr>{}{}</tr>").format(
+            _name(row[0], colours),
+            Markup().join(
+                Markup("<td{}>{}</td>").format(
+                    _words(place, grid),
+                    Markup("<strong>{}</strong>").format(cell) if (number, place) in grid.bold else cell,
+                )
+                for place, cell in enumerate(row[1:], start=1)
+            ),
+        )
+        for number, row in enumerate(grid.rows)
+    )
+    title = Markup("<h3>{}</h3>\n").format(grid.title) if grid.title else Markup()
+    frame = Markup('<div class="scroll" role="region" aria-label="{}" tabindex="0">').format(grid.title or label)
+    return (
+        title
+        + frame
+        + Markup("\n<table>\n<thead><tr>{}</tr></thead>\n<tbody>\n{}\n</tbody>\n</table>\n</div>").format(heads, rows)
+    )
+
+
+def _words(place: int, grid: Grid) -> Markup:
+    return Markup(' class="words"') if place < grid.words else Markup()
+
+
+def _name(name: str, colours: Mapping[str, str]) -> Markup:
+    kind = ("short" if len(name) <= _SHORT else "long") + (" marked" if name in colours else "")
+    return Markup('<th scope="row" class="{}">{}{}</th>').format(kind, swatch(colours.get(name)), escape(name))
+
+
+def swatch(colour: str | None) -> Markup:
+    """Returns a square of a model's colour; nothing where it has none."""
+    return Markup() if colour is None else Markup('<span class="swatch" style="background:{}"></span>').format(colour)
