@@ -28,7 +28,7 @@ from amprune.plan.artefact import PruningPlan
 from amprune.plan.target import parse_target
 from amprune.prove.card import write_card
 from amprune.prove.checks import VerificationReport, read_plan, verify_checkpoint
-from amprune.records import Run, begin, write
+from amprune.records import Run, alone, begin, write
 from amprune.running import Progress, no_progress
 from amprune.scoring.catalogue import find_criterion
 from amprune.scoring.run import score_criteria
@@ -265,29 +265,30 @@ def run(
 
     pruned = folder.with_name(f"{folder.name}.pruned") if asked.recover else folder
     file = folder.with_name(f"{folder.name}.run.json")
-    begun = _begin(file, {folder, pruned}, open_source(model).protected, _request(model, asked), asked)
-    replaced = asked.overwrite or begun.resumed  # what an interrupted run of the same request has written
-    if "prune" not in begun.done:
-        prune(model, pruned, replace(part(PruneSettings, asked), overwrite=replaced), progress=progress)
-        begun.finish("prune", file)
-    if asked.recover and "recover" not in begun.done:
-        training = folder.with_name(f"{folder.name}.training")
-        recover(
-            pruned, folder, _recovery(asked), teacher=model if asked.distil else asked.teacher,
-            resume=begun.resumed and training.exists(), overwrite=replaced, progress=progress,
-        )  # fmt: skip
-        begun.finish("recover", file)
-    if asked.evaluate:
-        between = [f"{folder.name}, not recovered={pruned}"] if pruned != folder else []
-        measured = replace(part(EvaluationSettings, asked), batch_size=asked.evaluation_batch_size)
-        place = folder / RECORDS / "evaluation.json"
-        evaluate([f"dense={model}", *between, folder], place, measured, progress=progress)
-    write_recipe(folder / RECORDS / "recipe.yaml", "run", asked)
-    files = write_report(folder)
-    file.unlink()
-    if pruned != folder:
-        shutil.rmtree(pruned)
-    return files
+    with alone(file.with_name(f"{file.name}.lock"), f"OUT {folder}"):
+        begun = _begin(file, {folder, pruned}, open_source(model).protected, _request(model, asked), asked)
+        replaced = asked.overwrite or begun.resumed  # what an interrupted run of the same request has written
+        if "prune" not in begun.done:
+            prune(model, pruned, replace(part(PruneSettings, asked), overwrite=replaced), progress=progress)
+            begun.finish("prune", file)
+        if asked.recover and "recover" not in begun.done:
+            training = folder.with_name(f"{folder.name}.training")
+            recover(
+                pruned, folder, _recovery(asked), teacher=model if asked.distil else asked.teacher,
+                resume=begun.resumed and training.exists(), overwrite=replaced, progress=progress,
+            )  # fmt: skip
+            begun.finish("recover", file)
+        if asked.evaluate:
+            between = [f"{folder.name}, not recovered={pruned}"] if pruned != folder else []
+            measured = replace(part(EvaluationSettings, asked), batch_size=asked.evaluation_batch_size)
+            place = folder / RECORDS / "evaluation.json"
+            evaluate([f"dense={model}", *between, folder], place, measured, progress=progress)
+        write_recipe(folder / RECORDS / "recipe.yaml", "run", asked)
+        files = write_report(folder)
+        file.unlink()
+        if pruned != folder:
+            shutil.rmtree(pruned)
+        return files
 
 
 def _recovery(asked: RunSettings) -> RecoverySettings:

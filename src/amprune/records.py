@@ -7,12 +7,14 @@ by the room whose record it is. A field whose entry has another name says so in 
 that a file has to have although code may leave it out (`needed`).
 """
 
+import hashlib
 import json
 import os
+import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
@@ -28,6 +30,8 @@ from typing import (
     get_type_hints,
     is_typeddict,
 )
+
+from filelock import FileLock, Timeout
 
 from amprune.errors import AmpruneError, CheckpointError
 
@@ -51,17 +55,62 @@ Share = Annotated[float, Rule("a number of at least 0 and less than 1", lambda v
 # Reading
 
 
-def read_object(path: Path, *, error: type[AmpruneError] = CheckpointError, hint: str = "") -> dict[str, Any]:
-    """Reads a JSON object, with an error that names the file; `hint` says what to do next."""
+MOST = 2**28
+"""Bytes of a record, far more than any has."""
+
+
+def check_file(path: Path, *, error: type[AmpruneError], hint: str = "", most: int | None = None) -> None:
+    """Refuses what cannot be read to its end: folders, devices, pipes, and more bytes than `most`."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        state = path.stat()
     except FileNotFoundError:
         raise error(f"{path} is missing{hint}") from None
-    except json.JSONDecodeError as problem:
-        raise error(f"{path} cannot be read: {problem} (not JSON){hint}") from problem
     except OSError as problem:
         raise error(f"{path} cannot be read: {problem.strerror or problem}{hint}") from problem
-    except (ValueError, RecursionError) as problem:  # bytes that are no text, numbers and depths out of bounds
+    if not stat.S_ISREG(state.st_mode):
+        kind = "a folder" if stat.S_ISDIR(state.st_mode) else "a device or a pipe"
+        raise error(f"{path} is {kind}, expected a file{hint}")
+    if most is not None and state.st_size > most:
+        raise error(f"{path} has {state.st_size:,} bytes, expected at most {most:,}{hint}")
+
+
+def read_text(
+    path: Path, *, error: type[AmpruneError], hint: str = "", encoding: str = "utf-8", most: int | None = MOST
+) -> str:
+    """Reads a text file; see `check_file` for what is none."""
+    check_file(path, error=error, hint=hint, most=most)
+    try:
+        return path.read_text(encoding=encoding)
+    except OSError as problem:
+        raise error(f"{path} cannot be read: {problem.strerror or problem}{hint}") from problem
+    except UnicodeDecodeError as problem:
+        raise error(f"{path} cannot be read as UTF-8 text: {problem}{hint}") from problem
+
+
+def parse_yaml(text: str) -> Any:
+    """Reads a YAML document; a ValueError says what is wrong with it, such as references that multiply."""
+    import yaml
+
+    try:
+        references = sum(isinstance(token, yaml.AliasToken) for token in yaml.scan(text))
+        if references > _REFERENCES:
+            raise ValueError(f"it has {references} references, expected at most {_REFERENCES}")
+        return yaml.safe_load(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    except (yaml.YAMLError, ValueError, OverflowError) as problem:  # dates and numbers that are none, too
+        raise ValueError(" ".join(str(problem).split())) from problem
+
+
+_REFERENCES = 20
+
+
+def read_object(path: Path, *, error: type[AmpruneError] = CheckpointError, hint: str = "") -> dict[str, Any]:
+    """Reads a JSON object, with an error that names the file; `hint` says what to do next."""
+    text = read_text(path, error=error, hint=hint)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as problem:  # numbers and depths out of bounds, too
         raise error(f"{path} cannot be read: {problem} (not JSON){hint}") from problem
     if not isinstance(content, dict):
         raise error(f"{path} holds a {type(content).__name__}, expected a JSON object{hint}")
@@ -279,6 +328,44 @@ def umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+@contextmanager
+def alone(file: Path, busy: str, *, error: type[AmpruneError] = CheckpointError) -> Iterator[None]:
+    """Keeps other processes out by a lock file; `busy` names what is being written where one is in already.
+
+    The file is gone afterwards, and so are folders that were made for it and stay empty. The system unlocks it when the
+    process dies, so that what a killed one leaves locks nothing.
+    """
+    lock, made = FileLock(file), [folder for folder in file.parents if not folder.exists()]
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise error(
+            f"{busy} is being written by another run, which holds {file}; wait until it ends, or choose another place"
+        ) from None
+    except OSError as problem:
+        raise error(f"cannot write {file}: {problem.strerror or problem}") from problem
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            if file.stat().st_size == 0:  # else it is the user's
+                file.unlink()  # while it is locked: afterwards it may be that of the next run
+        lock.release()
+        with suppress(OSError):
+            for folder in made:
+                folder.rmdir()
+
+
+def sha256(file: Path) -> str:
+    """Returns the SHA-256 of a file."""
+    found = hashlib.sha256()
+    with file.open("rb") as content:
+        while block := content.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
 
 
 # Going on

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from amprune.errors import PlanError, RecipeError, guess
-from amprune.records import Rule, parse
+from amprune.records import Rule, parse, parse_yaml, read_text
 
 PathLike = str | os.PathLike[str]
 Order = Literal["amp", "reversed", "random"]
@@ -525,13 +525,11 @@ def with_preset(settings: _Settings) -> _Settings:
 
 def read_recipe(kind: type[_Settings], path: PathLike) -> _Settings:
     """Reads settings from a YAML file; an option that it leaves out has its default."""
-    import yaml
-
+    text = read_text(Path(path), error=RecipeError)
     try:
-        with open(path, encoding="utf-8") as file:
-            content = yaml.safe_load(file) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"cannot read the recipe {path}: {' '.join(str(error).split())}") from error
+        content = parse_yaml(text) or {}
+    except ValueError as error:
+        raise RecipeError(f"cannot read the recipe {path}: {error}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{path} holds a {type(content).__name__}, expected a line `option: value` for each option")
     known = {one.name for one in fields(kind) if one.metadata.get("recorded", True)}  # type: ignore[arg-type]

@@ -129,7 +129,10 @@ def test_a_folder_of_something_else_is_left_alone(dense: Path, place: Path, tmp_
 
 
 def test_one_run_at_a_time(dense: Path, place: Path, tmp_path: Path) -> None:
-    with FileLock(tmp_path / ".experiment.lock"), pytest.raises(EvaluationError, match="another run writes"):
+    with (
+        FileLock(tmp_path / ".experiment.lock"),
+        pytest.raises(EvaluationError, match="is being written by another run"),
+    ):
         experiment("table1", dense, tmp_path, **settings(place))
 
 

@@ -124,7 +124,7 @@ def test_a_file_of_which_transformers_leaves_weights_out_is_refused(
     ("damage", "message"),
     [
         ({"split.count": 2, "split.no": 0}, r"is part 1 of 2 of a model; join the parts"),
-        ({"block_count": 99}, r"says block_count 99, but its \d+ tensors have 2; the file is incomplete or damaged"),
+        ({"block_count": 99}, r"says block_count 99, but its \d+ tensors have 2; it is incomplete or damaged"),
         ({"block_count": 2**31}, r"says block_count 2,147,483,648, but its"),
         ({"embedding_length": 2**20}, r"says embedding_length 1,048,576, but its \d+ tensors have 96"),
         ({"feed_forward_length": 2**20}, r"says feed_forward_length 1,048,576, but its"),

@@ -24,7 +24,7 @@ from amprune.model.quantization import quantization_of, quantization_words, requ
 from amprune.model.source import open_source
 from amprune.model.writer import RECORDS
 from amprune.plan.artefact import PruningPlan
-from amprune.records import read_object
+from amprune.records import read_object, sha256
 from amprune.running import Progress, no_progress
 from amprune.settings import EvaluationSettings, PathLike
 
@@ -149,12 +149,9 @@ def _hashes(files: Sequence[Path], progress: Progress) -> list[str]:
     with progress(f"Hashing {files[0].parent.name}"[:24], len(files)) as advance, ThreadPoolExecutor(4) as pool:
 
         def digest(file: Path) -> str:
-            found = hashlib.sha256()
-            with file.open("rb") as content:
-                while block := content.read(1 << 20):
-                    found.update(block)
+            found = sha256(file)
             advance(1)
-            return found.hexdigest()
+            return found
 
         return list(pool.map(digest, files))
 

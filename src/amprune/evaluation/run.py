@@ -27,7 +27,7 @@ from amprune.model.architecture import quiet_transformers
 from amprune.model.latency import LatencySettings, latency_cases
 from amprune.model.llama_cpp import llama_cpp_model
 from amprune.model.loading import default_device, load_tokenizer, loaded_model
-from amprune.records import go_on
+from amprune.records import alone, go_on
 from amprune.running import Advance, Progress, no_progress
 from amprune.settings import MEASURED_BY, MEASUREMENTS, EvaluationSettings, Measurement, PathLike, settle
 
@@ -82,16 +82,18 @@ def evaluate(
     for subject in subjects:
         for job in jobs:
             job.check(subject)
-    session = _begin(Path(output).expanduser(), subjects, jobs, asked, cases)
-    for subject in subjects:
-        _measure_alone(session, subject, [job for job in jobs if not job.joint], asked, progress)
-    joint = [job for job in jobs if job.joint and job.label not in session.done]
-    if joint:
-        with _loaded(subjects, asked, cases) as loaded:
-            for job in joint:
-                session.keep(job.label, job.measure(loaded, progress))
-    session.evaluation.unfinished = None  # the same request then measures anew
-    session.evaluation.save(session.path)
+    path = Path(output).expanduser()
+    with alone(path.with_name(f"{path.name}.lock"), str(path), error=EvaluationError):
+        session = _begin(path, subjects, jobs, asked, cases)
+        for subject in subjects:
+            _measure_alone(session, subject, [job for job in jobs if not job.joint], asked, progress)
+        joint = [job for job in jobs if job.joint and job.label not in session.done]
+        if joint:
+            with _loaded(subjects, asked, cases) as loaded:
+                for job in joint:
+                    session.keep(job.label, job.measure(loaded, progress))
+        session.evaluation.unfinished = None  # the same request then measures anew
+        session.evaluation.save(session.path)
     return session.evaluation
 
 

@@ -2,13 +2,11 @@
 
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
-
-from filelock import FileLock, Timeout
 
 from amprune.errors import EvaluationError
 from amprune.evaluation.run import versions
@@ -21,7 +19,7 @@ from amprune.report.write import remove_report
 logger = logging.getLogger(__name__)
 FILE = "experiment.json"
 FORMAT = "amprune experiment 1"
-_LOCK = ".experiment.lock"
+LOCK = ".experiment.lock"
 _REMEDY = "it is damaged or no record of an experiment: move it away, or write to another folder"
 
 
@@ -94,26 +92,6 @@ class Results:
         write(folder / FILE, self.to_dict(), error=EvaluationError)
 
 
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Keeps other runs out of the folder; the system lets go of the lock when the process dies."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / _LOCK)
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise EvaluationError(f"another run writes {folder}; wait until it ends, or choose another folder") from None
-    except OSError as error:
-        raise EvaluationError(f"cannot write {folder}: {error.strerror or error}; choose another folder") from error
-    try:
-        yield
-    finally:
-        (folder / _LOCK).unlink(missing_ok=True)
-        lock.release()
-        with suppress(OSError):  # it stays unless the request was refused, and left it empty
-            folder.rmdir()
-
-
 def begin(folder: Path, recipe: Recipe, settings: Settings, benches: Sequence[Bench], *, overwrite: bool) -> Results:
     """Finds what an earlier run of the same request has finished, or begins anew where nothing is in the way."""
     request = {"settings": settings.to_dict(), "models": {bench.model: bench.fingerprint for bench in benches}}
@@ -135,7 +113,7 @@ def begin(folder: Path, recipe: Recipe, settings: Settings, benches: Sequence[Be
                 "choose another folder, or give --overwrite to remove it"
             )
         _remove(folder, before)
-    elif there := [path.name for path in folder.iterdir() if path.name != _LOCK]:
+    elif there := [path.name for path in folder.iterdir() if path.name != LOCK]:
         raise EvaluationError(f"{folder} holds {there[0]} and no {FILE}; choose an empty folder or a new one")
     models = [ModelResults(bench.model, bench.folder.name) for bench in benches]
     new = Results(recipe.name, go_on(None, request).request, versions(), models)

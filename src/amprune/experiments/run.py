@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from amprune.errors import AmpruneError, PlanError, UnsupportedModelError
+from amprune.errors import AmpruneError, EvaluationError, PlanError, UnsupportedModelError
 from amprune.experiments.cells import (
     Bench,
     failure,
@@ -22,10 +22,11 @@ from amprune.experiments.cells import (
 from amprune.experiments.contents import experiment_contents
 from amprune.experiments.opening import open_benches
 from amprune.experiments.recipes import Cell, find_recipe
-from amprune.experiments.results import FILE, CellResult, ModelResults, Results, alone_in, begin
+from amprune.experiments.results import FILE, LOCK, CellResult, ModelResults, Results, begin
 from amprune.experiments.settings import given_of, load_configuration, make_cells, make_settings
 from amprune.experiments.tables import figures_of
 from amprune.model.latency import LatencySettings
+from amprune.records import alone
 from amprune.report.write import ReportFiles, write_contents
 from amprune.running import Progress, no_progress
 from amprune.settings import ExperimentSettings, PathLike, settle
@@ -83,7 +84,7 @@ def experiment(
     given = [models] if isinstance(models, str | os.PathLike) else models
     named = [str(model) for model in given] or ([configuration.model] if configuration is not None else [])
     benches = open_benches(named, folder, recipe, chosen, progress=progress)
-    with alone_in(folder):
+    with alone(folder / LOCK, str(folder), error=EvaluationError):
         results = begin(folder, recipe, chosen, benches, overwrite=asked.overwrite)
         save = partial(results.save, folder)
         for bench, found in zip(benches, results.models, strict=True):

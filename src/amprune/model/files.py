@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import yaml
 from safetensors import SafetensorError, safe_open
 
 from amprune.errors import CheckpointError
-from amprune.records import read_object
+from amprune.records import MOST, parse_yaml, read_object
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -69,11 +68,11 @@ def stored_bytes(folder: Path) -> int:
 
 def read_front_matter(card: Path) -> dict[str, Any]:
     """Reads the YAML front matter of a model card; empty where there is none that can be read."""
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    text = card.read_bytes().decode(errors="replace") if card.is_file() and card.stat().st_size <= MOST else ""
     match = re.match(r"---\n(.*?)\n---\s*\n", text, flags=re.DOTALL)
     try:
-        content = yaml.safe_load(match.group(1)) if match else None
-    except yaml.YAMLError:
+        content = parse_yaml(match.group(1)) if match else None
+    except ValueError:
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -82,13 +81,25 @@ def what_else(folder: Path) -> str:
     """Says what a folder without config.json or weights is instead."""
     if (folder / "adapter_config.json").is_file():
         return "; the folder holds a PEFT adapter: merge it into its base model first"
+    if not folder.is_dir():
+        return "; there is no such folder"
     if files := sorted(folder.glob("*.gguf")):
         return f"; the folder holds a GGUF file: give {files[0]} itself as MODEL"
+    if lost := [path for path in sorted(folder.iterdir()) if path.is_symlink() and not path.exists()]:
+        return f"; {lost[0]} is a link to nowhere: copy the files that the links lead to as well (`cp -rL`)"
     return f"; {folder} is no transformers checkpoint"
+
+
+def check_ends(folder: Path) -> None:
+    """Refuses a folder with devices or pipes, which loaders would read for ever."""
+    for path in folder.iterdir():
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise CheckpointError(f"{path} is a device or a pipe, expected a file; a checkpoint has none")
 
 
 def weight_files(folder: Path) -> list[tuple[Path, list[str] | None]]:
     """Lists the weight files that transformers would load, with the names an index places in each (None: all)."""
+    check_ends(folder)
     for single, index in (
         ("model.safetensors", "model.safetensors.index.json"),
         ("pytorch_model.bin", "pytorch_model.bin.index.json"),

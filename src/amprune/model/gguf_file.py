@@ -126,8 +126,8 @@ def _check_claim(file: GgufFile, name: str, there: int | None) -> None:
     claimed = file.fields.get(name)
     if isinstance(claimed, int) and claimed != there:
         raise CheckpointError(
-            f"{file.path} says {name} {claimed:,}, but its {len(file.tensors)} tensors have {there or 'others'}; the file "
-            "is incomplete or damaged: download it again, or give the Hugging Face folder that it was made from"
+            f"{file.path} says {name} {claimed:,}, but its {len(file.tensors)} tensors have {there or 'others'}; it is "
+            "incomplete or damaged: download it again, or give the Hugging Face folder that it was made from"
         )
 
 

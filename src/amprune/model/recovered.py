@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
-from amprune.errors import RecoveryError
+from amprune.errors import CheckpointError, RecoveryError
 from amprune.model.writer import RECORDS
-from amprune.records import read
+from amprune.records import MOST, check_file, read
 
 RECORD, LOG = "recovery.json", "training.jsonl"
 _LICENCES = {
@@ -98,8 +98,9 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """Reads a training log but for lines that are damaged or half-written; empty where there is none."""
     entries = []
     try:
+        check_file(path, error=CheckpointError, most=MOST)
         text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
+    except (CheckpointError, OSError):
         return []
     for line in text.splitlines():
         try:

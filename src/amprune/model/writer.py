@@ -11,14 +11,13 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
-from filelock import FileLock, Timeout
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from amprune.errors import AmpruneError, CheckpointError
 from amprune.model.files import TensorHeader
-from amprune.records import umask, write
+from amprune.records import alone, umask, write
 from amprune.running import release_memory
 
 logger = logging.getLogger(__name__)
@@ -168,27 +167,13 @@ def check_file(out: Path, *, overwrite: bool, protected: tuple[Path, ...]) -> No
 
 @contextmanager
 def _only_writer(out: Path, folder: Path) -> Iterator[None]:
-    """Locks `OUT.partial.lock` and removes it at the end; the system unlocks it when the process dies."""
-    file = folder.with_name(f"{folder.name}.lock")
-    lock = FileLock(file)
+    """Locks `OUT.partial.lock`."""
     with _write_errors(folder):
         with suppress(FileExistsError):
             out.parent.mkdir(parents=True)
         os.scandir(out.parent).close()  # it may be a file
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            raise CheckpointError(
-                f"OUT {out} is being written by another run, which holds {file}; wait until it ends, or choose "
-                "another folder"
-            ) from None
-    try:
+    with alone(folder.with_name(f"{folder.name}.lock"), f"OUT {out}"):
         yield
-    finally:
-        with suppress(OSError):
-            if file.stat().st_size == 0:  # else it is the user's
-                file.unlink()  # while it is locked: afterwards it may be that of the next run
-        lock.release()
 
 
 def check_output(out: Path, *, overwrite: bool, protected: tuple[Path, ...]) -> None:

@@ -131,7 +131,7 @@ def read_card(folder: Path) -> CardHead:
     marker = re.search(rf"^{re.escape(_MARKER)}(.*) -->$", text, flags=re.MULTILINE)
     try:
         dense = json.loads(marker[1]) if marker else None
-    except ValueError:
+    except (ValueError, RecursionError):
         dense = None
     return CardHead(read_front_matter(file), dense if isinstance(dense, str) else None, foreign=marker is None)
 

@@ -24,7 +24,7 @@ from amprune.model.recovered import LOG, RECORD, read_log
 from amprune.model.source import Source, open_source
 from amprune.model.writer import RECORDS, check_output, parse_size, staged_folder
 from amprune.prove.card import write_card
-from amprune.records import write
+from amprune.records import alone, write
 from amprune.recovery.merging import write_recovered
 from amprune.recovery.models import check_device, check_teacher, teaching_model, trainable_model
 from amprune.recovery.runs import EPOCHS, begin_run, is_finished, last_checkpoint, nothing_left, steps_done, write_log
@@ -78,13 +78,11 @@ def recover(
     # Of the processes that `accelerate launch` started, the first writes.
     first, processes = os.environ.get("RANK", "0") == "0", int(os.environ.get("WORLD_SIZE", "1"))
     folder = Path(out).expanduser()
-    if first:
-        check_output(folder, overwrite=asked.overwrite, protected=source.protected)
-        for number in range(1, math.ceil(asked.epochs) + 1 if asked.keep_epochs else 1):
-            place = folder.with_name(f"{folder.name}.epoch-{number}")
-            check_output(place, overwrite=asked.overwrite or asked.resume, protected=source.protected)
     dense = open_source(asked.teacher, dtype=asked.dtype) if asked.teacher is not None else None
     check_teacher(dense, base)
+    source = replace(source, protected=(*source.protected, *_other_sources(dense, asked)))
+    if first:
+        _check_places(folder, asked, source.protected)
     tokenizer = _tokenizer(source, trust_remote_code=asked.trust_remote_code)
     watch = progress if first else no_progress
     length = min(asked.max_length, base.positions or asked.max_length)
@@ -102,23 +100,39 @@ def recover(
         "keep_epochs": asked.keep_epochs, "processes": processes,
     }  # fmt: skip
     training = folder.with_name(f"{folder.name}.training")
-    if first:
-        begin_run(training, request, resume=asked.resume, overwrite=asked.overwrite)
-    if processes > 1:  # none looks into the folder of the run before the first has put it in order
-        PartialState(cpu=asked.device is not None and asked.device.startswith("cpu")).wait_for_everyone()
-    with nothing_left(training) if first else nullcontext():
-        trained = _trained(source, dense, tokenizer, found, asked, training, progress=watch)
-    if not first:
-        return None
-    log = tuple(read_log(training / LOG))
-    finish = partial(_write, source, base, request, log, progress=progress)
-    kept = sorted((training / EPOCHS).iterdir(), key=steps_done) if asked.keep_epochs else ()
-    epochs = tuple(folder.with_name(f"{folder.name}.{epoch.name}") for epoch in kept)
-    for epoch, place in zip(kept, epochs, strict=True):
-        finish(replace(asked, overwrite=True), epoch, place)
-    record = finish(asked, trained, folder)
-    shutil.rmtree(training)
+    lock = training.with_name(f"{training.name}.lock")
+    with alone(lock, str(training), error=RecoveryError) if first else nullcontext():
+        if first:
+            begin_run(training, request, resume=asked.resume, overwrite=asked.overwrite)
+        if processes > 1:  # none looks into the folder of the run before the first has put it in order
+            PartialState(cpu=asked.device is not None and asked.device.startswith("cpu")).wait_for_everyone()
+        with nothing_left(training) if first else nullcontext():
+            trained = _trained(source, dense, tokenizer, found, asked, training, progress=watch)
+        if not first:
+            return None
+        log = tuple(read_log(training / LOG))
+        finish = partial(_write, source, base, request, log, progress=progress)
+        kept = sorted((training / EPOCHS).iterdir(), key=steps_done) if asked.keep_epochs else ()
+        epochs = tuple(folder.with_name(f"{folder.name}.{epoch.name}") for epoch in kept)
+        for epoch, place in zip(kept, epochs, strict=True):
+            finish(replace(asked, overwrite=True), epoch, place)
+        record = finish(asked, trained, folder)
+        shutil.rmtree(training)
     return RecoveredModel(folder, log, record, epochs)
+
+
+def _other_sources(teacher: Source | None, asked: RecoverySettings) -> Iterator[Path]:
+    """Yields what is read beside the model, which no output may replace either."""
+    yield from () if teacher is None else teacher.protected
+    if isinstance(asked.data, str | os.PathLike) and (file := Path(asked.data).expanduser()).exists():
+        yield file
+
+
+def _check_places(folder: Path, asked: RecoverySettings, protected: tuple[Path, ...]) -> None:
+    check_output(folder, overwrite=asked.overwrite, protected=protected)
+    for number in range(1, math.ceil(asked.epochs) + 1 if asked.keep_epochs else 1):
+        place = folder.with_name(f"{folder.name}.epoch-{number}")
+        check_output(place, overwrite=asked.overwrite or asked.resume, protected=protected)
 
 
 def _tokenizer(source: Source, *, trust_remote_code: bool) -> Any:

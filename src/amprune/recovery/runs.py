@@ -2,23 +2,31 @@
 
 import json
 import logging
+import re
 import shutil
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from amprune.errors import RecoveryError
-from amprune.records import go_on, read_object, write, write_text
+from amprune.errors import CheckpointError, RecoveryError
+from amprune.records import go_on, read_object, sha256, write, write_text
 
 logger = logging.getLogger(__name__)
 EPOCHS = "epochs"
 _REQUEST = "request.json"
+_HASHES = "sha256.json"
+_OWN = re.compile(r"checkpoint-\d+|epochs|training\.jsonl|\..+\.partial")
 
 
 def begin_run(folder: Path, request: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
     """Makes the folder of a run, or finds that of an interrupted run of the same request."""
     file = folder / _REQUEST
+    if folder.exists() and not folder.is_dir():
+        raise RecoveryError(f"{folder} is in the way, which is no folder; move it, or choose another OUT")
+    _remove_remains(folder)
     if folder.exists() and any(folder.iterdir()):
         if not file.is_file():
             raise RecoveryError(f"{folder} is in the way and was not made by amprune; move it, or choose another OUT")
@@ -30,6 +38,8 @@ def begin_run(folder: Path, request: Mapping[str, Any], *, resume: bool, overwri
                     f"the interrupted run in {folder} was asked for with another {', '.join(otherwise)}; ask for the "
                     "same again, or remove the folder and start anew"
                 )
+            discard_damaged(folder)
+            start = last_checkpoint(folder)
             logger.info("going on from %s", start.name if start else "the start: there is no checkpoint yet")
             return
         if not overwrite:
@@ -39,6 +49,48 @@ def begin_run(folder: Path, request: Mapping[str, Any], *, resume: bool, overwri
     elif resume:
         logger.info("%s holds no interrupted run; training starts anew", folder)
     write(file, request, error=RecoveryError)
+
+
+def _remove_remains(folder: Path) -> None:
+    """Removes what a run that was killed while it removed its folder has left: all of it its own, but no request."""
+    left = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    if left and _REQUEST not in left and all(map(_OWN.fullmatch, left)):
+        logger.info("removing %s, left by an interrupted run", folder)
+        shutil.rmtree(folder)
+
+
+def mark_whole(checkpoint: Path) -> None:
+    """Keeps the hashes of a checkpoint that was saved, by which damage is noticed."""
+    files = sorted(path for path in checkpoint.iterdir() if path.is_file() and not path.name.startswith("rng_state"))
+    write(checkpoint / _HASHES, {path.name: sha256(path) for path in files}, error=RecoveryError)
+
+
+def discard_damaged(folder: Path) -> None:
+    """Removes checkpoints from the newest on until one is as it was saved."""
+    while (last := last_checkpoint(folder)) is not None and (damaged := _damaged(last)) is not None:
+        logger.warning("%s is damaged (%s) and removed; going on from the one before", last, damaged)
+        shutil.rmtree(last)
+
+
+def _damaged(checkpoint: Path) -> str | None:
+    """Names a file of a checkpoint that is not as it was saved; other processes' random states by their own sums."""
+    if (checkpoint / _HASHES).exists():
+        try:
+            hashes = read_object(checkpoint / _HASHES)
+        except CheckpointError:
+            return _HASHES
+        for name, expected in hashes.items():
+            if not (file := checkpoint / name).is_file() or sha256(file) != expected:
+                return name
+    for file in [*checkpoint.glob("*.pt"), *checkpoint.glob("rng_state*.pth")]:
+        try:
+            with zipfile.ZipFile(file) as content:
+                sound = content.testzip() is None
+        except (OSError, ValueError, zipfile.BadZipFile, zlib.error):
+            sound = False
+        if not sound:
+            return file.name
+    return None
 
 
 @contextmanager
@@ -61,9 +113,9 @@ def last_checkpoint(folder: Path) -> Path | None:
 def _state(checkpoint: Path) -> tuple[int, int] | None:
     """Reads the steps that were done and those that were to do; None where the checkpoint is not whole."""
     try:
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        state = read_object(checkpoint / "trainer_state.json")
         return int(state["global_step"]), int(state["max_steps"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (CheckpointError, ValueError, KeyError, TypeError, OverflowError):
         return None
 
 

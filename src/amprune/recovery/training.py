@@ -29,7 +29,7 @@ from amprune.model.architecture import quiet_transformers
 from amprune.model.recovered import LOG, read_log
 from amprune.recovery.distillation import divergence, teacher_hidden
 from amprune.recovery.models import bfloat16_works
-from amprune.recovery.runs import EPOCHS, last_checkpoint, steps_done, where_to_go_on, write_log
+from amprune.recovery.runs import EPOCHS, last_checkpoint, mark_whole, steps_done, where_to_go_on, write_log
 from amprune.running import Advance
 from amprune.settings import RecoverySettings, Training
 from amprune.text.training import IGNORED, TrainingData
@@ -212,6 +212,11 @@ class _Log(TrainerCallback):
         if self.advance is not None and state.is_world_process_zero:
             self.advance(1)
 
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Keeps the hashes of a checkpoint."""
+        if state.is_world_process_zero:
+            mark_whole(self.path.parent / f"checkpoint-{state.global_step}")
+
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
@@ -247,3 +252,4 @@ class _EachEpoch(TrainerCallback):
             self.trainer.save_model(str(place))
             if state.is_world_process_zero:
                 state.save_to_json(str(place / "trainer_state.json"))
+                mark_whole(place)

@@ -118,7 +118,9 @@ def remove_report(output: Path) -> None:
 
 def _refuse_foreign(file: Path, mark: str) -> None:
     try:
-        foreign = file.exists() and mark not in file.read_text(encoding="utf-8", errors="replace")
+        foreign = file.exists() and (
+            not file.is_file() or mark not in file.read_text(encoding="utf-8", errors="replace")
+        )
     except OSError as error:
         raise ReportError(f"cannot replace {file}: {error.strerror or error}") from error
     if foreign:

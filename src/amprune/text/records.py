@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from amprune.errors import CalibrationError, reason
+from amprune.records import read_text
 
 ALPACA_DATASET = "yahma/alpaca-cleaned"
 _SHIPPED = {"builtin": ("builtin.jsonl",), "mixed": ("builtin.jsonl", "mixed.jsonl")}
@@ -62,10 +63,7 @@ def _file(source: str | os.PathLike[str], option: str) -> list[Record]:
     if kind == ".parquet":
         records = _parquet(path)
     else:
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CalibrationError(f"{path} cannot be read as UTF-8 text: {error}") from error
+        text = read_text(path, error=CalibrationError, encoding="utf-8-sig", most=None)
         if kind == ".txt":
             records = [(place, {"text": line}) for place, line in _lines(text)]
         else:
@@ -87,6 +85,8 @@ def _json_lines(text: str, where: str) -> list[Record]:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise CalibrationError(f"{where}, {place}: broken JSON ({error.msg}, column {error.colno})") from None
+        except (ValueError, RecursionError) as error:  # numbers and depths out of bounds
+            raise CalibrationError(f"{where}, {place}: broken JSON ({error})") from None
         records.append((place, _as_record(record, f"{where}, {place}")))
     return records
 
@@ -103,6 +103,8 @@ def _json(text: str, path: Path) -> list[Record]:
     except json.JSONDecodeError as error:
         raise CalibrationError(f"{path}, line {error.lineno}: broken JSON ({error.msg}); is it JSON lines? "
                                "Then name it .jsonl") from None  # fmt: skip
+    except (ValueError, RecursionError) as error:  # numbers and depths out of bounds
+        raise CalibrationError(f"{path}: broken JSON ({error})") from None
     if not isinstance(content, list):
         raise CalibrationError(
             f"{path} holds a {type(content).__name__}, expected a list of records; if it is JSON lines, name it .jsonl"

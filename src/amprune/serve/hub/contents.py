@@ -7,12 +7,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from amprune.errors import PushError
 from amprune.model.files import weight_files
 from amprune.model.writer import RECORDS, WEIGHT_SUFFIXES
 from amprune.prove.card import CARD
+from amprune.records import parse_yaml, read_text
 
 _LICENCES = ("license*", "licence*", "copying*", "notice*", "use_policy*")
 _KINDS: dict[str, tuple[str, ...]] = {
@@ -107,18 +106,15 @@ def _speaks_of_places(path: str) -> bool:
 
 
 def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PushError(f"{file} cannot be read: {error}; make it again, or remove it") from error
+    return read_text(file, error=PushError, hint="; make it again, or remove it")
 
 
 def _fields_of(path: str, text: str) -> Iterator[tuple[str, str]]:
     """Yields the strings of a JSON file by field, and those of any other by line."""
     if path.endswith(".yaml"):
         try:
-            yield from _strings(yaml.safe_load(text), "")
-        except yaml.YAMLError as error:
+            yield from _strings(parse_yaml(text), "")
+        except ValueError as error:
             raise PushError(f"{path} is damaged ({error}); make it again, or remove it") from error
         return
     if not path.endswith((".json", ".jsonl")):
