@@ -47,6 +47,19 @@ def test_a_block_is_a_name_and_a_line_for_each_figure() -> None:
     assert "│ parameters " in shown(grid, 80)
 
 
+def test_words_of_a_table_are_wrapped_where_its_figures_fit() -> None:
+    rows = (
+        ("batch 1, prompt 12, new 128, compile: peak memory", "410.0 MB"),
+        ("a-name-that-is-long/as-paths-are", "1"),
+    )
+    assert shown(Grid("", ("", "dense"), rows), 47).splitlines()[3:7] == [
+        "│ batch 1, prompt 12, new 128,     │ 410.0 MB │",
+        "│ compile: peak memory             │          │",
+        "│ a-name-that-is-long/as-paths-are │        1 │",
+        "└──────────────────────────────────┴──────────┘",
+    ]
+
+
 CELLS = st.text(st.characters(exclude_categories=["C", "Z"], exclude_characters="│…"), min_size=1, max_size=30)
 
 

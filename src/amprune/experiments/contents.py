@@ -14,7 +14,7 @@ from amprune.experiments.results import ModelResults, Results
 from amprune.experiments.settings import Settings
 from amprune.experiments.tables import Shown
 from amprune.report.drawing import colours_of
-from amprune.report.page import Block, Bullets, Contents, Section, Text
+from amprune.report.page import Block, Contents, Section
 
 _SECTIONS: Mapping[str, Callable[[Shown], list[Section]]] = {
     "table1": sections.table1,
@@ -58,8 +58,8 @@ def experiment_contents(
     return Contents(
         title=f"{recipe.title}: {', '.join(map(_name, results.models))}",
         lead=recipe.about + (" A quick run: little was measured, as is said at the end." if settings.quick else ""),
-        groups=(),
-        sections=(*parts, Section("How it was measured", (Bullets(tuple(lines)),))),
+        summaries={},
+        sections=(*parts, Section("How it was measured", (tuple(lines),))),
         colours=colours,
         drawn_from="experiment.json and evaluation.json",
     )
@@ -74,7 +74,7 @@ def _missing(shown: Shown) -> tuple[Block, ...]:
     words = {"n/a": "not possible with this model", "failed": "failed"}
     results = [(cell.name, shown.result(cell)) for cell in shown.cells]
     lines = [f"{name}: {words[r.state]}; {r.reason}" for name, r in results if r is not None and r.state in words]
-    return (Text("Without figures:"), Bullets(tuple(lines))) if lines else ()
+    return ("Without figures:", tuple(lines)) if lines else ()
 
 
 def _amount(recipe: Recipe, settings: Settings) -> str:

@@ -6,7 +6,7 @@ from amprune.experiments.figures import Level, Panel, Point, lines_figure, rows_
 from amprune.experiments.recipes import DENSE, Cell, percentage
 from amprune.experiments.tables import Column, Shown, columns_of, difference_table, quality_table, summary_columns
 from amprune.report.numbers import number
-from amprune.report.page import Block, Bullets, Picture, Section, Text
+from amprune.report.page import Block, Picture, Section
 from amprune.settings import PRESETS
 
 
@@ -18,13 +18,13 @@ def table1(shown: Shown) -> list[Section]:
         pruned = (*shown.at(ratio), *beside)
         cells, amp = (shown.dense, *pruned), next((cell for cell in pruned if cell.criterion == "amp"), None)
         if amp is not None and (verdicts := _verdicts(shown, pruned, amp)):
-            blocks.append(Bullets(verdicts))
+            blocks.append(verdicts)
         # Which models lack another share than asked for, by more than half a point.
         off = [cell for cell in pruned if (share := shown.removed(cell)) is not None and abs(share - ratio) > 0.005]
         names = ", ".join(cell.method for cell in off)
         uneven = f" Not of the same size, which their figures have to be read with: {names}." if off else ""
         blocks.append(quality_table(shown, cells, ratio))
-        blocks.append(Text("Bold: the best of the pruned models. Accuracies in %." + uneven))
+        blocks.append("Bold: the best of the pruned models. Accuracies in %." + uneven)
         blocks += [*_own_sets(shown, cells), *_rows_picture(shown, pruned, ratio)]
         if amp is not None:
             blocks += _differences(shown, cells, amp)
@@ -38,7 +38,7 @@ def _differences(shown: Shown, cells: Sequence[Cell], baseline: Cell) -> list[Bl
         "Differences are taken window by window and question by question, so that their errors are smaller than those "
         "of the two figures. Below zero is better for perplexity, above zero for accuracy, in percentage points."
     )
-    return [table, Text(words)]
+    return [table, words]
 
 
 def _rows_picture(shown: Shown, cells: Sequence[Cell], ratio: float) -> list[Picture]:
@@ -57,7 +57,7 @@ def _rows_picture(shown: Shown, cells: Sequence[Cell], ratio: float) -> list[Pic
     return [Picture(name, rows_figure([cell.method for cell in done], panels), f"{'. '.join(words)}.", caption)]
 
 
-def _own_sets(shown: Shown, cells: Sequence[Cell]) -> list[Text]:
+def _own_sets(shown: Shown, cells: Sequence[Cell]) -> list[str]:
     """Says of presets on what they were calibrated, which is not the set of the others."""
     drawn = {
         cell.preset: f", {result.calibration['tokens']:,} tokens"
@@ -65,7 +65,7 @@ def _own_sets(shown: Shown, cells: Sequence[Cell]) -> list[Text]:
         if cell.preset and (result := shown.result(cell)) is not None and result.calibration
     }
     return [
-        Text(
+        (
             f"{preset}: preset of amprune, calibrated on its own {PRESETS[preset].calibration} set"
             f"{drawn.get(preset, '')}."
         )
@@ -114,8 +114,8 @@ def table2(shown: Shown) -> list[Section]:
         blocks.append(quality_table(shown, (shown.dense, *shown.at(ratio)), ratio, heading="removed first"))
         blocks += _rows_picture(shown, shown.at(ratio), ratio)
     said = "amp removes the least important units, reversed the most important. Bold: the best of the pruned."
-    first = [Bullets(tuple(lines))] if lines else []
-    return [Section(shown.recipe.title, (*first, *blocks, Text(said)))]
+    first = [tuple(lines)] if lines else []
+    return [Section(shown.recipe.title, (*first, *blocks, said))]
 
 
 def table3(shown: Shown) -> list[Section]:
@@ -200,7 +200,7 @@ def epochs(shown: Shown) -> list[Section]:
         "Each ratio is trained once, for all epochs, and measured on the way: the learning rate falls over the whole "
         "training, so that an early epoch is no shorter training of its own. Bold: the best of the pruned."
     )
-    return [Section(shown.recipe.title, (*blocks, Text(said)))]
+    return [Section(shown.recipe.title, (*blocks, said))]
 
 
 def _capital(text: str) -> str:

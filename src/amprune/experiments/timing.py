@@ -11,7 +11,7 @@ from amprune.report.grid import Grid
 from amprune.report.inputs import Inputs, Subject
 from amprune.report.measures import Measure, change, find_measures, ideal_speedup
 from amprune.report.numbers import MISSING, percent, times
-from amprune.report.page import Block, Bullets, Picture, Section, Text
+from amprune.report.page import Block, Picture, Section
 from amprune.report.speed import latency_section, resources_section, speedup_words, workload_section
 from amprune.settings import Workload
 
@@ -30,13 +30,13 @@ def speedup(shown: Shown) -> list[Section]:
     header = ("model", "removed", "ideal", *(m.label for m in measures))
     blocks: list[Block] = [Grid("Speedup of decoding", header, tuple(rows))]
     if lines := tuple(line for measure in measures for line in _rivals(shown, measure)):
-        blocks.insert(0, Bullets(lines))
+        blocks.insert(0, lines)
     words = (
         "Speedup of decoding: the median over rounds of the dense model's time over the model's, with its quartiles. "
         "Ideal: the dense model's weight bytes read for a token over the model's."
     )
     pictures = [_picture(shown, measure, index) for index, measure in enumerate(measures, start=1)]
-    blocks += [Text(words), *(picture for picture in pictures if picture is not None)]
+    blocks += [words, *(picture for picture in pictures if picture is not None)]
     return [Section(shown.recipe.title, tuple(blocks)), *_measured(shown)]
 
 
@@ -49,7 +49,7 @@ def cost(shown: Shown) -> list[Section]:
         if (result := shown.result(cell)) is not None and result.making_seconds is not None
     )
     scoring = sum(shown.found.scoring_seconds.values())
-    said: list[Block] = [Bullets((f"Scoring took {scoring:,.0f} s.", *made))] if made else []
+    said: list[Block] = [(f"Scoring took {scoring:,.0f} s.", *made)] if made else []
     blocks = (*said, *(workload.blocks if workload is not None else ()))
     return [Section(shown.recipe.title, blocks), *_measured(shown)]
 

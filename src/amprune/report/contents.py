@@ -6,7 +6,7 @@ from amprune.report.importance import importance_section
 from amprune.report.inputs import Inputs, Subject
 from amprune.report.measures import average_change, averages, change, find_measures, headlines, ideal_speedup
 from amprune.report.numbers import number, percent, scaled, times
-from amprune.report.page import Bullets, Contents, Section, Text, Tile, TileGroup
+from amprune.report.page import Contents, Section, Tile
 from amprune.report.provenance import LIMITS, limits, made_section, measuring_section, removed_words, settings_section
 from amprune.report.quality import accuracy, accuracy_section, difference, heading, perplexity_section
 from amprune.report.reconstruction import reconstruction_section
@@ -36,14 +36,14 @@ def make_contents(inputs: Inputs, *, workload: Workload) -> Contents:
         workload_section(inputs, workload),
         made_section(inputs),
         settings_section(inputs),
-        Section(LIMITS, (Bullets(limits(inputs)),)) if limits(inputs) else None,
+        Section(LIMITS, (limits(inputs),)) if limits(inputs) else None,
     ]
     shown = [inputs.subject(inputs.focus)] if inputs.focus is not None else list(inputs.compared or inputs.subjects)
-    groups = [_tiles(inputs, subject) for subject in shown if subject is not None]
+    summaries = {subject.name: _tiles(inputs, subject) for subject in shown if subject is not None}
     return Contents(
         title=_title(inputs),
         lead=_lead(inputs),
-        groups=tuple(groups) if len(groups) <= _TILED else (),
+        summaries=summaries if len(summaries) <= _TILED else {},
         sections=tuple(section for section in sections if section is not None),
         colours=colours,
     )
@@ -86,13 +86,13 @@ def _known_from(subject: Subject | None) -> str:
     return f"the records of the {' and of the '.join(stage for stage, record in stages.items() if record)}"
 
 
-def _tiles(inputs: Inputs, subject: Subject) -> TileGroup:
+def _tiles(inputs: Inputs, subject: Subject) -> tuple[Tile, ...]:
     share = removed(inputs, subject)
     compared = subject.name != inputs.baseline and inputs.baseline is not None
     fewer = (removed_words(share),) if compared else ()
     tiles = [Tile("parameters", scaled(subject.parameters), fewer)]
     tiles += _quality_tiles(inputs, subject.name) + _speed_tiles(inputs, subject.name)
-    return TileGroup(subject.name, tuple(tiles))
+    return tuple(tiles)
 
 
 def _quality_tiles(inputs: Inputs, name: str) -> list[Tile]:
@@ -147,7 +147,7 @@ def _overview(inputs: Inputs) -> Section:
     grid = grid_of("", [subject.name for subject in inputs.subjects], [*columns, *speed])
     shown = "; ".join([*cases, *case])
     note = f"Of each kind, what was measured first{f' ({shown})' if shown else ''}. The sections below have the rest."
-    return Section("Overview", (grid, Text(note)))
+    return Section("Overview", (grid, note))
 
 
 def _speed_columns(inputs: Inputs) -> tuple[list[tuple[str, dict[str, str]]], list[str]]:

@@ -14,7 +14,7 @@ from amprune.prove.card import escaped
 from amprune.report.numbers import MISSING
 
 _SHORT = 20
-"""Letters up to which a name stays on one line of a page."""
+"""Letters up to which a name stays on one line."""
 
 
 @dataclass(frozen=True)
@@ -52,22 +52,27 @@ def filled(grid: Grid) -> Grid:
 def to_terminal(grid: Grid, width: int) -> Group:
     """Returns the grid for rich to print: a table where that fits, else turned, a block of lines for each row.
 
-    Nothing is cut: a table is as wide as its cells, and in a block words go on in the next line.
+    Nothing is cut: figures stay on one line in a table, words go on in the next line, between words.
     """
     rows = [[" ".join(cell.split()) for cell in row] for row in (grid.heads, *grid.rows)]
-    edges = 3 * len(grid.heads) + 1
-    if sum(max(map(cell_len, column)) for column in zip(*rows, strict=True)) + edges > width:
-        return Group(*_title(grid), *_blocks(rows, width))
+    title = [Text(_wrapped(grid.title, width), "bold")] if grid.title else []
+    least = sum(_least(column, words=place < grid.words) for place, column in enumerate(zip(*rows, strict=True)))
+    if least + 3 * len(grid.heads) + 1 > width:
+        return Group(*title, *_blocks(rows, width))
     table = Table()
     for place, head in enumerate(rows[0]):
-        table.add_column(Text(head), justify="left" if place < grid.words else "right", no_wrap=True)
+        words = place < grid.words
+        table.add_column(Text(head), justify="left" if words else "right", no_wrap=not words, overflow="fold")
     for number, row in enumerate(rows[1:]):
         table.add_row(*(Text(cell, "bold" if (number, place) in grid.bold else "") for place, cell in enumerate(row)))
-    return Group(*_title(grid), table)
+    return Group(*title, table)
 
 
-def _title(grid: Grid) -> list[Text]:
-    return [Text(grid.title, "bold")] if grid.title else []
+def _least(column: Sequence[str], *, words: bool) -> int:
+    """Returns how narrow a column can be: as its longest figure, or as its longest word, if it has to."""
+    longest = max(map(cell_len, column))
+    word = max((cell_len(word) for cell in column for word in cell.split()), default=0)
+    return max(word, min(longest, _SHORT)) if words else longest
 
 
 def _blocks(rows: Sequence[Sequence[str]], width: int) -> list[Text]:
@@ -75,13 +80,18 @@ def _blocks(rows: Sequence[Sequence[str]], width: int) -> list[Text]:
     room = min(max(map(cell_len, heads), default=0) + 1, width // 2)
     lines = []
     for name, *cells in models:
-        lines.append(Text(f"{first}: {name}" if first else name, "bold"))
+        lines.append(Text(_wrapped(f"{first}: {name}" if first else name, width), "bold"))
         for head, cell in zip(heads, cells, strict=True):
             label = f"  {f'{head}:':<{room}} " if head else "  "
             if cell:
-                lines.append(Text(textwrap.fill(cell, width, initial_indent=label, subsequent_indent="    ",
-                                                break_long_words=False, break_on_hyphens=False)))  # fmt: skip
+                lines.append(Text(_wrapped(cell, width, label)))
     return lines
+
+
+def _wrapped(text: str, width: int, label: str = "") -> str:
+    return textwrap.fill(
+        text, width, initial_indent=label, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+    )
 
 
 def to_markdown(grid: Grid) -> str:

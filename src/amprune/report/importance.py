@@ -17,7 +17,7 @@ from amprune.plan.artefact import PruningPlan
 from amprune.report.drawing import logarithmic, new_figure, style, tick
 from amprune.report.inputs import Inputs
 from amprune.report.numbers import shortened
-from amprune.report.page import Block, Picture, Section, Text
+from amprune.report.page import Block, Picture, Section
 from amprune.scoring.scores import ImportanceScores
 
 _POINTS = 400
@@ -45,7 +45,7 @@ def importance_section(inputs: Inputs, colours: dict[str, str]) -> Section | Non
             blocks += _blocks(scores, scores.blocks, cuts, _suffix(index))
         else:
             blocks += [*_heads(scores, cuts, _suffix(index)), _neurons(scores, cuts, _suffix(index), colours)]
-    return Section("Importance", (Text(_lead([scores for scores, _ in planned.values()])), *blocks))
+    return Section("Importance", (_lead([scores for scores, _ in planned.values()]), *blocks))
 
 
 def _suffix(index: int) -> str:

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +21,8 @@ from amprune.records import read_object
 from amprune.scoring.scores import ImportanceScores
 
 EVALUATION = "evaluation.json"
+_FEW = 3
+"""Models that sentences are about; more of them are read in the tables."""
 _Read = TypeVar("_Read")
 
 
@@ -63,6 +65,11 @@ class Inputs:
     def compared(self) -> tuple[Subject, ...]:
         """Returns every model but the baseline."""
         return tuple(subject for subject in self.subjects if subject.name != self.baseline)
+
+    def spoken(self, names: Iterable[str]) -> list[str]:
+        """Returns the models that sentences are about: the report's own, or all but the baseline where they are few."""
+        others = [name for name in names if name != self.baseline]
+        return [name for name in others if name == self.focus] or (others if len(others) <= _FEW else [])
 
     def subject(self, name: str | None) -> Subject | None:
         """Returns the model of this name."""

@@ -1,6 +1,7 @@
 """What a page consists of, and the same as Markdown and as HTML."""
 
 import base64
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -15,20 +16,6 @@ from amprune.report.grid import Grid, swatch, to_html, to_markdown
 MARKER = "<!-- drawn by amprune report -->"
 GENERATOR = '<meta name="generator" content="amprune'
 """What tells a page of amprune's from one that someone else wrote."""
-
-
-@dataclass(frozen=True)
-class Text:
-    """A paragraph."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Bullets:
-    """A list of sentences."""
-
-    items: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -49,7 +36,8 @@ class Picture:
     caption: str
 
 
-Block: TypeAlias = Text | Bullets | Command | Grid | Picture
+Block: TypeAlias = str | tuple[str, ...] | Command | Grid | Picture
+"""A paragraph, a list of sentences, or what its name says."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +46,6 @@ class Section:
 
     title: str
     blocks: tuple[Block, ...]
-
-    @property
-    def anchor(self) -> str:
-        """Returns the fragment that leads here."""
-        return "-".join("".join(c if c.isalnum() else " " for c in self.title.lower()).split())
 
 
 @dataclass(frozen=True)
@@ -76,20 +59,13 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class TileGroup:
-    """The summary of one model."""
-
-    title: str
-    tiles: tuple[Tile, ...]
-
-
-@dataclass(frozen=True)
 class Contents:
     """A whole report."""
 
     title: str
     lead: str
-    groups: tuple[TileGroup, ...]
+    summaries: dict[str, tuple[Tile, ...]]
+    """Of the models that have one."""
     sections: tuple[Section, ...]
     colours: dict[str, str]
     """Of each model."""
@@ -118,13 +94,13 @@ def sections_markdown(sections: Sequence[Section], *, level: int, figures: str) 
 def _markdown(block: Block, figures: str) -> str:
     if isinstance(block, Grid):
         return to_markdown(block)
-    if isinstance(block, Bullets):
-        return "\n".join(f"- {escaped(item)}" for item in block.items)
+    if isinstance(block, tuple):
+        return "\n".join(f"- {escaped(sentence)}" for sentence in block)
     if isinstance(block, Command):
         return f"```sh\n{block.text}\n```"
     if isinstance(block, Picture):
         return f"![{escaped(block.alt)}]({figures}{block.name}.png)\n\n{escaped(block.caption)}"
-    return escaped(block.text)
+    return escaped(block)
 
 
 def page_html(contents: Contents, images: Mapping[str, bytes]) -> str:
@@ -133,6 +109,7 @@ def page_html(contents: Contents, images: Mapping[str, bytes]) -> str:
         loader=jinja2.PackageLoader("amprune.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         keep_trailing_newline=True, undefined=jinja2.StrictUndefined,
     )  # fmt: skip
+    environment.filters["anchor"] = lambda title: "-".join(re.findall(r"[^\W_]+", title.lower()))
     # A figure and its sign stay on one line.
     environment.filters["nb"] = lambda text: text.replace(" %", "\u00a0%").replace(" \u00b1 ", "\u00a0\u00b1\u00a0")
     return environment.get_template("report.html.j2").render(

@@ -12,7 +12,7 @@ from amprune.report.grid import Grid
 from amprune.report.inputs import EVALUATION, Inputs
 from amprune.report.measures import change, find_measures, setting
 from amprune.report.numbers import MISSING, percent
-from amprune.report.page import Block, Bullets, Command, Section, Text
+from amprune.report.page import Block, Command, Section
 
 MADE, LIMITS, UNMEASURED = "How it was made", "Limits", "Not measured yet"
 UNTRAINED = "The pruned models were not trained after pruning."
@@ -25,7 +25,7 @@ def made_section(inputs: Inputs) -> Section | None:
         return None
     packed = () if subject.quantization is None else quantization_sentences(subject.quantization)
     if subject.plan is None:
-        return Section(MADE, (Bullets(packed),))
+        return Section(MADE, (packed,))
     plan = subject.plan
     first = removal(plan)
     proof = logit_difference(inputs)
@@ -34,23 +34,21 @@ def made_section(inputs: Inputs) -> Section | None:
     chosen = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in plan.choices.items() if value is not None)
     extra = (f"Options of the plan: {chosen}.",) if chosen else ()
     blocks: list[Block] = [
-        Bullets((*sentences, *how_it_was_made(plan, proof), *extra)),
+        (*sentences, *how_it_was_made(plan, proof), *extra),
         Grid("Shape", ("", "dense", "pruned"), size_rows(plan)),
     ]
     checks = (inputs.verification or {}).get("checks")
     if packed:
-        blocks.append(Bullets(packed))
+        blocks.append(packed)
     elif isinstance(checks, list) and checks:
         rows = tuple(
             (str(c.get("name")), "passed" if c.get("passed") else "FAILED", str(c.get("detail"))) for c in checks
         )
         blocks.append(Grid("Verification", ("check", "result", "found"), rows, words=3))
     elif subject.trained:
-        blocks.append(
-            Text("It was trained after that, so that its logits are no longer those of the masked dense model.")
-        )
+        blocks.append("It was trained after that, so that its logits are no longer those of the masked dense model.")
     else:
-        blocks.append(Text("It carries no record of a verification; `amprune verify` makes one."))
+        blocks.append("It carries no record of a verification; `amprune verify` makes one.")
     return Section(MADE, tuple(blocks))
 
 
@@ -66,9 +64,7 @@ def measuring_section(inputs: Inputs) -> Section:
     return Section(
         UNMEASURED,
         (
-            Text(
-                "Nothing is known of this model's quality or speed: there is no evaluation. This measures both models:"
-            ),
+            "Nothing is known of this model's quality or speed: there is no evaluation. This measures both models:",
             Command(f"amprune evaluate DENSE {folder} -o {inputs.output / EVALUATION}"),
         ),
     )
@@ -86,11 +82,11 @@ def settings_section(inputs: Inputs) -> Section | None:
                 for name in record.versions}  # fmt: skip
     known = sorted(version for version in versions if version)
     if known:
-        blocks.append(Text(f"Versions: {', '.join(known)}."))
+        blocks.append(f"Versions: {', '.join(known)}.")
     dates = sorted(record.time[:10] for record in records if record.time)
     if dates:
         span = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
-        blocks.append(Text(f"Measured on {span}."))
+        blocks.append(f"Measured on {span}.")
     models = tuple(
         (entry.name, _place(entry.source), entry.model_type, entry.dtype, entry.license or MISSING, entry.sha256[:16])
         for entry in inputs.evaluation.models.values()

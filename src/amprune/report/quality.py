@@ -11,7 +11,7 @@ from amprune.report.grid import grid_of
 from amprune.report.inputs import Inputs
 from amprune.report.measures import Change, Measure, average_change, averages, change, find_measures, headlines
 from amprune.report.numbers import MISSING, number, percent, probability, shortened, times
-from amprune.report.page import Block, Picture, Section, Text
+from amprune.report.page import Block, Picture, Section
 from amprune.report.sizes import removed
 
 _LOG_RANGE = 10.0
@@ -23,8 +23,8 @@ def perplexity_section(inputs: Inputs, colours: dict[str, str]) -> Section | Non
     for index, measure in enumerate(find_measures(inputs.evaluation, "perplexity"), start=1):
         records, base = measure.records, measure.records.get(inputs.baseline or "")
         changes = {name: found for name in records if (found := change(measure, name, inputs.baseline)) is not None}
-        if spoken := _spoken(measure, inputs):
-            blocks.append(Text(_perplexity_words(measure, spoken, inputs)))
+        if spoken := inputs.spoken(records):
+            blocks.append(_perplexity_words(measure, spoken, inputs))
         columns = [
             ("perplexity \u00b1 standard error", {n: number(r.value, r.standard_error) for n, r in records.items()}),
             ("difference", {name: difference(found) for name, found in changes.items()}),
@@ -35,14 +35,6 @@ def perplexity_section(inputs: Inputs, colours: dict[str, str]) -> Section | Non
         if any(name != inputs.baseline for name in records):
             blocks.append(_perplexity_picture(inputs, measure, colours, f"perplexity-{index}"))
     return Section("Perplexity", tuple(blocks)) if blocks else None
-
-
-def _spoken(measure: Measure, inputs: Inputs, most: int = 3) -> list[str]:
-    """Names the models that sentences are about: the report's own, or all of a few."""
-    names = [name for name in measure.records if name != inputs.baseline]
-    if inputs.focus in names:
-        return [name for name in names if name == inputs.focus]
-    return names if len(names) <= most else []
 
 
 def _perplexity_words(measure: Measure, spoken: list[str], inputs: Inputs) -> str:
@@ -148,7 +140,7 @@ def accuracy_section(inputs: Inputs) -> Section | None:
     names, compared = [s.name for s in inputs.subjects], [s.name for s in inputs.compared]
     figures = [(heading(m), {name: accuracy(m, name) for name in names}) for m in (*tasks, *means)]
     blocks: list[Block] = [
-        Text(_accuracy_words(inputs, tasks, means)), grid_of("Accuracy, % \u00b1 standard error", names, figures)
+        _accuracy_words(inputs, tasks, means), grid_of("Accuracy, % \u00b1 standard error", names, figures)
     ]  # fmt: skip
     changes = [
         (heading(m), {name: _accuracy_change(m, tasks, means, name, inputs.baseline) for name in compared})
@@ -161,7 +153,7 @@ def accuracy_section(inputs: Inputs) -> Section | None:
             "accuracies. p: two-sided exact McNemar test; with several tasks and models, a few small values are "
             "expected by chance."
         )
-        blocks += [grid_of(title, compared, changes), Text(words)]
+        blocks += [grid_of(title, compared, changes), words]
     return Section("Zero-shot accuracy", tuple(blocks))
 
 
@@ -197,7 +189,7 @@ def _accuracy_words(inputs: Inputs, tasks: Sequence[Measure], means: Sequence[Me
     for measure in means:
         suffix = measure.label.removeprefix(measure.task).removeprefix(", ")
         parts = []
-        for name in _spoken(measure, inputs):
+        for name in inputs.spoken(measure.records):
             found = average_change(measure, tasks, name, inputs.baseline)
             points = f" ({difference(found, scale=100)} points)" if found is not None else ""
             parts.append(f"{name} {accuracy(measure, name)} %{points}")

@@ -13,7 +13,7 @@ from amprune.report.drawing import BASELINE_COLOUR, logarithmic, new_figure, sty
 from amprune.report.grid import Grid
 from amprune.report.inputs import Inputs
 from amprune.report.numbers import percent
-from amprune.report.page import Block, Bullets, Picture, Section, Text
+from amprune.report.page import Block, Picture, Section
 
 _LEAD = (
     "After pruning, what is left of the output projections was refitted in closed form, layer by layer, so that each "
@@ -37,8 +37,8 @@ def reconstruction_section(inputs: Inputs, colours: dict[str, str]) -> Section |
         return None
     header = ("model", "attention before", "after", "MLP before", "after", "drift of the last layer")
     blocks: list[Block] = [
-        Text(_LEAD),
-        Bullets(tuple(_sentence(name, record) for name, record in known)),
+        _LEAD,
+        tuple(_sentence(name, record) for name, record in known),
         Grid("Error on held-out tokens, mean over the layers", header, tuple(_row(*one) for one in known)),
     ]
     for index, (name, record) in enumerate(known, start=1):

@@ -21,7 +21,7 @@ from amprune.report.measures import (
     tokens_per_second,
 )
 from amprune.report.numbers import number, percent, scaled, seconds, shortened, times
-from amprune.report.page import Block, Bullets, Picture, Section, Text
+from amprune.report.page import Block, Picture, Section
 from amprune.settings import Workload
 
 _MEDIANS = (
@@ -43,18 +43,18 @@ def latency_section(inputs: Inputs, colours: dict[str, str]) -> Section | None:
         return None
     blocks: list[Block] = []
     if sentences := _latency_sentences(inputs):
-        blocks.append(Bullets(tuple(sentences)))
+        blocks.append(tuple(sentences))
     for case in {(m.label, m.device): m for measures in stages.values() for m in measures}.values():
         same = (case.label, case.device, case.settings)
         blocks.append(_latency_grid(inputs, case.label, {
             name: next((m for m in measures if (m.label, m.device, m.settings) == same), None)
             for name, measures in stages.items()
         }))  # fmt: skip
-    blocks.append(Text(_MEDIANS))
+    blocks.append(_MEDIANS)
     if stages["decode"]:
         blocks.append(_latency_picture(inputs, stages["decode"], colours))
     if _ideals(inputs):
-        blocks.append(Text(_IDEAL))
+        blocks.append(_IDEAL)
     return Section("Latency", tuple(blocks))
 
 
@@ -197,7 +197,7 @@ def resources_section(inputs: Inputs) -> Section | None:
                               for n in m.records}) for m in measures]  # fmt: skip
         blocks.append(grid_of(f"{words}{unit}{against}", [s.name for s in inputs.subjects], columns))
         notes = dict.fromkeys(record.note for measure in measures for record in measure.records.values())
-        blocks += [Text(f"{words}: {note.rstrip('.')}.") for note in notes if note]
+        blocks += [f"{words}: {note.rstrip('.')}." for note in notes if note]
     return Section("Memory and energy", tuple(blocks)) if blocks else None
 
 
@@ -232,12 +232,10 @@ def workload_section(inputs: Inputs, workload: Workload) -> Section | None:
         ("kg CO2e", {name: f"{found.co2_kg:,.2f}" for name, found in taken.items()}),
         ("time saved", {n: percent(saving(base.hours, one.hours)) for n, one in others.items() if base is not None}),
     ]
-    few = len(taken) <= 4
-    spoken = [name for name in others if (name == inputs.focus if inputs.focus is not None else few)]
-    words = tuple(_saving_sentence(inputs, name, taken, workload) for name in spoken)
+    words = tuple(_saving_sentence(inputs, name, taken, workload) for name in inputs.spoken(others))
     title = f"{workload.days:g} days of {workload.tokens_per_day:,.0f} tokens a day"
-    blocks = (grid_of(title, list(taken), columns), Text(_assumptions(workload, measure.label)))
-    return Section("Cost and carbon of a workload", (*([Bullets(words)] if words else []), *blocks))
+    blocks = (grid_of(title, list(taken), columns), _assumptions(workload, measure.label))
+    return Section("Cost and carbon of a workload", (*([words] if words else []), *blocks))
 
 
 def _saving_sentence(inputs: Inputs, name: str, taken: dict[str, Costs], workload: Workload) -> str:

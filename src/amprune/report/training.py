@@ -12,7 +12,7 @@ from amprune.report.drawing import Label, new_figure, style, tick, write_column
 from amprune.report.grid import Grid, filled
 from amprune.report.inputs import Inputs, Subject
 from amprune.report.numbers import MINUS, MISSING, number, shortened
-from amprune.report.page import Block, Bullets, Picture, Section, Text
+from amprune.report.page import Block, Picture, Section
 
 RECOVERY = "Recovery"
 _VALIDATION = "The validation loss is the mean over the samples held out of their mean loss a response token, in nats."
@@ -33,15 +33,15 @@ def recovery_section(inputs: Inputs, colours: dict[str, str]) -> Section | None:
         return None
     blocks: list[Block] = []
     if sentences := _sentences(inputs, trained):
-        blocks.append(Bullets(sentences))
+        blocks.append(sentences)
     unknown = [subject.name for subject in trained if subject.recovery is None]
     if unknown:
-        blocks.append(Text(f"The record of the training is damaged: {', '.join(unknown)}."))
+        blocks.append(f"The record of the training is damaged: {', '.join(unknown)}.")
     if rows := tuple(_row(subject) for subject in trained if subject.recovery is not None):
         heads = ("model", "trained by", "steps", "samples", "validation loss before", "after", "change")
         blocks.append(filled(Grid("Training", (*heads, "tokens a second"), rows, words=2)))
         if any(subject.recovery.before is not None for subject in trained if subject.recovery is not None):
-            blocks.append(Text(_VALIDATION))
+            blocks.append(_VALIDATION)
     if picture := _picture(trained, colours):
         blocks.append(picture)
     return Section(RECOVERY, tuple(blocks))

@@ -3,10 +3,8 @@
 import contextlib
 import os
 import re
-import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,6 @@ from amprune.report.inputs import Inputs, read_inputs
 from amprune.report.page import (
     GENERATOR,
     MARKER,
-    Bullets,
     Contents,
     Section,
     page_html,
@@ -135,14 +132,10 @@ def _card(folder: Path, inputs: Inputs, contents: Contents, written: Sequence[st
     made = Made(subject.plan, subject.recovery, subject.quantization, logit_difference(inputs))
     said = {UNTRAINED} if made.recovery is None else {f"{subject.name}: {data_sentence(made.recovery)}"}
     front: dict[str, object] = {}
-    for known in (subject, inputs.subject(inputs.baseline)):
-        if known is not None and known.entry is not None:
-            front |= {} if known.entry.license is None else {"license": front.get("license", known.entry.license)}
-            front |= (
-                {}
-                if known.entry.base_model is None
-                else {"base_model": front.get("base_model", [known.entry.base_model])}
-            )
+    for one in (inputs.subject(inputs.baseline), subject):  # what the model's own entry says counts more
+        if one is not None and one.entry is not None:
+            front |= {} if one.entry.license is None else {"license": one.entry.license}
+            front |= {} if one.entry.base_model is None else {"base_model": [one.entry.base_model]}
     records = inputs.evaluation.records.values()
     # How the model was made, and what it is not for, the card says in its own words.
     shown = [_for_card(section) for section in contents.sections if section.title not in (MADE, LIMITS, UNMEASURED)]
@@ -160,7 +153,7 @@ def _for_card(section: Section) -> Section:
     """Leaves out how models were trained: of its own model the card says so elsewhere."""
     if section.title != RECOVERY:
         return section
-    return replace(section, blocks=tuple(block for block in section.blocks if not isinstance(block, Bullets)))
+    return replace(section, blocks=tuple(block for block in section.blocks if not isinstance(block, tuple)))
 
 
 def _stale(output: Path, figures: Sequence[Path]) -> list[Path]:
@@ -175,36 +168,22 @@ def _stale(output: Path, figures: Sequence[Path]) -> list[Path]:
 
 def _write(output: Path, files: Mapping[Path, bytes]) -> None:
     """Writes everything under other names first, then renames; nothing is left when that fails."""
-    with _write_errors(output), _made_folder(output / _FIGURES, any(f.parent.name == _FIGURES for f in files)):
-        staging = Path(tempfile.mkdtemp(prefix=".report.", suffix=".partial", dir=output))
-        try:
-            staged = {target: staging / str(index) for index, target in enumerate(files)}
+    figures = output / _FIGURES
+    try:
+        if any(file.parent == figures for file in files):
+            figures.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            prefix=".report.", suffix=".partial", dir=output, ignore_cleanup_errors=True
+        ) as staging:
+            staged = {target: Path(staging) / str(index) for index, target in enumerate(files)}
             for target, partial in staged.items():
                 partial.write_bytes(files[target])
             for target, partial in staged.items():
                 partial.replace(target)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-
-
-@contextmanager
-def _made_folder(folder: Path, wanted: bool) -> Iterator[None]:
-    """Makes a folder, and removes it again if it stays empty because of an error."""
-    if wanted:
-        folder.mkdir(exist_ok=True)
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(OSError):
-            folder.rmdir()
-        raise
-
-
-@contextmanager
-def _write_errors(output: Path) -> Iterator[None]:
-    try:
-        yield
     except OSError as error:
         raise ReportError(
             f"cannot write the report into {output}: {error.strerror or error}; no file is half-written"
         ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            figures.rmdir()  # where it is empty, since nothing was written
