@@ -50,6 +50,7 @@ from amprune.settings import (
     write_recipe,
 )
 from amprune.text.calibration import CalibrationSet, draw
+from amprune.text.records import file_of
 
 if TYPE_CHECKING:
     from amprune.evaluation.records import Evaluation
@@ -98,6 +99,7 @@ def prune(
     if asked.target is not None:
         parse_target(asked.target)
     source, dense = open_model(model, revision=asked.revision, dtype=asked.dtype)
+    source = replace(source, protected=(*source.protected, *file_of(asked.calibration)))
     check_output(Path(out).expanduser(), overwrite=asked.overwrite, protected=source.protected)
     parse_size(asked.max_shard_size)
     check_plannable(dense, asked, rule)
@@ -146,6 +148,7 @@ def apply_plan(
     if not isinstance(plan, PruningPlan):
         plan = PruningPlan.load(plan)
     source, dense = open_model(model, revision=given.revision, dtype=given.dtype)
+    source = replace(source, protected=(*source.protected, *file_of(given.calibration)))
     check_output(Path(out).expanduser(), overwrite=given.overwrite, protected=source.protected)
     check_plan_fits(plan, dense.shape, dense.fingerprint, where=str(model))
     refitted = plan.refitted if given.reconstruct is None else given.reconstruct
@@ -179,6 +182,7 @@ def _write(
             trust_remote_code=asked.trust_remote_code, progress=progress,
         )  # fmt: skip
         report.require()
+        dense.check_unchanged()
         records = partial / RECORDS
         plan.save(records / "plan.json")
         if scores is not None:

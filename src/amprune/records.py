@@ -59,7 +59,7 @@ MOST = 2**28
 """Bytes of a record, far more than any has."""
 
 
-def check_file(path: Path, *, error: type[AmpruneError], hint: str = "", most: int | None = None) -> None:
+def check_readable(path: Path, *, error: type[AmpruneError], hint: str = "", most: int | None = None) -> None:
     """Refuses what cannot be read to its end: folders, devices, pipes, and more bytes than `most`."""
     try:
         state = path.stat()
@@ -69,16 +69,16 @@ def check_file(path: Path, *, error: type[AmpruneError], hint: str = "", most: i
         raise error(f"{path} cannot be read: {problem.strerror or problem}{hint}") from problem
     if not stat.S_ISREG(state.st_mode):
         kind = "a folder" if stat.S_ISDIR(state.st_mode) else "a device or a pipe"
-        raise error(f"{path} is {kind}, expected a file{hint}")
+        raise error(f"{path} cannot be read: it is {kind}, expected a file{hint}")
     if most is not None and state.st_size > most:
-        raise error(f"{path} has {state.st_size:,} bytes, expected at most {most:,}{hint}")
+        raise error(f"{path} cannot be read: it has {state.st_size:,} bytes, expected at most {most:,}{hint}")
 
 
 def read_text(
     path: Path, *, error: type[AmpruneError], hint: str = "", encoding: str = "utf-8", most: int | None = MOST
 ) -> str:
-    """Reads a text file; see `check_file` for what is none."""
-    check_file(path, error=error, hint=hint, most=most)
+    """Reads a text file; see `check_readable` for what is none."""
+    check_readable(path, error=error, hint=hint, most=most)
     try:
         return path.read_text(encoding=encoding)
     except OSError as problem:
@@ -107,10 +107,12 @@ _REFERENCES = 20
 
 def read_object(path: Path, *, error: type[AmpruneError] = CheckpointError, hint: str = "") -> dict[str, Any]:
     """Reads a JSON object, with an error that names the file; `hint` says what to do next."""
-    text = read_text(path, error=error, hint=hint)
+    check_readable(path, error=error, hint=hint, most=MOST)
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as problem:  # numbers and depths out of bounds, too
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise error(f"{path} cannot be read: {problem.strerror or problem}{hint}") from problem
+    except (ValueError, RecursionError) as problem:  # bytes that are no text, numbers and depths out of bounds
         raise error(f"{path} cannot be read: {problem} (not JSON){hint}") from problem
     if not isinstance(content, dict):
         raise error(f"{path} holds a {type(content).__name__}, expected a JSON object{hint}")

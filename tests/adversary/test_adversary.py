@@ -170,7 +170,7 @@ def complaints(attack: Attack, outcome: Outcome, before: dict[str, str], after: 
     told = outcome.stderr[outcome.stderr.find("amprune: ") :] if "amprune: " in outcome.stderr else ""
     if outcome.code == 1 and (not told or told.count("amprune: ") != 1 or "\n\n" in told.strip() or len(told) > 2500):
         found.append("no clear paragraph")
-    if "unexpected" in outcome.stderr and "unexpected keys" not in outcome.stderr or "Traceback" in outcome.stderr:
+    if "amprune: unexpected" in outcome.stderr or "Traceback" in outcome.stderr:
         found.append("unexpected")
     if outcome.code not in (0, 1, 2) and outcome.code > 0:
         found.append(f"exit code {outcome.code}")

@@ -32,6 +32,7 @@ from amprune import (
     UnsupportedModelError,
     apply_plan,
     make_plan,
+    pipeline,
     score,
     verify,
 )
@@ -568,22 +569,33 @@ def test_a_truncated_pickle_is_refused(share: float, models: Path, plan: Pruning
 BAD_OUTPUTS: dict[str, tuple[Damage, dict[str, str]]] = {
     "no config": (
         lambda out: (out / "config.json").unlink(),
-        dict.fromkeys(["config", "dtype and ties", "logits"], "config.json is missing") | {"reload": "cannot load"},
+        dict.fromkeys(["config", "dtype and ties", "tensors", "logits"], "config.json is missing")
+        | {"reload": "cannot load"},
     ),
     "half the weights": (
         cut("model.safetensors", 0.5),
-        dict.fromkeys(["config", "dtype and ties", "reload", "logits"], "model.safetensors is truncated or damaged"),
+        dict.fromkeys(
+            ["config", "dtype and ties", "reload", "tensors", "logits"], "model.safetensors is truncated or damaged"
+        ),
     ),
     "missing tensor": (
         tensor(to=None),
-        dict.fromkeys(["config", "dtype and ties", "logits"], "the weights lack 1") | {"reload": "1 missing keys"},
+        dict.fromkeys(["config", "dtype and ties", "tensors", "logits"], "the weights lack 1")
+        | {"reload": "1 missing keys"},
     ),
     "another dtype": (
         tensor(to=lambda found: found.to(torch.bfloat16)),
-        {"dtype and ties": f"{QUERY} is torch.bfloat16, was torch.float32", "logits": "logits differ"},
+        {
+            "dtype and ties": f"{QUERY} is torch.bfloat16, was torch.float32",
+            "tensors": f"{QUERY} holds other values",
+            "logits": "logits differ",
+        },
     ),
     "another config": (config(rms_norm_eps=0.5), {"config": "than the new sizes: rms_norm_eps", "logits": "differ"}),
-    "not a number": (tensor(to=lambda found: found * torch.nan), {"logits": "the pruned model gives logits that are"}),
+    "not a number": (
+        tensor(to=lambda found: found * torch.nan),
+        {"tensors": f"{QUERY} holds other values", "logits": "the pruned model gives logits that are"},
+    ),
 }
 
 
@@ -647,6 +659,54 @@ def test_verification_opens_the_output_once(models: Path, pruned: Path, monkeypa
     monkeypatch.setattr(checks, "read_checkpoint", lambda folder: opened.append(folder) or read_checkpoint(folder))
     assert verify(pruned, dense=models / "single").passed
     assert opened == [pruned]
+
+
+@pytest.mark.parametrize("how", ["replaced", "written to", "config"])
+def test_a_source_that_changes_meanwhile_is_noticed(
+    how: str, model: Path, plan: PruningPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was read is half of one model and half of another, which no check of the output can tell."""
+    verified = pipeline.verify_checkpoint
+
+    def change(*given: Any, **options: Any) -> Any:
+        report = verified(*given, **options)
+        file = model / ("config.json" if how == "config" else "model.safetensors")
+        if how == "replaced":
+            file.rename(model / "old")
+            shutil.copy2(model / "old", file)
+        else:
+            file.write_bytes(file.read_bytes())
+        return report
+
+    monkeypatch.setattr(pipeline, "verify_checkpoint", change)
+    with pytest.raises(CheckpointError, match="has changed while it was read; nothing was kept, run again"):
+        apply_plan(model, plan, model.parent / "out")
+    assert not (model.parent / "out").exists()
+
+
+PLANTED: dict[str, Damage] = {
+    "one bit of a weight": tensor(to=lambda found: torch.nextafter(found, found.new_tensor(torch.inf))),
+    "a row that the probe never reads": lambda out: _bump(out, "model.embed_tokens.weight"),
+    "an adapter": lambda out: write(out / "adapter_config.json", {"peft_type": "LORA"}),
+    "more weights": lambda out: shutil.copy(out / "model.safetensors", out / "more.safetensors"),
+    "code": lambda out: (out / "modeling.py").write_text("", encoding="utf-8"),
+    "a training": lambda out: write(out / RECORDS / "recovery.json", {"format": 1}),
+}
+
+
+def _bump(out: Path, name: str) -> None:
+    """Moves the last entry of a tensor by a unit in the last place."""
+    stored = load_file(out / "model.safetensors")
+    stored[name][-1, -1] = torch.nextafter(stored[name][-1, -1], torch.tensor(torch.inf))
+    save_file(stored, out / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("damage", PLANTED.values(), ids=PLANTED)
+def test_what_is_planted_in_an_output_is_found(damage: Damage, models: Path, pruned: Path, tmp_path: Path) -> None:
+    """Single bits, rows that no probe reads, files that loaders would take, records that switch checks off."""
+    out = shutil.copytree(pruned, tmp_path / "out")
+    damage(out)
+    assert not verify(out, dense=models / "single").passed
 
 
 # Where OUT may lie.
@@ -1043,7 +1103,11 @@ def test_a_gguf_file_is_refused_by_a_transformers_that_reads_its_tokenizer_wrong
     monkeypatch.setenv("AMPRUNE_CACHE", str(tmp_path / "cache"))
     for name, error, message in (
         ("model.gguf", MissingDependencyError, r"may read its tokenizer wrongly; upgrade to 5\.20 or later"),
-        ("SmolLM2-135M-Instruct.Q8.gguf", CheckpointError, "cannot dequantise"),  # whose tokenizer is read rightly
+        (
+            "SmolLM2-135M-Instruct.Q8.gguf",
+            CheckpointError,
+            "is no GGUF file, or truncated",
+        ),  # whose tokenizer is read rightly
     ):
         (tmp_path / name).write_bytes(b"GGUF" + bytes(64))
         with pytest.raises(error, match=message):
@@ -1055,7 +1119,7 @@ def test_a_gguf_file_is_refused_by_a_transformers_that_reads_its_tokenizer_wrong
     [
         ("model.gguf", b"not one", r"model\.gguf is not a GGUF file; MODEL is a Hugging Face folder, a hub id or"),
         ("model.gguf", b"", r"model\.gguf is not a GGUF file"),
-        ("SmolLM2-135M-Instruct.Q8.gguf", b"GGUF" + bytes(64), r"cannot dequantise .*Q8\.gguf"),
+        ("SmolLM2-135M-Instruct.Q8.gguf", b"GGUF" + bytes(64), r"Q8\.gguf is no GGUF file, or truncated"),
         ("model.gguf", None, r"no file .*model\.gguf"),
         ("model.safetensors", b"tensors", r"model\.safetensors is not a GGUF file"),
         ("no/such/folder", None, r"no model '.*folder': it is no folder, no \.gguf file, no hub id .*smollm2-135m"),

@@ -79,7 +79,12 @@ def score_command(
 ) -> Result:
     """Score every head, key-value group and neuron, or every block, by a criterion."""
     from amprune import score
+    from amprune.model.source import open_source
+    from amprune.model.writer import check_target
+    from amprune.text.records import file_of
 
+    source = open_source(model, revision=settings.revision, dtype=settings.dtype)
+    check_target(output, [*source.protected, *file_of(settings.calibration)])
     scores = score(model, settings, progress=progress)
     scores.save(output)
     summary = {
@@ -102,8 +107,13 @@ def plan_command(
     target_parameters: Annotated[str | None, typer.Option(help="Short for --target params=..., such as 100M.")] = None,
 ) -> Result:
     """Choose what to keep under an exact budget; without --model it needs neither the model nor a GPU."""
+    from amprune.model.source import open_source
+    from amprune.model.writer import check_target
     from amprune.search.planning import plan_scores
+    from amprune.text.records import file_of
 
+    sources = () if model is None else open_source(model, revision=settings.revision, dtype=settings.dtype).protected
+    check_target(output, [scores, *sources, *file_of(settings.calibration)])
     if target_parameters is not None:
         settings = replace(settings, target=f"params={target_parameters}")
     plan = plan_scores(scores, settings, model=model, progress=progress)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from amprune.errors import EvaluationError, reason
-from amprune.records import check_file
+from amprune.records import check_readable
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _hub_rows(split: str) -> list[str]:
 
 def _read(path: Path) -> bytes:
     if path.exists():
-        check_file(path, error=EvaluationError)
+        check_readable(path, error=EvaluationError)
     try:
         return path.read_bytes()
     except OSError as error:

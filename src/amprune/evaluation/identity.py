@@ -43,6 +43,8 @@ class Subject:
     """The longest sequence that the model was made for, where its config says."""
     gguf: GgufFile | None = None
     """The file that was given, of which `folder` holds the dequantised weights."""
+    protected: tuple[Path, ...] = ()
+    """What is never written to."""
 
 
 def open_subjects(models: Sequence[PathLike], asked: EvaluationSettings, progress: Progress) -> tuple[Subject, ...]:
@@ -98,7 +100,7 @@ def _open(name: str, model: str, asked: EvaluationSettings, progress: Progress) 
             "provenance": dict(sorted({**plan.provenance, "options": plan.choices}.items())),
         },
     )  # fmt: skip
-    return Subject(name, source.folder, entry, positions, gguf)
+    return Subject(name, source.folder, entry, positions, gguf, source.protected)
 
 
 def _dtype(folder: Path) -> str:

@@ -27,6 +27,7 @@ from amprune.model.architecture import quiet_transformers
 from amprune.model.latency import LatencySettings, latency_cases
 from amprune.model.llama_cpp import llama_cpp_model
 from amprune.model.loading import default_device, load_tokenizer, loaded_model
+from amprune.model.writer import check_target
 from amprune.records import alone, go_on
 from amprune.running import Advance, Progress, no_progress
 from amprune.settings import MEASURED_BY, MEASUREMENTS, EvaluationSettings, Measurement, PathLike, settle
@@ -83,6 +84,7 @@ def evaluate(
         for job in jobs:
             job.check(subject)
     path = Path(output).expanduser()
+    check_target(path, [*(place for one in subjects for place in one.protected), *map(Path, asked.texts)], records=True)
     with alone(path.with_name(f"{path.name}.lock"), str(path), error=EvaluationError):
         session = _begin(path, subjects, jobs, asked, cases)
         for subject in subjects:

@@ -51,6 +51,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         self._stored = stored
         self._computed = computed
         """What is computed on reading instead of being read as it is stored."""
+        self._seen = self._states()
 
     @property
     def shape(self) -> ModelShape:
@@ -76,6 +77,16 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         """Returns the dtype of a name; auto is that of most parameters."""
         found: torch.dtype = self.dtype if dtype == "auto" else getattr(torch, dtype)
         return found
+
+    def check_unchanged(self) -> None:
+        """Refuses files that were written to or replaced since they were opened: what was read is of no one model."""
+        if changed := sorted(file for file, state in self._states().items() if self._seen[file] != state):
+            raise CheckpointError(f"{changed[0]} has changed while it was read; nothing was kept, run again")
+
+    def _states(self) -> dict[Path, tuple[int, ...]]:
+        files = {self.folder / "config.json", *(tensor.file for tensor in self._stored.values())}
+        states = {file: file.stat() if file.exists() else None for file in files}
+        return {file: (one.st_size, one.st_mtime_ns, one.st_ino) if one else () for file, one in states.items()}
 
     def header(self, name: str) -> TensorHeader:
         """Returns the shape and dtype of a tensor without reading it."""

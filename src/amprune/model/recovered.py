@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 
 from amprune.errors import CheckpointError, RecoveryError
 from amprune.model.writer import RECORDS
-from amprune.records import MOST, check_file, read
+from amprune.records import MOST, check_readable, read
 
 RECORD, LOG = "recovery.json", "training.jsonl"
 _LICENCES = {
@@ -61,6 +61,8 @@ class Recovery:
     after: float | None = field(metadata={"entry": "validation_after"})
     rounding: float
     """What storing the trained weights moved the logits by: a root mean square, in standard deviations."""
+    sha256: dict[str, str] | None = None
+    """Of each tensor that was stored; None of a record that was written before there were any."""
 
 
 def is_recovered(folder: Path) -> bool:
@@ -98,7 +100,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """Reads a training log but for lines that are damaged or half-written; empty where there is none."""
     entries = []
     try:
-        check_file(path, error=CheckpointError, most=MOST)
+        check_readable(path, error=CheckpointError, most=MOST)
         text = path.read_text(encoding="utf-8", errors="replace")
     except (CheckpointError, OSError):
         return []

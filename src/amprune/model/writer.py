@@ -4,7 +4,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -151,12 +151,19 @@ def _partial(out: Path, check: Callable[[Path], None]) -> Iterator[tuple[Path, P
             shutil.rmtree(folder, ignore_errors=True)  # it is gone where it became OUT
 
 
-def check_file(out: Path, *, overwrite: bool, protected: tuple[Path, ...]) -> None:
-    """Refuses an OUT that would touch a source, that exists, or that is no file to overwrite."""
+def check_target(out: Path, protected: Iterable[Path], *, records: bool = False) -> None:
+    """Refuses a file to write that is a source or lies in one, `records` aside where they may be added to."""
     target = out.resolve()
     for source in (path.resolve() for path in protected):
+        if records and source / RECORDS in target.parents:
+            continue
         if target == source or source in target.parents:
             raise CheckpointError(f"OUT {out} lies in the source {source}; choose a place outside of it")
+
+
+def check_file(out: Path, *, overwrite: bool, protected: tuple[Path, ...]) -> None:
+    """Refuses an OUT that would touch a source, that exists, or that is no file to overwrite."""
+    check_target(out, protected)
     if not os.path.lexists(out):
         return
     if not out.is_file():

@@ -15,17 +15,19 @@ from transformers.pytorch_utils import Conv1D
 from amprune.cut.masking import masked
 from amprune.cut.refit.record import RECORD as RECONSTRUCTION
 from amprune.cut.refit.run import digest
-from amprune.cut.slicing import kept_tensors, masks, output_config
+from amprune.cut.slicing import cuts_by_tensor, kept_tensors, masks, output_config, sliced_tensor
 from amprune.errors import AmpruneError, VerificationError
 from amprune.model.architecture import PreTrainedModel
+from amprune.model.files import weight_files
 from amprune.model.loading import has_tokenizer, load_tokenizer
-from amprune.model.reader import Checkpoint, read_checkpoint
+from amprune.model.reader import Checkpoint, identical, read_checkpoint
 from amprune.model.recovered import RECORD, is_recovered, read_recovery
-from amprune.model.writer import RECORDS
+from amprune.model.writer import RECORDS, WEIGHT_SUFFIXES
 from amprune.plan.artefact import PruningPlan, check_plan
 from amprune.prove.comparison import check_loading, compare, finite, hold, probe_logits
 from amprune.running import Progress, no_progress
 
+VERIFICATION = "verification.json"
 TOLERANCE = 1e-5
 """Largest allowed difference of any logit, as a share of the logits' standard deviation, in float64."""
 _SUMMING = 1e-12
@@ -114,12 +116,14 @@ def verify_checkpoint(
         run("files", lambda: _check_files(folder, dense.folder))
         run("tokenizer", lambda: _check_tokenizer(folder, dense.folder, trust_remote_code=trust_remote_code))
         run("reload", lambda: _check_reload(folder))
+        if not is_recovered(folder):
+            run("tensors", lambda: _check_stored(output(), dense, plan, {*biases, *refitted}))
         if biases and not is_recovered(folder):
             run("biases", lambda: _check_biases(output(), dense, plan, biases))
         if refitted and not is_recovered(folder):
             run("refit", lambda: _check_refitted(output(), dense, plan, refitted))
         if is_recovered(folder):
-            run("weights", lambda: _check_finite(output()))
+            run("weights", lambda: _check_trained_weights(folder, output()))
             run("logits", lambda: _check_trained(folder, output(), advance))
         else:
             run("logits", compare_logits)
@@ -159,6 +163,16 @@ def _check_tensors(output: Checkpoint, dense: Checkpoint, plan: PruningPlan) -> 
     return f"{', '.join(dtypes)}; {'tied' if dense.architecture.tied else 'separate'} embeddings"
 
 
+def _check_stored(output: Checkpoint, dense: Checkpoint, plan: PruningPlan, replaced: Collection[str]) -> str:
+    """Holds every stored tensor but those that were computed anew to the cut of the dense one, byte by byte."""
+    changes, kept = cuts_by_tensor(dense.architecture, plan), kept_tensors(dense.architecture, plan, dense)
+    copied = {name: old for name, old in kept.items() if old not in replaced}
+    for name, old in copied.items():
+        if not identical(output[name], sliced_tensor(dense, old, changes=changes)):
+            raise VerificationError(f"{name} holds other values than the dense model's {old} without what was removed")
+    return f"{len(copied)} are those of the dense model without what was removed, byte by byte"
+
+
 def _check_biases(output: Checkpoint, dense: Checkpoint, plan: PruningPlan, biases: Mapping[str, torch.Tensor]) -> str:
     """Holds the stored biases that make up for what was removed to those expected, to within rounding."""
     for name, old in kept_tensors(dense.architecture, plan, biases).items():
@@ -183,6 +197,10 @@ def _check_files(folder: Path, source: Path) -> str:
     """Compares byte by byte what must survive: generation config, chat template, tokenizer files."""
     names = ["generation_config.json", "chat_template.jinja", "special_tokens_map.json", "tokenizer_config.json"]
     names += ["tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json"]
+    for file in folder.iterdir():
+        read = file.name in (*names, "adapter_config.json") or file.suffix in (".py", *WEIGHT_SUFFIXES)
+        if read and not (source / file.name).exists() and file not in [weights for weights, _ in weight_files(folder)]:
+            raise VerificationError(f"{file.name} is not of the dense model, and loaders may read it")
     present = [name for name in names if (source / name).is_file()]
     for name in present:
         if not (folder / name).is_file():
@@ -212,11 +230,20 @@ def _check_reload(folder: Path) -> str:
     return "AutoModelForCausalLM takes every tensor: none missing, unexpected or mismatched"
 
 
-def _check_finite(output: Checkpoint) -> str:
+def _check_trained_weights(folder: Path, output: Checkpoint) -> str:
+    """Holds weights that were trained to be finite, and those that the record of the training hashed."""
+    if (folder / RECORDS / VERIFICATION).exists():
+        raise VerificationError(
+            f"{folder / RECORDS} holds {VERIFICATION}, which only pruned models have, and {RECORD}, which only trained "
+            "ones have; one of them is of another model"
+        )
+    hashes = read_recovery(folder).sha256
     for name in output:
         if not torch.isfinite(output[name]).all():
             raise VerificationError(f"{name} holds values that are not finite")
-    return "every value is finite"
+        if hashes is not None and digest(output[name]) != hashes.get(name):
+            raise VerificationError(f"{name} is not what was trained: its hash differs from that of {RECORD}")
+    return "every value is finite" + (", and that which was trained" if hashes is not None else "")
 
 
 def _check_trained(folder: Path, output: Checkpoint, advance: Callable[[int], None]) -> str:

@@ -4,7 +4,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -17,9 +17,10 @@ from accelerate import PartialState
 
 from amprune import __version__
 from amprune.cut.refit.record import RECORD as RECONSTRUCTION
+from amprune.cut.refit.run import digest
 from amprune.errors import RecoveryError
 from amprune.model.loading import load_tokenizer
-from amprune.model.reader import Checkpoint, open_model
+from amprune.model.reader import Checkpoint, open_model, read_checkpoint
 from amprune.model.recovered import LOG, RECORD, read_log
 from amprune.model.source import Source, open_source
 from amprune.model.writer import RECORDS, check_output, parse_size, staged_folder
@@ -31,6 +32,7 @@ from amprune.recovery.runs import EPOCHS, begin_run, is_finished, last_checkpoin
 from amprune.recovery.training import check_training, total_steps, train
 from amprune.running import Progress, no_progress, release_memory
 from amprune.settings import PathLike, RecoverySettings, Training, part, settle, write_recipe
+from amprune.text.records import file_of
 from amprune.text.training import TrainingData, load_training_data
 
 logger = logging.getLogger(__name__)
@@ -124,8 +126,7 @@ def recover(
 def _other_sources(teacher: Source | None, asked: RecoverySettings) -> Iterator[Path]:
     """Yields what is read beside the model, which no output may replace either."""
     yield from () if teacher is None else teacher.protected
-    if isinstance(asked.data, str | os.PathLike) and (file := Path(asked.data).expanduser()).exists():
-        yield file
+    yield from file_of(asked.data)
 
 
 def _check_places(folder: Path, asked: RecoverySettings, protected: tuple[Path, ...]) -> None:
@@ -182,10 +183,12 @@ def _write(
     losses = [entry["validation_loss"] for entry in log if "validation_loss" in entry]
     with staged_folder(place, overwrite=settings.overwrite, protected=source.protected) as staged:
         rounding = write_recovered(base, trained, staged, max_shard_size=settings.max_shard_size, progress=progress)
+        base.check_unchanged()
+        stored = read_checkpoint(staged)
         record = {
             "format": 1, "recovered_from": source.name, **request, "steps": steps,
             "validation_before": losses[0] if losses else None, "validation_after": losses[-1] if losses else None,
-            "rounding": rounding,
+            "rounding": rounding, "sha256": {name: digest(stored[name]) for name in stored},
             "versions": {"amprune": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
         }  # fmt: skip
         before, records = source.folder / RECORDS, staged / RECORDS

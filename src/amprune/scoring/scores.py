@@ -14,7 +14,7 @@ from safetensors.numpy import save
 
 from amprune.errors import ScoresError
 from amprune.model.shape import ModelShape
-from amprune.records import check_file, parse, replaced
+from amprune.records import check_readable, parse, replaced
 
 Scores = npt.NDArray[np.float32]
 _FORMAT = 1
@@ -97,7 +97,7 @@ class ImportanceScores:
         Raises:
             ScoresError: the file is missing, damaged, or no score file.
         """
-        check_file(Path(path), error=ScoresError, hint="; make it with `amprune score`")
+        check_readable(Path(path), error=ScoresError, hint="; make it with `amprune score`")
         try:
             with safe_open(path, framework="numpy") as file:
                 header = _header(file.metadata() or {}, path)

@@ -51,6 +51,12 @@ def read_records(
     return name, [one for one in records if not isinstance(text := one[1].get("text"), str) or text.strip()]
 
 
+def file_of(source: object) -> tuple[Path, ...]:
+    """Returns the file that a set is read from, where it is one."""
+    named = isinstance(source, str | os.PathLike) and source != "alpaca" and source not in _SHIPPED
+    return (Path(str(source)).expanduser(),) if named else ()
+
+
 def _file(source: str | os.PathLike[str], option: str) -> list[Record]:
     path = Path(source).expanduser()
     if not path.is_file():
