@@ -1,6 +1,5 @@
 """What a report is drawn from: an evaluation, and the records of the models that amprune pruned or recovered."""
 
-import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -106,21 +105,9 @@ def _read_evaluation(file: Path) -> Evaluation:
         evaluation = Evaluation.load(file)
     except EvaluationError as error:
         raise ReportError(f"{error}; measure again with `amprune evaluate`") from error
-    _check_records(evaluation, file)
     if not evaluation.models:
         raise ReportError(f"{file} names no model; measure some with `amprune evaluate`")
     return evaluation
-
-
-def _check_records(evaluation: Evaluation, file: Path) -> None:
-    for record in evaluation.records.values():
-        values = (record.value, *record.items, *(() if record.standard_error is None else (record.standard_error,)))
-        right = all(type(value) in (int, float) and math.isfinite(value) for value in values)
-        if not right or not isinstance(record.settings, dict):
-            raise ReportError(
-                f"{file} is damaged: {record.model}, {record.measurement}, {record.task}, {record.metric} is no "
-                "figure; measure again with `amprune evaluate`"
-            )
 
 
 def _baseline(evaluation: Evaluation, baseline: str | None, focus: str | None) -> str | None:
