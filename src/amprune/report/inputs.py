@@ -15,7 +15,7 @@ from amprune.model.quantization import Quantization, is_quantized, read_quantiza
 from amprune.model.recovered import Recovery, TrainingLog, is_recovered, read_recovery, read_training_log
 from amprune.model.writer import RECORDS
 from amprune.plan.artefact import PruningPlan
-from amprune.prove.card import read_card
+from amprune.prove.card import read_card, read_made
 from amprune.records import read_object
 from amprune.scoring.scores import ImportanceScores
 
@@ -142,14 +142,11 @@ def _of_checkpoint(folder: Path, output: Path, evaluation: Evaluation, baseline:
 def _own_records(folder: Path) -> Subject:
     """Reads what the checkpoint that a report is of says about itself."""
     try:
-        if is_recovered(folder):
-            read_recovery(folder)
-        read_record(folder)
-        quantization = read_quantization(folder) if is_quantized(folder) else None
-        if (folder / RECORDS / "plan.json").is_file():
-            parameters = PruningPlan.load(folder / RECORDS / "plan.json").shape_after.parameters
-        elif quantization is not None:
-            parameters = quantization.parameters
+        made, _ = read_made(folder), read_record(folder)
+        if made.plan is not None:
+            parameters = made.plan.shape_after.parameters
+        elif made.quantization is not None:
+            parameters = made.quantization.parameters
         else:
             parameters = inspect(folder).shape.parameters
     except AmpruneError as error:
