@@ -1,17 +1,12 @@
-"""What the command line shows: progress and errors on stderr, summaries on stdout. Imports nothing heavy."""
+"""What the command line shows: progress on stderr, summaries on stdout. Imports nothing heavy."""
 
-import json
-import logging
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.console import Console
 
-from amprune.errors import AmpruneError
 from amprune.running import Advance
 
 if TYPE_CHECKING:
@@ -36,40 +31,6 @@ stdout, stderr = (
 
 
 @contextmanager
-def reported(
-    debug: bool, *, kept: Path | None = None, again: str = "", otherwise: str = "nothing was left behind"
-) -> Iterator[None]:
-    """Prints what goes wrong as one paragraph on stderr and exits with 1; tracebacks only with --debug.
-
-    `kept` is where a command keeps what it has when it is interrupted; with the option `again` it goes on from there.
-    `otherwise` is what holds where there is none.
-    """
-    logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
-    logging.getLogger("amprune").setLevel(logging.INFO)
-    try:
-        yield
-    except AmpruneError as error:
-        if debug:
-            raise
-        stderr.print(f"amprune: {error}", style="bold red", soft_wrap=True)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        finished = kept is not None and kept.exists()
-        option = f" with {again}" if again else ""
-        left = f"what was finished is in {kept}, the same command{option} goes on from there" if finished else None
-        stderr.print(f"amprune: interrupted; {left or otherwise}", soft_wrap=True)
-        raise typer.Exit(130) from None
-    except (typer.Exit, typer.Abort):
-        raise
-    except Exception as error:
-        if debug:
-            raise
-        kind = type(error).__name__
-        stderr.print(f"amprune: unexpected {kind}: {error} (--debug shows where)", style="bold red")
-        raise typer.Exit(1) from None
-
-
-@contextmanager
 def progress(description: str, total: int) -> Iterator[Advance]:
     """A bar on stderr with the time left; nothing where stderr is no terminal."""
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -79,14 +40,6 @@ def progress(description: str, total: int) -> Iterator[Advance]:
     with Bar(*columns, console=stderr, disable=not stderr.is_terminal) as bar:
         task = bar.add_task(description, total=total)
         yield lambda steps: bar.advance(task, steps)
-
-
-def emit(summary: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:
-    """Prints a summary as JSON on stdout, or lets `show` print it for people."""
-    if as_json:
-        sys.stdout.write(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-    else:
-        show()
 
 
 def show_grid(grid: "Grid") -> None:

@@ -1,8 +1,12 @@
 """The application, and how a function becomes a command: the fields of its settings become its options."""
 
 import inspect
+import json
+import logging
+import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
@@ -10,8 +14,8 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 import typer
 
 from amprune import __version__
-from amprune.cli.display import emit, reported, stdout
-from amprune.errors import EvaluationError
+from amprune.cli.display import stderr, stdout
+from amprune.errors import AmpruneError, EvaluationError
 from amprune.settings import read_recipe, settle
 
 app = typer.Typer(
@@ -91,7 +95,10 @@ def command(
                     start = read_recipe(kind, values["recipe"]) if values.get("recipe") else None
                     arguments["settings"] = settle(kind, start, read)
                 if (found := function(**arguments)) is not None:
-                    emit(found[0], values["as_json"], found[1])
+                    if values["as_json"]:
+                        sys.stdout.write(json.dumps(found[0], indent=2, ensure_ascii=False) + "\n")
+                    else:
+                        found[1]()
                     for finish in found[2:]:
                         finish()
 
@@ -104,6 +111,40 @@ def command(
         return function
 
     return made
+
+
+@contextmanager
+def reported(
+    debug: bool, *, kept: Path | None = None, again: str = "", otherwise: str = "nothing was left behind"
+) -> Iterator[None]:
+    """Prints what goes wrong as one paragraph on stderr and exits with 1; tracebacks only with --debug.
+
+    `kept` is where a command keeps what it has when it is interrupted; with the option `again` it goes on from there.
+    `otherwise` is what holds where there is none.
+    """
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("amprune").setLevel(logging.INFO)
+    try:
+        yield
+    except AmpruneError as error:
+        if debug:
+            raise
+        stderr.print(f"amprune: {error}", style="bold red", soft_wrap=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        finished = kept is not None and kept.exists()
+        option = f" with {again}" if again else ""
+        left = f"what was finished is in {kept}, the same command{option} goes on from there" if finished else None
+        stderr.print(f"amprune: interrupted; {left or otherwise}", soft_wrap=True)
+        raise typer.Exit(130) from None
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        kind = type(error).__name__
+        stderr.print(f"amprune: unexpected {kind}: {error} (--debug shows where)", style="bold red")
+        raise typer.Exit(1) from None
 
 
 def _in_order(kind: Any) -> list[Field[Any]]:

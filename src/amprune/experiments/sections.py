@@ -90,9 +90,8 @@ def _verdicts(shown: Shown, cells: Sequence[Cell], amp: Cell) -> tuple[str, ...]
             f"{'first' if place else 'next'} is {other.name}, {column.text(other)}"
         )
         if (gap := column.against(other, amp)) is not None:
-            error = None if gap.standard_error is None else gap.standard_error * column.scale
             clear = gap.standard_error is None or abs(gap.value) > 2 * gap.standard_error
-            apart = number(gap.value * column.scale, error, signed=True)
+            apart = number(gap.value, gap.standard_error, signed=True, scale=column.measure.scale)
             words += f" ({apart}{'' if clear else ', within twice its error'})"
         found.append(f"{words}.")
     return tuple(found)

@@ -79,11 +79,6 @@ class Column:
     """Of an average: what it is over."""
 
     @property
-    def scale(self) -> float:
-        """Returns by what figures are multiplied to be shown."""
-        return 100.0 if self.measure.first.unit == "accuracy" else 1.0
-
-    @property
     def low_is_better(self) -> bool:
         """Tells perplexities from accuracies."""
         return self.measure.measurement == "perplexity"
@@ -104,17 +99,15 @@ class Column:
 
     def text(self, cell: Cell) -> str:
         """Returns the figure of a cell with its standard error."""
-        if (record := self.record(cell)) is None:
-            return MISSING
-        error = record.standard_error
-        return number(self.scale * record.value, None if error is None else self.scale * error)
+        record = self.record(cell)
+        return MISSING if record is None else number(record.value, record.standard_error, scale=self.measure.scale)
 
     def point(self, cell: Cell, x: float = 0.0) -> Point | None:
         """Returns the figure of a cell as it is drawn."""
         if (record := self.record(cell)) is None:
             return None
-        error = self.scale * (record.standard_error or 0.0)
-        return Point(x, self.scale * record.value, error, error)
+        error = self.measure.scale * (record.standard_error or 0.0)
+        return Point(x, self.measure.scale * record.value, error, error)
 
     def change(self, cell: Cell, baseline: Cell) -> Change | None:
         """Returns how a cell differs from another: window by window, question by question."""
@@ -175,7 +168,7 @@ def quality_table(
     for cell in cells:
         share, state = shown.removed(cell), shown.state(cell)
         figures = [column.text(cell) if state == "done" else state for column in columns]
-        rows.append((label(cell), MISSING if share is None else percent(share, 2), *figures))
+        rows.append((label(cell), percent(share, 2), *figures))
     pruned = [] if ratio is None else shown.done([c for c in cells if c.ratio or c.checkpoint is not None])
     for place, column in enumerate(columns, start=2):
         values = {cells.index(cell): value for cell in pruned if (value := column.value(cell)) is not None}
@@ -193,7 +186,7 @@ def difference_table(shown: Shown, cells: Sequence[Cell], baseline: Cell) -> Gri
     if not shown.done([baseline]) or not others:
         return None
     rows = [
-        (cell.method, *(difference(column.change(cell, baseline), scale=column.scale) for column in columns))
+        (cell.method, *(difference(column.change(cell, baseline), scale=column.measure.scale) for column in columns))
         for cell in others
     ]
     caption = f"Difference from {baseline.name}, \u00b1 standard error"

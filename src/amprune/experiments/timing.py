@@ -25,8 +25,7 @@ def speedup(shown: Shown) -> list[Section]:
         ideal, missing = ideal_speedup(shown.evaluation, cell.name, DENSE), MISSING if state == "done" else state
         changes = [change(measure, cell.name, DENSE) for measure in measures]
         figures = [missing if found is None else speedup_words(found) for found in changes]
-        removed = MISSING if share is None else percent(share, 2)
-        rows.append((cell.name, removed, times(ideal) if ideal else missing, *figures))
+        rows.append((cell.name, percent(share, 2), times(ideal) if ideal else missing, *figures))
     header = ("model", "removed", "ideal", *(m.label for m in measures))
     blocks: list[Block] = [Grid("Speedup of decoding", header, tuple(rows))]
     if lines := tuple(line for measure in measures for line in _rivals(shown, measure)):

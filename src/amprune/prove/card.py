@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,11 @@ class Made:
     logit_difference: float | None = None
     """What the verification found."""
 
+    @property
+    def stages(self) -> int:
+        """Returns how many of pruning, training and quantising the model went through."""
+        return sum(stage is not None for stage in (self.plan, self.recovery, self.quantization))
+
 
 @dataclass(frozen=True)
 class Results:
@@ -76,8 +81,14 @@ def read_made(folder: Path) -> Made:
         PruningPlan.load(records / "plan.json") if (records / "plan.json").is_file() else None,
         read_recovery(folder) if is_recovered(folder) else None,
         read_quantization(folder) if is_quantized(folder) else None,
-        read_object(verified).get("logit_difference") if verified.is_file() else None,
+        logit_difference(read_object(verified)) if verified.is_file() else None,
     )
+
+
+def logit_difference(verification: Mapping[str, Any] | None) -> float | None:
+    """Returns what a verification found, where there was one and logits were compared."""
+    found = (verification or {}).get("logit_difference")
+    return float(found) if isinstance(found, int | float) else None
 
 
 def write_card(folder: Path, *, source: Source) -> None:
@@ -94,32 +105,33 @@ def write_card(folder: Path, *, source: Source) -> None:
     front = _front_matter(source, made, head)
     base = front.get("base_model")
     dense = head.dense or (str(base[0]) if isinstance(base, list) and base else "the dense model")
-    stages = [stage for stage in (made.plan, made.recovery, made.quantization) if stage is not None]
-    if len(stages) == 1:  # nothing was done to the source
+    if made.stages == 1:  # nothing was done to the source
         dense = source.name
     text = _card_text(made, dense=dense, front=front, records=_names(folder))
     (folder / CARD).write_text(text, encoding="utf-8")
 
 
-def renewed_card(folder: Path, made: Made, results: Results, *, dense: str, records: Sequence[str] = ()) -> str | None:
+def renewed_card(
+    folder: Path, made: Made, results: Results, *, dense: str, records: Collection[str] = ()
+) -> str | None:
     """Returns the text of `README.md` with the results; None where someone else wrote the file.
 
     `dense` names the dense model where the card does not, `records` are files that the folder `amprune/` will have.
     """
     head = read_card(folder)
-    if head.foreign or (made.plan, made.recovery, made.quantization) == (None, None, None):
+    if head.foreign or not made.stages:
         return None
     own = {name: value for name, value in head.front.items() if name != "model-index"}
     front = {**FRONT, "tags": _tags(made), **own}
     front |= {name: value for name, value in results.front.items() if name not in front}
     if results.index:
         front["model-index"] = results.index
-    names = dict.fromkeys([*_names(folder), *records])
-    return _card_text(made, dense=head.dense or dense, front=front, records=list(names), results=results)
+    names = {*_names(folder), *records}
+    return _card_text(made, dense=head.dense or dense, front=front, records=names, results=results)
 
 
-def _names(folder: Path) -> list[str]:
-    return [path.name for path in (folder / RECORDS).iterdir() if not path.name.startswith(".")]
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in (folder / RECORDS).iterdir() if not path.name.startswith(".")}
 
 
 def read_card(folder: Path) -> CardHead:
@@ -137,7 +149,7 @@ def read_card(folder: Path) -> CardHead:
 
 
 def _card_text(
-    made: Made, *, dense: str, front: Mapping[str, object], records: Sequence[str], results: Results | None = None
+    made: Made, *, dense: str, front: Mapping[str, object], records: Collection[str], results: Results | None = None
 ) -> str:
     """Returns the whole card: how the model was made, its results and its limits."""
     results = results or Results()

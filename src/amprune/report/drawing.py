@@ -18,7 +18,7 @@ from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
-from amprune.report.numbers import number
+from amprune.report.numbers import number, shortened
 
 WIDTH = 5.4
 """Inches; legible on a phone, too."""
@@ -92,6 +92,14 @@ def _saved(figure: Figure, **options: Any) -> bytes:
             figure.set_layout_engine("none")
         figure.savefig(buffer, **options)
     return buffer.getvalue()
+
+
+def named_rows(axes: Axes, names: Sequence[str]) -> None:
+    """Names the bars of a figure at its left, from the top."""
+    axes.set_yticks(range(len(names)), [shortened(name, 22) for name in names])
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
 
 
 def logarithmic(axes: Axes, which: str) -> None:

@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 from rich.cells import cell_len
 from rich.console import Group
 from rich.table import Table
@@ -96,19 +96,25 @@ def _wrapped(text: str, width: int, label: str = "") -> str:
 
 def to_markdown(grid: Grid) -> str:
     """Returns the grid as a table of GitHub's Markdown, its title before it in bold."""
-    lines = [
-        " | ".join(map(escaped, grid.heads)),
-        *(
-            " | ".join(
-                f"**{escaped(cell)}**" if (number, place) in grid.bold else escaped(cell)
-                for place, cell in enumerate(row)
-            )
-            for number, row in enumerate(grid.rows)
-        ),
-    ]
-    lines = [f"| {line} |" for line in lines]
-    lines.insert(1, "".join("|---" if place < grid.words else "|--:" for place in range(len(grid.heads))) + "|")
-    return "\n".join([*([f"**{escaped(grid.title)}**", ""] if grid.title else []), *lines])
+    lines = [] if not grid.title else [f"**{escaped(grid.title)}**", ""]
+    lines.append(f"| {' | '.join(map(escaped, grid.heads))} |")
+    lines.append("".join("|---" if place < grid.words else "|--:" for place in range(len(grid.heads))) + "|")
+    for number, row in enumerate(grid.rows):
+        marks = ["**" if (number, place) in grid.bold else "" for place in range(len(row))]
+        lines.append("|" + "".join(f" {m}{escaped(cell)}{m} |" for m, cell in zip(marks, row, strict=True)))
+    return "\n".join(lines)
+
+
+_TABLE = Markup(
+    """{title}<div class="scroll" role="region" aria-label="{label}" tabindex="0">
+<table>
+<thead><tr>{heads}</tr></thead>
+<tbody>
+{rows}
+</tbody>
+</table>
+</div>"""
+)
 
 
 def to_html(grid: Grid, *, colours: Mapping[str, str], label: str) -> Markup:
@@ -116,38 +122,20 @@ def to_html(grid: Grid, *, colours: Mapping[str, str], label: str) -> Markup:
 
     A row that is named after a model has the model's colour before it.
     """
-    heads = Markup().join(
-        Markup('<th scope="col"{}>{}</th>').format(_words(place, grid), head) for place, head in enumerate(grid.heads)
+    words = [Markup(' class="words"') if place < grid.words else "" for place in range(len(grid.heads))]
+    heads = [Markup('<th scope="col"{}>{}</th>').format(*pair) for pair in zip(words, grid.heads, strict=True)]
+    rows = []
+    for number, (name, *row) in enumerate(grid.rows):
+        kind = ("short" if len(name) <= _SHORT else "long") + (" marked" if name in colours else "")
+        cells = [Markup('<th scope="row" class="{}">{}{}</th>').format(kind, swatch(colours.get(name)), name)]
+        for place, cell in enumerate(row, start=1):
+            shown = Markup("<strong>{}</strong>").format(cell) if (number, place) in grid.bold else cell
+            cells.append(Markup("<td{}>{}</td>").format(words[place], shown))
+        rows.append(Markup("<tr>{}</tr>").format(Markup().join(cells)))
+    title = Markup("<h3>{}</h3>\n").format(grid.title) if grid.title else ""
+    return _TABLE.format(
+        title=title, label=grid.title or label, heads=Markup().join(heads), rows=Markup("\n").join(rows)
     )
-    rows = Markup("\n").join(
-        Markup("<tr>{}{}</tr>").format(
-            _name(row[0], colours),
-            Markup().join(
-                Markup("<td{}>{}</td>").format(
-                    _words(place, grid),
-                    Markup("<strong>{}</strong>").format(cell) if (number, place) in grid.bold else cell,
-                )
-                for place, cell in enumerate(row[1:], start=1)
-            ),
-        )
-        for number, row in enumerate(grid.rows)
-    )
-    title = Markup("<h3>{}</h3>\n").format(grid.title) if grid.title else Markup()
-    frame = Markup('<div class="scroll" role="region" aria-label="{}" tabindex="0">').format(grid.title or label)
-    return (
-        title
-        + frame
-        + Markup("\n<table>\n<thead><tr>{}</tr></thead>\n<tbody>\n{}\n</tbody>\n</table>\n</div>").format(heads, rows)
-    )
-
-
-def _words(place: int, grid: Grid) -> Markup:
-    return Markup(' class="words"') if place < grid.words else Markup()
-
-
-def _name(name: str, colours: Mapping[str, str]) -> Markup:
-    kind = ("short" if len(name) <= _SHORT else "long") + (" marked" if name in colours else "")
-    return Markup('<th scope="row" class="{}">{}{}</th>').format(kind, swatch(colours.get(name)), escape(name))
 
 
 def swatch(colour: str | None) -> Markup:

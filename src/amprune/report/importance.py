@@ -152,8 +152,7 @@ def heads_figure(scores: ImportanceScores, plan: PruningPlan) -> Figure:
     norm = _norm([heads, groups] if by_group else [heads])
     _map(panels[0], heads, norm, removed)
     _separate_groups(panels[0], shape.num_attention_heads, shape.group_size)
-    panels[0].set_xlabel("query head" + _grouping(shape.group_size, shape.num_key_value_heads))
-    panels[0].set_ylabel("layer")
+    panels[0].set(xlabel="query head" + _grouping(shape.group_size, shape.num_key_value_heads), ylabel="layer")
     if by_group:
         lost = [
             (row, k)
@@ -234,10 +233,8 @@ def blocks_figure(blocks: Scores, plan: PruningPlan) -> Figure:
     if positive.size == len(blocks) and positive.max() / positive.min() > 30:
         logarithmic(axes, "y")
     axes.axhline(0, color="#888888", linewidth=0.8)
-    axes.set_xlim(-0.7, len(blocks) - 0.3)
+    axes.set(xlim=(-0.7, len(blocks) - 0.3), xlabel="decoder block", ylabel="score")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=1))
-    axes.set_xlabel("decoder block")
-    axes.set_ylabel("score")
     axes.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
     return figure
 
@@ -259,14 +256,12 @@ def neurons_figure(
     for index, row in enumerate(values):
         kept = (row[ranks - 1] > 0) | signed
         axes.plot(ranks[kept], row[ranks - 1][kept], color=colormaps[_MAP](norm(index)), linewidth=0.8)
-    axes.set_xlim(1, width)
+    axes.set(xlim=(1, width), xlabel="neurons of a layer, by falling score", ylabel=_unit(values))
     positive = values[values > 0]
     if not signed and positive.size and positive.max() / positive.min() > 10:
         axes.set_ylim(max(float(positive.min()), float(positive.max()) * 1e-6), float(positive.max()) * 1.1)
         logarithmic(axes, "y")
     _cuts(figure, axes, [(plan.shape_after.intermediate_size, name) for name, plan in cuts], colours)
-    axes.set_xlabel("neurons of a layer, by falling score")
-    axes.set_ylabel(_unit(values))
     if len(values) > 1:
         bar = figure.colorbar(ScalarMappable(norm, _MAP), ax=axes, pad=0.015, aspect=30)
         bar.set_label("layer")

@@ -1,6 +1,5 @@
 """What a report is drawn from: an evaluation, and the records of the models that amprune pruned or recovered."""
 
-import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -16,7 +15,7 @@ from amprune.model.quantization import Quantization, is_quantized, read_quantiza
 from amprune.model.recovered import Recovery, TrainingLog, is_recovered, read_recovery, read_training_log
 from amprune.model.writer import RECORDS
 from amprune.plan.artefact import PruningPlan
-from amprune.prove.card import read_card
+from amprune.prove.card import read_card, read_made
 from amprune.records import read_object
 from amprune.scoring.scores import ImportanceScores
 
@@ -106,21 +105,9 @@ def _read_evaluation(file: Path) -> Evaluation:
         evaluation = Evaluation.load(file)
     except EvaluationError as error:
         raise ReportError(f"{error}; measure again with `amprune evaluate`") from error
-    _check_records(evaluation, file)
     if not evaluation.models:
         raise ReportError(f"{file} names no model; measure some with `amprune evaluate`")
     return evaluation
-
-
-def _check_records(evaluation: Evaluation, file: Path) -> None:
-    for record in evaluation.records.values():
-        values = (record.value, *record.items, *(() if record.standard_error is None else (record.standard_error,)))
-        right = all(type(value) in (int, float) and math.isfinite(value) for value in values)
-        if not right or not isinstance(record.settings, dict):
-            raise ReportError(
-                f"{file} is damaged: {record.model}, {record.measurement}, {record.task}, {record.metric} is no "
-                "figure; measure again with `amprune evaluate`"
-            )
 
 
 def _baseline(evaluation: Evaluation, baseline: str | None, focus: str | None) -> str | None:
@@ -155,14 +142,11 @@ def _of_checkpoint(folder: Path, output: Path, evaluation: Evaluation, baseline:
 def _own_records(folder: Path) -> Subject:
     """Reads what the checkpoint that a report is of says about itself."""
     try:
-        if is_recovered(folder):
-            read_recovery(folder)
-        read_record(folder)
-        quantization = read_quantization(folder) if is_quantized(folder) else None
-        if (folder / RECORDS / "plan.json").is_file():
-            parameters = PruningPlan.load(folder / RECORDS / "plan.json").shape_after.parameters
-        elif quantization is not None:
-            parameters = quantization.parameters
+        made, _ = read_made(folder), read_record(folder)
+        if made.plan is not None:
+            parameters = made.plan.shape_after.parameters
+        elif made.quantization is not None:
+            parameters = made.quantization.parameters
         else:
             parameters = inspect(folder).shape.parameters
     except AmpruneError as error:

@@ -7,11 +7,13 @@ MISSING = "\u2013"
 _SCIENTIFIC = 1e6
 
 
-def number(value: float, error: float | None = None, *, signed: bool = False, scale: float = 1.0) -> str:
+def number(value: float | None, error: float | None = None, *, signed: bool = False, scale: float = 1.0) -> str:
     """Returns a value with its standard error, both times `scale`, to the error's first digit (two where it is 1 or 2).
 
-    Without an error the value has four significant digits; from a million on it is written as 5.3e+08.
+    Without an error the value has four significant digits; from a million on it is written as 5.3e+08; None is missing.
     """
+    if value is None:
+        return MISSING
     value, error = scale * value, None if error is None else scale * error
     if abs(value) >= _SCIENTIFIC:
         text = _scientific(abs(value), error)
@@ -49,8 +51,10 @@ def _sign(value: float, text: str, signed: bool) -> str:
     return MINUS if value < 0 else ("+" if signed else "")
 
 
-def percent(share: float, places: int = 1) -> str:
-    """Returns a share as `20.0 %`."""
+def percent(share: float | None, places: int = 1) -> str:
+    """Returns a share as `20.0 %`; None is missing."""
+    if share is None:
+        return MISSING
     text = f"{abs(share):.{places}%}".replace("%", " %")
     return MINUS + text if share < 0 and any(digit in "123456789" for digit in text) else text
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from amprune.evaluation.records import Record
 from amprune.model.quantization import quantization_sentences
 from amprune.model.recovered import data_sentence
-from amprune.prove.card import criterion, how_it_was_made, removal, size_rows
+from amprune.prove.card import criterion, how_it_was_made, logit_difference, removal, size_rows
 from amprune.report.grid import Grid
 from amprune.report.inputs import EVALUATION, Inputs
 from amprune.report.measures import change, find_measures, setting
@@ -28,13 +28,15 @@ def made_section(inputs: Inputs) -> Section | None:
         return Section(MADE, (packed,))
     plan = subject.plan
     first = removal(plan)
-    proof = logit_difference(inputs)
     by = "of AMP (arXiv 2504.21174)" if criterion(plan) == "amp" else criterion(plan)
-    sentences = (f"{first[0].upper()}{first[1:]}, by the criterion {by}.",)
     chosen = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in plan.choices.items() if value is not None)
     extra = (f"Options of the plan: {chosen}.",) if chosen else ()
     blocks: list[Block] = [
-        (*sentences, *how_it_was_made(plan, proof), *extra),
+        (
+            f"{first[0].upper()}{first[1:]}, by the criterion {by}.",
+            *how_it_was_made(plan, logit_difference(inputs.verification)),
+            *extra,
+        ),
         Grid("Shape", ("", "dense", "pruned"), size_rows(plan)),
     ]
     checks = (inputs.verification or {}).get("checks")
@@ -50,12 +52,6 @@ def made_section(inputs: Inputs) -> Section | None:
     else:
         blocks.append("It carries no record of a verification; `amprune verify` makes one.")
     return Section(MADE, tuple(blocks))
-
-
-def logit_difference(inputs: Inputs) -> float | None:
-    """Returns what the verification found, where there was one."""
-    found = (inputs.verification or {}).get("logit_difference")
-    return float(found) if isinstance(found, int | float) else None
 
 
 def measuring_section(inputs: Inputs) -> Section:

@@ -77,8 +77,7 @@ def _perplexity_figure(inputs: Inputs, measure: Measure, ratios: dict[str, float
         x, y, colour = 100 * ratios[name], values[name], colours[name]
         axes.errorbar(x, y, yerr=error, fmt="o", color=colour, markersize=5.5, capsize=2.5, linewidth=1.2, zorder=3)
     _scale_perplexity(axes, list(values.values()), [ratios[name] for name in names])
-    axes.set_xlabel("parameters removed, %")
-    axes.set_ylabel("perplexity (lower is better)")
+    axes.set(xlabel="parameters removed, %", ylabel="perplexity (lower is better)")
     axes.grid(axis="y")
     shown = {n: number(r.value, r.standard_error) for n, r in measure.records.items()}
     labels = [Label(100 * ratios[n], values[n], f"{shortened(n, 24)}\n{shown[n]}", colours[n]) for n in names]

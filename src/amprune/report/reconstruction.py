@@ -118,8 +118,7 @@ def reconstruction_figure(record: ReconstructionRecord, *, colour: str) -> Figur
     drift = [100 * layer.drift for layer in layers]
     _prepare(panels[2], "drift of the hidden states", drift)
     _line(panels[2], drift, colour, "after the refit")
-    panels[2].set_xlabel("layer")
-    panels[2].set_xlim(-0.6, len(layers) - 0.4)
+    panels[2].set(xlabel="layer", xlim=(-0.6, len(layers) - 0.4))
     panels[2].xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=1))
     figure.supylabel("% of what they should be (lower is better)", fontsize=9.0)
     handles, labels = panels[0].get_legend_handles_labels()

@@ -6,11 +6,11 @@ from matplotlib.figure import Figure
 
 from amprune.errors import ReportError
 from amprune.model.shape import ModelShape
-from amprune.report.drawing import new_figure, style
+from amprune.report.drawing import named_rows, new_figure, style
 from amprune.report.grid import grid_of
 from amprune.report.inputs import Inputs, Subject
 from amprune.report.measures import find_measures
-from amprune.report.numbers import MINUS, percent, scaled, shortened
+from amprune.report.numbers import MINUS, percent, scaled
 from amprune.report.page import Block, Picture, Section
 
 _SIZES = (
@@ -129,13 +129,9 @@ def _parts_figure(parts: Mapping[str, Mapping[str, int]], *, baseline: str | Non
         fewer = f" ({MINUS}{percent(1 - left / dense)})" if dense and name != baseline else ""
         axes.annotate(f"{scaled(left)}{fewer}", (left, row), xytext=(4, 0), textcoords="offset points", va="center",
                       fontsize=8)  # fmt: skip
-    axes.set_yticks(range(len(parts)), [shortened(name, 22) for name in parts])
-    axes.invert_yaxis()
-    axes.set_xlim(0, most * 1.3)
+    named_rows(axes, list(parts))
+    axes.set(xlim=(0, most * 1.3), xlabel="parameters")
     axes.xaxis.set_major_formatter(lambda value, _: _parameters(value))
-    axes.set_xlabel("parameters")
-    axes.tick_params(axis="y", length=0)
-    axes.spines["left"].set_visible(False)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=len(names), frameon=False,
                   fontsize=8, handlelength=1.0, columnspacing=1.2)  # fmt: skip
     return figure

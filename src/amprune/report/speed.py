@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from amprune.evaluation.records import Record
 from amprune.evaluation.workload import Costs, costs, saving, time_saved
-from amprune.report.drawing import new_figure, style
+from amprune.report.drawing import named_rows, new_figure, style
 from amprune.report.grid import Grid, grid_of
 from amprune.report.inputs import Inputs
 from amprune.report.measures import (
@@ -20,7 +20,7 @@ from amprune.report.measures import (
     quartiles,
     tokens_per_second,
 )
-from amprune.report.numbers import number, percent, scaled, seconds, shortened, times
+from amprune.report.numbers import number, percent, scaled, seconds, times
 from amprune.report.page import Block, Picture, Section
 from amprune.settings import Workload
 
@@ -175,12 +175,8 @@ def _latency_panel(
             words += f" of {times(ideals[name])} ideal"
         words += ")" if found is not None else ""
         axes.annotate(words, (high, row), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8)
-    axes.set_yticks(range(len(milliseconds)), [shortened(name, 22) for name in milliseconds])
-    axes.invert_yaxis()
-    axes.set_title(measure.label)
-    axes.set_xlim(0, max(milliseconds.values()) * 1.75)
-    axes.tick_params(axis="y", length=0)
-    axes.spines["left"].set_visible(False)
+    named_rows(axes, list(milliseconds))
+    axes.set(title=measure.label, xlim=(0, max(milliseconds.values()) * 1.75))
 
 
 def resources_section(inputs: Inputs) -> Section | None:

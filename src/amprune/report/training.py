@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from amprune.model.recovered import TrainingLog, method, recipe, training_sentences
+from amprune.model.recovered import Recovery, TrainingLog, method, recipe, training_sentences
 from amprune.report.drawing import Label, new_figure, style, tick, write_column
 from amprune.report.grid import Grid, filled
 from amprune.report.inputs import Inputs, Subject
@@ -37,7 +37,7 @@ def recovery_section(inputs: Inputs, colours: dict[str, str]) -> Section | None:
     unknown = [subject.name for subject in trained if subject.recovery is None]
     if unknown:
         blocks.append(f"The record of the training is damaged: {', '.join(unknown)}.")
-    if rows := tuple(_row(subject) for subject in trained if subject.recovery is not None):
+    if rows := tuple(_row(s.name, s.recovery, s.log) for s in trained if s.recovery is not None):
         heads = ("model", "trained by", "steps", "samples", "validation loss before", "after", "change")
         blocks.append(filled(Grid("Training", (*heads, "tokens a second"), rows, words=2)))
         if any(subject.recovery.before is not None for subject in trained if subject.recovery is not None):
@@ -56,20 +56,17 @@ def _sentences(inputs: Inputs, trained: list[Subject]) -> tuple[str, ...]:
     return tuple(f"{name}: {' '.join(recipe(recovery))}" for name, recovery in known)
 
 
-def _row(subject: Subject) -> tuple[str, ...]:
-    recovery, speed = subject.recovery, subject.log.tokens_per_second
-    if recovery is None:
-        return ()
+def _row(name: str, recovery: Recovery, log: TrainingLog) -> tuple[str, ...]:
     before, after = recovery.before, recovery.after
     return (
-        subject.name,
+        name,
         method(recovery) + (", with a teacher" if recovery.teacher is not None else ""),
         f"{recovery.steps:,}",
         f"{recovery.data['training']:,}",
-        number(before) if before is not None else MISSING,
-        number(after) if after is not None else MISSING,
+        number(before),
+        number(after),
         MISSING if before is None or after is None else f"{after - before:+.3f}".replace("-", MINUS),
-        number(speed) if speed is not None else MISSING,
+        number(log.tokens_per_second),
     )
 
 
@@ -115,18 +112,12 @@ def _training_figure(runs: Sequence[tuple[Sequence[str], TrainingLog]], *, colou
             axes.plot(x, y, "o--", color=colour, markerfacecolor="white", markersize=5.5, linewidth=1.0, zorder=4)
         labels.append(_label(", ".join(names), log, smooth, colour, spoken=len(runs) <= _SPOKEN))
     last = max(step for _, log in runs for step, _ in (*log.training, *log.validation))
-    axes.set_xlim(-0.02 * last, 1.38 * max(last, 1))
-    axes.set_xticks(
-        [
-            value
-            for value in MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]).tick_values(0, last)
-            if 0 <= value <= last
-        ]
-    )
+    ticks = MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]).tick_values(0, last)
+    axes.set_xticks([value for value in ticks if 0 <= value <= last])
+    axes.set(xlim=(-0.02 * last, 1.38 * max(last, 1)), xlabel="optimizer steps")
+    axes.set_ylabel("loss, nats a token (lower is better)")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.yaxis.set_major_formatter(lambda value, _: tick(value))
-    axes.set_xlabel("optimizer steps")
-    axes.set_ylabel("loss, nats a token (lower is better)")
     axes.grid(axis="y")
     write_column(figure, axes, labels, last)
     return figure

@@ -13,7 +13,7 @@ from amprune.errors import ReportError
 from amprune.evaluation.workload import check_workload
 from amprune.model.recovered import data_sentence
 from amprune.model.writer import RECORDS
-from amprune.prove.card import CARD, Made, Results, renewed_card
+from amprune.prove.card import CARD, Made, Results, logit_difference, renewed_card
 from amprune.report.contents import make_contents
 from amprune.report.drawing import to_png, to_svg
 from amprune.report.inputs import Inputs, read_inputs
@@ -26,7 +26,7 @@ from amprune.report.page import (
     page_markdown,
     sections_markdown,
 )
-from amprune.report.provenance import LIMITS, MADE, UNMEASURED, UNTRAINED, limits, logit_difference
+from amprune.report.provenance import LIMITS, MADE, UNMEASURED, UNTRAINED, limits
 from amprune.report.summary import model_index
 from amprune.report.training import RECOVERY
 from amprune.settings import ReportSettings, Workload, part, settle
@@ -129,7 +129,7 @@ def _card(folder: Path, inputs: Inputs, contents: Contents, written: Sequence[st
     subject = inputs.subject(inputs.focus)
     if subject is None:
         return None
-    made = Made(subject.plan, subject.recovery, subject.quantization, logit_difference(inputs))
+    made = Made(subject.plan, subject.recovery, subject.quantization, logit_difference(inputs.verification))
     said = {UNTRAINED} if made.recovery is None else {f"{subject.name}: {data_sentence(made.recovery)}"}
     front: dict[str, object] = {}
     for one in (inputs.subject(inputs.baseline), subject):  # what the model's own entry says counts more
