@@ -13,7 +13,8 @@ VALUES: dict[str, str] = {
     "infinity": "Infinity", "nan": "NaN", "endless integer": "9" * 5000, "empty text": '""', "text": '"fox"',
     "number as text": '"12"', "long text": '"' + "x" * 20_000 + '"', "markup": '"[/bold]x[v2]"',
     "escape": '"\\u001b[31mred\\u001b[0m"', "surrogate": '"\\ud800"', "path": '"../../etc/passwd"', "list": "[]",
-    "object": "{}", "list of null": "[null]", "nested": "[" * 1200 + "]" * 1200, "nested object": '{"a":' * 1200 + "1" + "}" * 1200,
+    "object": "{}", "list of null": "[null]", "nested": "[" * 1200 + "]" * 1200,
+    "nested object": '{"a":' * 1200 + "1" + "}" * 1200,
 }  # fmt: skip
 """JSON text that a value is replaced by."""
 
@@ -133,28 +134,26 @@ def _header(draw: st.DrawFn, file: Path) -> str:
     return how
 
 
+TEXTS: dict[str, list[str]] = {
+    ".jinja": [
+        "{{", "{% for i in range(10**9) %}x{% endfor %}", "{{ 'x' * 10**10 }}", "{{ raise_exception('no') }}",
+    ],
+    ".md": [
+        "---\n- a\n- b\n---\n", "---\n: : :\n---\n", "---\na: &a [*a]\n---\n", "---\n",
+        "---\nlicense: 3\nbase_model: {x: 1}\n---\n",
+    ],
+    ".yaml": [
+        "- 1\n- 2\n", "ratio: much\n", "unknown: 1\n", "command: [x\n", "ratio: null\n", "ratio: -1\n", "a: &a [*a]\n",
+        "!!python/object/apply:os.system ['true']\n",
+    ],
+}  # fmt: skip
+"""What a text is replaced by, or gets beside it."""
+
+
 @st.composite
 def _text(draw: st.DrawFn, file: Path) -> str:
     content = file.read_text(encoding="utf-8")
-    templates = ["{{", "{% for i in range(10**9) %}x{% endfor %}", "{{ 'x' * 10**10 }}", "{{ raise_exception('no') }}"]
-    front = [
-        "---\n- a\n- b\n---\n",
-        "---\n: : :\n---\n",
-        "---\na: &a [*a]\n---\n",
-        "---\nlicense: 3\nbase_model: {x: 1}\n---\n",
-        "---\n",
-    ]
-    values = [
-        "- 1\n- 2\n",
-        "ratio: much\n",
-        "unknown: 1\n",
-        "command: [x\n",
-        "ratio: null\n",
-        "ratio: -1\n",
-        "a: &a [*a]\n",
-        "!!python/object/apply:os.system ['true']\n",
-    ]
-    new = draw(st.sampled_from({".jinja": templates, ".md": front}.get(file.suffix, values)))
+    new = draw(st.sampled_from(TEXTS.get(file.suffix, TEXTS[".yaml"])))
     whole = draw(st.booleans())
     file.write_text(new if whole else new + content if file.suffix == ".md" else content + new, encoding="utf-8")
     return f"{new[:60]!r} {'alone' if whole else 'beside'}"

@@ -1,6 +1,5 @@
 """Whatever is wrong with a file: one clear paragraph or a right result, nothing half-written, sources untouched."""
 
-import fnmatch
 import hashlib
 import os
 import shutil
@@ -59,34 +58,47 @@ class Attack:
 
 
 PROVEN = ["verify", "out", "--dense", "dense"]
+RECORDS = ("pruned/*", "pruned/amprune/*")
 ATTACKS = {
     "inspect": Attack(["inspect", "dense"], ("dense/*",)),
-    "score": Attack(["score", "dense", "-o", "s.safetensors", *SCORED], ("dense/*", "chats.jsonl"), ("s.safetensors",)),
-    "plan": Attack(["plan", "scores.safetensors", "--ratio", "0.2", "-o", "p.json"], ("scores.safetensors",), ("p.json",)),
-    "apply": Attack(["apply", "dense", "plan.json", "out"], ("dense/*", "plan.json"), ("out",), proves=PROVEN),
+    "score": Attack(
+        ["score", "dense", "-o", "s.safetensors", *SCORED], ("dense/*", "chats.jsonl"), writes=("s.safetensors",)
+    ),
+    "plan": Attack(
+        ["plan", "scores.safetensors", "--ratio", "0.2", "-o", "p.json"], ("scores.safetensors",), writes=("p.json",)
+    ),
+    "apply": Attack(
+        ["apply", "dense", "plan.json", "out"], ("dense/*", "plan.json"), writes=("out",), proves=PROVEN
+    ),
     "apply, refitted": Attack(
         ["apply", "dense", "refitted/amprune/plan.json", "out", "--calibration", "chats.jsonl", "--samples", "4"],
-        ("refitted/amprune/plan.json",), ("out",), proves=PROVEN,
+        ("refitted/amprune/plan.json",), writes=("out",), proves=PROVEN,
     ),
-    "verify": Attack(["verify", "pruned", "--dense", "dense"], ("pruned/*", "pruned/amprune/*", "dense/*")),
+    "verify": Attack(["verify", "pruned", "--dense", "dense"], (*RECORDS, "dense/*")),
     "verify, refitted": Attack(["verify", "refitted", "--dense", "dense"], ("refitted/amprune/*",)),
-    "prune": Attack(["prune", "dense", "out", "--ratio", "0.2", *SCORED], ("dense/*", "chats.jsonl"), ("out",), proves=PROVEN),
-    "prune, recipe": Attack(
-        ["prune", "dense", "out", "--recipe", "pruned/amprune/recipe.yaml"], ("pruned/amprune/recipe.yaml",), ("out",), proves=PROVEN
+    "prune": Attack(
+        ["prune", "dense", "out", "--ratio", "0.2", *SCORED], ("dense/*", "chats.jsonl"), writes=("out",),
+        proves=PROVEN,
     ),
-    "recover": Attack(["recover", "pruned", "out", *TRAINED], ("pruned/*", "pruned/amprune/*", "chats.jsonl"), ("out",)),
+    "prune, recipe": Attack(
+        ["prune", "dense", "out", "--recipe", "pruned/amprune/recipe.yaml"], ("pruned/amprune/recipe.yaml",),
+        writes=("out",), proves=PROVEN,
+    ),
+    "recover": Attack(["recover", "pruned", "out", *TRAINED], (*RECORDS, "chats.jsonl"), writes=("out",)),
     "recover, resumed": Attack(
-        ["recover", "pruned", "stopped", "--resume", *TRAINED], ("stopped.training/*", "stopped.training/*/*"), ("stopped", "stopped.training"),
-        renews=("stopped.training",),
+        ["recover", "pruned", "stopped", "--resume", *TRAINED], ("stopped.training/*", "stopped.training/*/*"),
+        writes=("stopped", "stopped.training"), renews=("stopped.training",),
     ),
     "evaluate": Attack(
-        ["evaluate", "dense", "pruned", "-o", "evaluation.json", *MEASURED], ("evaluation.json", "text.txt", "pruned/*", "pruned/amprune/*"),
-        renews=("evaluation.json",),
+        ["evaluate", "dense", "pruned", "-o", "evaluation.json", *MEASURED],
+        ("evaluation.json", "text.txt", *RECORDS), renews=("evaluation.json",),
     ),
-    "report": Attack(["report", "results"], ("results/evaluation.json",), ("results",)),
-    "report, pruned": Attack(["report", "recovered"], ("recovered/amprune/*", "recovered/README.md"), renews=("recovered",)),
-    "push": Attack(["push", "pruned", "someone/model", "--dry-run"], ("pruned/*", "pruned/amprune/*")),
-    "quantize": Attack(["quantize", "pruned", "out", "--type", "int8"], ("pruned/*", "pruned/amprune/*"), ("out",)),
+    "report": Attack(["report", "results"], ("results/evaluation.json",), writes=("results",)),
+    "report, pruned": Attack(
+        ["report", "recovered"], ("recovered/amprune/*", "recovered/README.md"), renews=("recovered",)
+    ),
+    "push": Attack(["push", "pruned", "someone/model", "--dry-run"], RECORDS),
+    "quantize": Attack(["quantize", "pruned", "out", "--type", "int8"], RECORDS, writes=("out",)),
 }  # fmt: skip
 
 
@@ -180,9 +192,7 @@ def complaints(attack: Attack, outcome: Outcome, before: dict[str, str], after: 
         found.append(f"{outcome.stderr.count(chr(10))} lines")
     allowed = attack.renews + (attack.writes if outcome.code == 0 else ())
     changed = {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
-    left = sorted(
-        path for path in changed if not any(fnmatch.fnmatch(path, one) or path.startswith(f"{one}/") for one in allowed)
-    )
+    left = sorted(path for path in changed if not any(path == one or path.startswith(f"{one}/") for one in allowed))
     if left:
         found.append(f"changed: {', '.join(left[:5])}")
     return found
@@ -193,12 +203,9 @@ def test_damage_is_refused_in_a_paragraph_or_harmless(good: Path, zygote: Zygote
     counts = {"refused": 0, "harmless": 0}
 
     @settings(
-        max_examples=EXAMPLES,
-        deadline=None,
-        derandomize=EXAMPLES < 1000,
-        database=None,
+        max_examples=EXAMPLES, deadline=None, derandomize=EXAMPLES < 1000, database=None,
         suppress_health_check=list(HealthCheck),
-    )
+    )  # fmt: skip
     @given(data=st.data())
     def attempt(data: st.DataObject) -> None:
         place = tmp_path / "place"

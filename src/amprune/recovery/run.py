@@ -24,6 +24,7 @@ from amprune.model.reader import Checkpoint, open_model, read_checkpoint
 from amprune.model.recovered import LOG, RECORD, read_log
 from amprune.model.source import Source, open_source
 from amprune.model.writer import RECORDS, check_output, parse_size, staged_folder
+from amprune.plan.artefact import PruningPlan
 from amprune.prove.card import write_card
 from amprune.records import alone, write
 from amprune.recovery.merging import write_recovered
@@ -84,7 +85,7 @@ def recover(
     check_teacher(dense, base)
     source = replace(source, protected=(*source.protected, *_other_sources(dense, asked)))
     if first:
-        _check_places(folder, asked, source.protected)
+        _check_early(folder, source, asked)
     tokenizer = _tokenizer(source, trust_remote_code=asked.trust_remote_code)
     watch = progress if first else no_progress
     length = min(asked.max_length, base.positions or asked.max_length)
@@ -129,11 +130,14 @@ def _other_sources(teacher: Source | None, asked: RecoverySettings) -> Iterator[
     yield from file_of(asked.data)
 
 
-def _check_places(folder: Path, asked: RecoverySettings, protected: tuple[Path, ...]) -> None:
-    check_output(folder, overwrite=asked.overwrite, protected=protected)
+def _check_early(folder: Path, source: Source, asked: RecoverySettings) -> None:
+    """Refuses before the training what would be in the way after it: places that are taken, a plan that is damaged."""
+    if (plan := source.folder / RECORDS / "plan.json").is_file():
+        PruningPlan.load(plan)
+    check_output(folder, overwrite=asked.overwrite, protected=source.protected)
     for number in range(1, math.ceil(asked.epochs) + 1 if asked.keep_epochs else 1):
         place = folder.with_name(f"{folder.name}.epoch-{number}")
-        check_output(place, overwrite=asked.overwrite or asked.resume, protected=protected)
+        check_output(place, overwrite=asked.overwrite or asked.resume, protected=source.protected)
 
 
 def _tokenizer(source: Source, *, trust_remote_code: bool) -> Any:
