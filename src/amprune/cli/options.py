@@ -1,4 +1,4 @@
-"""The application, and how a function becomes a command: the fields of its settings become its options."""
+"""The application, how a function becomes a command (the fields of its settings are its options), and what goes wrong."""
 
 import inspect
 import json
