@@ -1,4 +1,4 @@
-"""The application, how a function becomes a command (the fields of its settings are its options), and what goes wrong."""
+"""The application, how a function becomes a command (its settings become options), and how it says what goes wrong."""
 
 import inspect
 import json
