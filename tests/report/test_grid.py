@@ -2,15 +2,19 @@
 
 import io
 import re
+from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
+from test_report import entry, measured
 
+from amprune.evaluation.records import Evaluation
 from amprune.report.grid import Grid, filled, grid_of, to_html, to_markdown, to_terminal
 from amprune.report.numbers import MISSING
+from amprune.report.summary import evaluation_grid
 
 MODELS = Grid(
     "Evaluation in out/evaluation.json",
@@ -41,6 +45,21 @@ def test_a_grid_is_turned_in_a_narrow_terminal_and_never_cut(width: int) -> None
     assert ("│" in text) == (width == 160)
 
 
+@pytest.mark.parametrize(("width", "models", "table"), [(40, 2, False), (80, 2, True), (80, 4, False), (120, 3, True)])
+def test_an_evaluation_is_whole_in_every_terminal(width: int, models: int, table: bool) -> None:
+    evaluation, names = Evaluation(), ["dense", "pruned", "recovered", "quantised"][:models]
+    for index, name in enumerate(names):
+        evaluation.add_model(entry(name, 1000 - index))
+        evaluation.add(measured(name, 1000 - index, perplexity=20.0 + index, questions=40))
+    grid = evaluation_grid(evaluation, names, Path("evaluation.json"))
+    text = shown(grid, width)
+    assert ("│" in text) == table
+    assert max(map(cell_len, text.splitlines())) <= width
+    words = " ".join(text.replace("│", " ").split())
+    assert all(cell in words for row in grid.rows for cell in row[1:])
+    assert "batch 16, prompt 512," in words
+
+
 def test_a_block_is_a_name_and_a_line_for_each_figure() -> None:
     grid = Grid("Title", ("", "dense", "pruned"), (("parameters", "87,792", "61,392"), ("key-value heads", "4", "")))
     assert shown(grid, 20) == ("Title\nparameters\n  dense:  87,792\n  pruned: 61,392\nkey-value heads\n  dense:  4\n")
@@ -63,6 +82,7 @@ def test_words_of_a_table_are_wrapped_where_its_figures_fit() -> None:
 CELLS = st.text(st.characters(exclude_categories=["C", "Z"], exclude_characters="│…"), min_size=1, max_size=30)
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(CELLS, CELLS, CELLS), min_size=1, max_size=4), st.integers(10, 140))
 def test_every_cell_is_whole_at_every_width(rows: list[tuple[str, str, str]], width: int) -> None:
     text = shown(Grid("", ("", "one", "[two]"), tuple(rows)), width)

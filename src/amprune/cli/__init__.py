@@ -1,6 +1,6 @@
 """The command line. Heavy imports stay inside the commands, so that `--help` is instant.
 
-options.py   the application, and how a function becomes a command
+options.py   the application, how a function becomes a command, and how it says what goes wrong
 commands.py  every command, in the order of the data's way
 display.py   what is shown
 demo.py      the demonstration

@@ -1,4 +1,4 @@
-"""The application, and how a function becomes a command: the fields of its settings become its options."""
+"""The application, how a function becomes a command (its settings become options), and how it says what goes wrong."""
 
 import inspect
 import json
