@@ -332,7 +332,7 @@ def test_one_value_changed_afterwards_is_noticed(out: Path, written: Path) -> No
     assert failed["refit"].startswith(f"{WEIGHT} is not what was fitted")
     change(out, "model.layers.1.mlp.up_proj.weight", (3, 4), -30.0)
     report = verify(out, dense=written.parent / "dense")
-    assert {check.name for check in report.checks if not check.passed} == {"refit", "logits"}
+    assert {check.name for check in report.checks if not check.passed} == {"refit", "tensors", "logits"}
 
 
 def test_a_tensor_that_the_record_leaves_out_is_held_to_the_dense_model(out: Path, written: Path) -> None:
@@ -340,7 +340,7 @@ def test_a_tensor_that_the_record_leaves_out_is_held_to_the_dense_model(out: Pat
     del record["sha256"][WEIGHT]
     (out / "amprune" / "reconstruction.json").write_text(json.dumps(record))
     report = verify(out, dense=written.parent / "dense")
-    assert {check.name for check in report.checks if not check.passed} == {"logits"}
+    assert {check.name for check in report.checks if not check.passed} == {"tensors", "logits"}
     (out / "amprune" / "reconstruction.json").unlink()
     with pytest.raises(VerificationError, match=r"reconstruction\.json is missing, which says what was refitted"):
         verify(out, dense=written.parent / "dense")

@@ -587,14 +587,14 @@ BAD_OUTPUTS: dict[str, tuple[Damage, dict[str, str]]] = {
         tensor(to=lambda found: found.to(torch.bfloat16)),
         {
             "dtype and ties": f"{QUERY} is torch.bfloat16, was torch.float32",
-            "tensors": f"{QUERY} holds other values",
+            "tensors": f"{QUERY} is missing, or holds other values",
             "logits": "logits differ",
         },
     ),
     "another config": (config(rms_norm_eps=0.5), {"config": "than the new sizes: rms_norm_eps", "logits": "differ"}),
     "not a number": (
         tensor(to=lambda found: found * torch.nan),
-        {"tensors": f"{QUERY} holds other values", "logits": "the pruned model gives logits that are"},
+        {"tensors": f"{QUERY} is missing, or holds other", "logits": "the pruned model gives logits that are"},
     ),
 }
 

@@ -972,10 +972,14 @@ def test_a_recovered_model_is_verified_but_for_its_logits(recovered: Path, tiny:
 
 
 def test_a_pruned_model_is_still_compared(recovered: Path, tiny: tuple[Path, Path]) -> None:
-    assert [check.name for check in amprune.verify(tiny[1], dense=tiny[0]).checks][-2:] == ["reload", "logits"]
+    assert [check.name for check in amprune.verify(tiny[1], dense=tiny[0]).checks][-3:] == [
+        "reload",
+        "tensors",
+        "logits",
+    ]
     (recovered / "amprune" / "recovery.json").unlink()
     found = {check.name: check for check in amprune.verify(recovered, dense=tiny[0]).checks if not check.passed}
-    assert set(found) == {"logits"}
+    assert set(found) == {"tensors", "logits"}
     assert "logits differ from those of the masked dense model" in found["logits"].detail
 
 
@@ -1011,7 +1015,7 @@ def test_a_recovered_model_of_another_shape_or_dtype_fails(
 def test_a_damaged_record_excuses_no_comparison(recovered: Path, tiny: tuple[Path, Path]) -> None:
     (recovered / "amprune" / "recovery.json").write_text("{}")
     found = {check.name: check for check in amprune.verify(recovered, dense=tiny[0]).checks if not check.passed}
-    assert set(found) == {"logits"}
+    assert set(found) == {"weights", "logits"}
     assert "format is null" in found["logits"].detail
 
 

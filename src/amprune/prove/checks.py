@@ -168,8 +168,10 @@ def _check_stored(output: Checkpoint, dense: Checkpoint, plan: PruningPlan, repl
     changes, kept = cuts_by_tensor(dense.architecture, plan), kept_tensors(dense.architecture, plan, dense)
     copied = {name: old for name, old in kept.items() if old not in replaced}
     for name, old in copied.items():
-        if not identical(output[name], sliced_tensor(dense, old, changes=changes)):
-            raise VerificationError(f"{name} holds other values than the dense model's {old} without what was removed")
+        if name not in output or not identical(output[name], sliced_tensor(dense, old, changes=changes)):
+            raise VerificationError(
+                f"{name} is missing, or holds other values than the dense model's {old} without what was removed"
+            )
     return f"{len(copied)} are those of the dense model without what was removed, byte by byte"
 
 
