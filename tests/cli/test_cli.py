@@ -1,18 +1,24 @@
 """The command line, as a user meets it: help, summaries, errors in one paragraph, exit codes."""
 
+import io
 import json
+import logging
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import typer
+from rich.console import Console
 from tiny_models import find, make_model
 from tiny_tokenizer import make_tokenizer
 from typer.testing import CliRunner
 
 from amprune import ImportanceScores
+from amprune.cli import display, options
 from amprune.cli.options import app
+from amprune.errors import CheckpointError
 from amprune.scoring.catalogue import CRITERIA
 
 COMMANDS = ("inspect", "score", "plan", "apply", "verify", "prune", "demo")
@@ -335,3 +341,24 @@ def test_a_model_without_biases_is_refused_before_it_is_scored(dense: Path, tmp_
     code, _, errors = run("prune", dense, tmp_path / "o", "--ratio", 0.2, "--criterion", "flap", "--bias-compensation")
     assert code == 1
     assert "needs output projections with biases" in " ".join(errors.split())
+
+
+@pytest.mark.parametrize("where", ["terminal", "file", "log"])
+def test_names_in_files_neither_move_nor_colour_the_terminal(where: str, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "x[/y]z [v2] \x1b[31mred\x1b[0m \u202eback " + "w" * 3000
+    shown = r"x[/y]z [v2] \x1b[31mred\x1b[0m \u202eback " + "w" * 100 + "... (3,000 letters)"
+    if where == "terminal":
+        made = io.StringIO()
+        console = Console(file=made, markup=False, highlight=False, force_terminal=True, width=10_000)
+        console.push_render_hook(display._AllPrintable())
+        console.print(name, style="bold red")
+        assert made.getvalue() == f"\x1b[1;31m{shown}\x1b[0m\n"
+    elif where == "file":
+        with pytest.raises(typer.Exit), options.reported(False):
+            raise CheckpointError(name)
+        assert capsys.readouterr().err.replace("\n", "") == f"amprune: {shown}"
+    else:
+        with options.reported(False):
+            logging.getLogger("amprune").warning("%s", name)
+        assert capsys.readouterr().err == f"{shown}\n"
+        logging.getLogger().handlers[:] = []

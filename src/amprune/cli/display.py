@@ -1,11 +1,14 @@
 """What the command line shows: progress on stderr, summaries on stdout. Imports nothing heavy."""
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderableType, RenderHook, RenderResult
+from rich.segment import Segment
 
 from amprune.running import Advance
 
@@ -24,10 +27,41 @@ if TYPE_CHECKING:
     from amprune.serve.hub.run import PushedModel
     from amprune.serve.quantize.run import QuantizedModel
 
+_UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+_ENDLESS = re.compile(r"\S{1000,}")
+
+
+def printable(text: str) -> str:
+    """Returns a text with what would move or colour a terminal written out, and words without an end cut.
+
+    Names in files are a stranger's: of tensors, models and fields.
+    """
+    text = _ENDLESS.sub(lambda found: f"{found[0][:100]}... ({len(found[0]):,} letters)", text)
+    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+@dataclass(frozen=True)
+class _Printable:
+    """Something to print, whose text is made printable where it is rendered."""
+
+    inner: RenderableType
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for part in console.render(self.inner, options):
+            yield part if part.control else Segment(printable(part.text), part.style)
+
+
+class _AllPrintable(RenderHook):
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [_Printable(one) for one in renderables]
+
+
 stdout, stderr = (
     Console(highlight=False, markup=False, soft_wrap=True),
     Console(stderr=True, highlight=False, markup=False),
 )
+for console in (stdout, stderr):
+    console.push_render_hook(_AllPrintable())
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The application, how a function becomes a command (its settings become options), and how it says what goes wrong."""
 
 import inspect
+import io
 import json
 import logging
 import sys
@@ -14,7 +15,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 import typer
 
 from amprune import __version__
-from amprune.cli.display import stderr, stdout
+from amprune.cli.display import printable, stderr, stdout
 from amprune.errors import AmpruneError, EvaluationError
 from amprune.settings import read_recipe, settle
 
@@ -122,7 +123,12 @@ def reported(
     `kept` is where a command keeps what it has when it is interrupted; with the option `again` it goes on from there.
     `otherwise` is what holds where there is none.
     """
-    logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
+    for stream in (sys.stdout, sys.stderr):  # names may hold letters that the terminal's encoding lacks
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Printable())
+    logging.basicConfig(handlers=[handler], force=True)
     logging.getLogger("amprune").setLevel(logging.INFO)
     try:
         yield
@@ -145,6 +151,11 @@ def reported(
         kind = type(error).__name__
         stderr.print(f"amprune: unexpected {kind}: {error} (--debug shows where)", style="bold red")
         raise typer.Exit(1) from None
+
+
+class _Printable(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def _in_order(kind: Any) -> list[Field[Any]]:
