@@ -1,0 +1,139 @@
+"""Kinds of faults that every command shares: what cannot be read to its end, sources, two runs at once."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_evaluation import checkpoint, text_file
+from tiny_recovery import save_chats
+from typer.testing import CliRunner
+
+from amprune.cli.options import app
+from amprune.errors import AmpruneError, RecipeError
+from amprune.model.files import read_front_matter
+from amprune.records import alone, parse_yaml, read_object, read_text
+from amprune.settings import PruneSettings, read_recipe
+
+PAPER = ("--preset", "paper", "--calibration", "chats.jsonl", "--samples", 4)
+MEASURED = ("--measure", "perplexity", "--text", "text.txt", "--sequence-length", 32, "--device", "cpu")
+TRAINED = ("--data", "chats.jsonl", "--device", "cpu", "--max-steps", 1)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("made")
+    checkpoint(place / "dense")
+    save_chats(place)
+    text_file(place / "text.txt")
+    return place
+
+
+@pytest.fixture
+def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for one in made.iterdir():
+        (tmp_path / one.name).symlink_to(one)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def refused(*arguments: object) -> str:
+    """Runs a command that has to fail, and returns the paragraph that it says."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 1, result.stdout
+    return " ".join(result.stderr.split())
+
+
+def a_pipe(path: Path) -> Path:
+    os.mkfifo(path)
+    return path
+
+
+def a_device(path: Path) -> Path:
+    path.symlink_to("/dev/zero")
+    return path
+
+
+def a_folder(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+@pytest.mark.parametrize("make", [a_pipe, a_device, a_folder])
+def test_what_has_no_end_is_not_read(make: Callable[[Path], Path], tmp_path: Path) -> None:
+    path, error = make(tmp_path / "x.json"), RecipeError
+    for read in (
+        lambda: read_object(path, error=error), lambda: read_text(path, error=error),
+        lambda: read_recipe(PruneSettings, path),
+    ):  # fmt: skip
+        with pytest.raises(
+            AmpruneError, match=r"x\.json cannot be read: it is a (folder|device or a pipe), expected a"
+        ):
+            read()
+    assert read_front_matter(path) == {}
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json"])
+def test_a_checkpoint_with_a_pipe_is_refused_at_once(name: str, made: Path, tmp_path: Path) -> None:
+    for one in (made / "dense").iterdir():
+        if one.name != name:
+            (tmp_path / one.name).symlink_to(one)
+    a_pipe(tmp_path / name)
+    assert f"{name} is a device or a pipe, expected a file" in refused("inspect", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 5000, "a: 2020-99-99", "a: &a [1]\nb: [" + ", ".join(["*a"] * 30) + "]",
+        "!!python/object/apply:os.system ['true']", "a: [", "\0",
+    ],
+    ids=["nested", "no date", "references", "code", "cut off", "no text"],
+)  # fmt: skip
+def test_yaml_that_is_damaged_or_a_bomb_is_a_value_error(text: str) -> None:
+    with pytest.raises(ValueError, match=r"\w"):
+        parse_yaml(text)
+
+
+INTO_SOURCES: dict[str, tuple[Any, ...]] = {
+    "scores over weights": ("score", "dense", "-o", "dense/model.safetensors", *PAPER),
+    "scores into a model": ("score", "dense", "-o", "dense/new/s.safetensors", *PAPER),
+    "scores over the samples": ("score", "dense", "-o", "chats.jsonl", *PAPER),
+    "a plan over its scores": ("plan", "s.safetensors", "-o", "s.safetensors", "--ratio", 0.2),
+    "a plan through a link": ("plan", "s.safetensors", "-o", "link", "--ratio", 0.2),
+    "figures into a model": ("evaluate", "dense", "-o", "dense/new.json", *MEASURED),
+    "figures over a text": ("evaluate", "dense", "-o", "text.txt", *MEASURED),
+    "a model over its samples": ("prune", "dense", "chats.jsonl", "--ratio", 0.2, "--overwrite", *PAPER),
+    "a model over its teacher": ("recover", "dense", "teacher", "--teacher", "teacher", "--overwrite", *TRAINED),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", INTO_SOURCES.values(), ids=INTO_SOURCES)
+def test_no_command_writes_into_what_it_reads(command: tuple[Any, ...], place: Path, made: Path) -> None:
+    (place / "teacher").symlink_to(checkpoint(place / "other"))
+    (place / "s.safetensors").write_bytes(b"scores")
+    (place / "link").symlink_to("s.safetensors")
+    before = {file: file.read_bytes() for folder in (place, made) for file in folder.rglob("*") if file.is_file()}
+    assert " source " in refused(*command)
+    assert {file: file.read_bytes() for file in before} == before
+
+
+def test_a_second_run_is_told_who_writes(place: Path) -> None:
+    """Of every command that goes on where it stopped, from the first write to the last."""
+    for written, command in {
+        "out.training": ("recover", "dense", "out", *TRAINED),
+        "e.json": ("evaluate", "dense", "-o", "e.json", *MEASURED),
+        "out.run.json": ("run", "dense", "out", "--ratio", 0.2, *PAPER),
+    }.items():
+        with alone(place / f"{written}.lock", "x"):
+            said = refused(*command)
+        assert "is being written by another run" in said
+        assert f"which holds {written}.lock" in said or f"{place / written}.lock" in said
+    assert not [one.name for one in place.iterdir() if one.name.startswith(("out", "e."))]
+
+
+def test_a_lock_leaves_no_folder_that_was_not_there(tmp_path: Path) -> None:
+    with alone(tmp_path / "a" / "b" / "x.lock", "x"):
+        assert (tmp_path / "a" / "b" / "x.lock").exists()
+    assert not (tmp_path / "a").exists()
