@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -656,6 +657,15 @@ def test_a_plan_of_a_float32_checkpoint_fits_its_bfloat16_copy(tmp_path: Path) -
     assert sum(parameter.numel() for parameter in pruned.parameters()) == plan.shape_after.parameters
 
 
+def test_a_share_of_heads_is_refused_where_the_config_accepts_no_other_number() -> None:
+    scores = fake_scores("llama-gqa")
+    shape = replace(scores.shape, query_head_counts=(scores.shape.num_attention_heads,))
+    for wish in ({"heads_ratio": 0.3, "ratio": 0.2}, {"only": "heads", "ratio": 0.01}):
+        with pytest.raises(PlanError, match="its config accepts no other number than 12; let only neurons go"):
+            make_plan(replace(scores, shape=shape), **wish)
+    assert make_plan(replace(scores, shape=shape), ratio=0.2).shape_after.num_attention_heads == 12
+
+
 @pytest.mark.parametrize(
     "settled",
     [
@@ -665,9 +675,9 @@ def test_a_plan_of_a_float32_checkpoint_fits_its_bfloat16_copy(tmp_path: Path) -
     ],
     ids=str,
 )
-def test_shares_that_settle_everything_decide_and_the_ratio_stays_the_target(settled: dict[str, Any]) -> None:
+def test_a_wish_that_shares_settle_otherwise_is_refused(settled: dict[str, Any]) -> None:
     scores = fake_scores("llama-gqa")
-    with_ratio, without = make_plan(scores, ratio=0.2, **settled), make_plan(scores, **settled)
-    assert with_ratio.layers == without.layers
-    assert with_ratio.ratio_target == 0.2
-    assert with_ratio.ratio_actual == without.ratio_actual
+    assert make_plan(scores, **settled).ratio_actual > 0
+    for wish in ({"ratio": 0.2}, {"target_parameters": 10_000}):
+        with pytest.raises(PlanError, match=r"decides nothing where the shares .* are both settled; leave one out"):
+            make_plan(scores, **wish, **settled)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -231,6 +232,17 @@ def test_what_cannot_be_trained_leaves_nothing(case: str, model: Path, tmp_path:
     with pytest.raises(error, match=message):
         train(model, SAME, tmp_path / "out", **changes)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_teacher_with_as_many_but_other_tokens_is_refused(model: Path, tmp_path: Path, untrainable: None) -> None:
+    teacher = shutil.copytree(model, tmp_path / "teacher")
+    content = json.loads((teacher / "tokenizer.json").read_text(encoding="utf-8"))
+    ids = content["model"]["vocab"]
+    ids["a"], ids["b"] = ids["b"], ids["a"]
+    (teacher / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(RecoveryError, match=r"the teacher teacher has other tokens than the student: 2 of \d+ have"):
+        train(model, SAME, tmp_path / "out", teacher=teacher)
+    assert not (tmp_path / "out.training").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -82,6 +82,13 @@ def _check_units(shape: ModelShape, options: PlanOptions) -> None:
         )
     if shape.heads_refused is not None and (options.only == "heads" or options.heads_ratio):
         raise PlanError(f"heads of a {shape.model_type} model cannot be removed: {shape.heads_refused}")
+    if not any(count < shape.num_attention_heads for count in shape.query_head_counts) and (
+        options.only == "heads" or options.heads_ratio
+    ):
+        raise PlanError(
+            f"heads of this {shape.model_type} model cannot be removed: its config accepts no other number than "
+            f"{shape.num_attention_heads}; let only neurons go"
+        )
 
 
 def _check_amount(shape: ModelShape, options: PlanOptions, *, depth: bool, decided: bool) -> None:
@@ -104,9 +111,10 @@ def _check_amount(shape: ModelShape, options: PlanOptions, *, depth: bool, decid
         if depth:
             raise PlanError("give a ratio or target_parameters: blocks are removed by their share of the parameters")
         raise PlanError("give a ratio, or both heads_ratio and neurons_ratio, or target_parameters")
-    if decided and target is not None and not is_open:
+    if decided and not is_open and not (ratio is target is None):
+        name = "ratio" if target is None else "target_parameters"
         raise PlanError(
-            "target_parameters decides nothing where the shares of heads and of neurons are both settled; leave one out"
+            f"{name} decides nothing where the shares of heads and of neurons are both settled; leave one out"
         )
 
 

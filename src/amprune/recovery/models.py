@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from amprune.errors import RecoveryError, required
 from amprune.model.architecture import make_config, quiet_transformers
-from amprune.model.loading import loaded_model
+from amprune.model.loading import has_tokenizer, load_tokenizer, loaded_model
 from amprune.model.reader import Checkpoint, read_checkpoint
 from amprune.model.source import Source
 from amprune.records import read_object
@@ -105,8 +105,8 @@ def _in_four_bits(folder: Path) -> Any:
     return model
 
 
-def check_teacher(teacher: Source | None, student: Checkpoint) -> None:
-    """Refuses a teacher whose distributions are over other tokens."""
+def check_teacher(teacher: Source | None, student: Checkpoint, tokenizer: Any) -> None:
+    """Refuses a teacher whose distributions are over other tokens, however many they are."""
     if teacher is None:
         return
     theirs, ours = (
@@ -118,6 +118,13 @@ def check_teacher(teacher: Source | None, student: Checkpoint) -> None:
             f"the teacher {teacher.name} has a vocabulary of {theirs:,} tokens, the student one of {ours:,}; give the "
             "dense model that it was pruned from"
         )
+    if has_tokenizer(teacher.folder):
+        of_teacher, of_student = load_tokenizer(teacher.folder).get_vocab(), tokenizer.get_vocab()
+        if other := sorted(token for token in of_student if of_teacher.get(token) != of_student[token]):
+            raise RecoveryError(
+                f"the teacher {teacher.name} has other tokens than the student: {len(other):,} of {len(of_student):,} "
+                f"have another id or none, such as {other[0]!r}; give the dense model that it was pruned from"
+            )
 
 
 @contextmanager

@@ -82,11 +82,11 @@ def recover(
     first, processes = os.environ.get("RANK", "0") == "0", int(os.environ.get("WORLD_SIZE", "1"))
     folder = Path(out).expanduser()
     dense = open_source(asked.teacher, dtype=asked.dtype) if asked.teacher is not None else None
-    check_teacher(dense, base)
     source = replace(source, protected=(*source.protected, *_other_sources(dense, asked)))
     if first:
         _check_early(folder, source, asked)
     tokenizer = _tokenizer(source, trust_remote_code=asked.trust_remote_code)
+    check_teacher(dense, base, tokenizer)
     watch = progress if first else no_progress
     length = min(asked.max_length, base.positions or asked.max_length)
     found = load_training_data(asked, tokenizer, max_length=length, progress=watch)

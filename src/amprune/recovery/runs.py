@@ -74,6 +74,8 @@ def discard_damaged(folder: Path) -> None:
 
 def _damaged(checkpoint: Path) -> str | None:
     """Names a file of a checkpoint that is not as it was saved; other processes' random states by their own sums."""
+    if endless := [path for path in checkpoint.iterdir() if not (path.is_file() or path.is_dir())]:
+        return endless[0].name
     if (checkpoint / _HASHES).exists():
         try:
             hashes = read_object(checkpoint / _HASHES)
