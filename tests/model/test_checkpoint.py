@@ -275,7 +275,9 @@ def test_sidecars_are_copied_and_nothing_else(model: Path, plan: PruningPlan) ->
         ".gitattributes", ".cache/huggingface/x.json", "README.md", "params.json", "original/params.json",
         "amprune/plan.json", "model.fp16.safetensors",
         "consolidated.safetensors", "pytorch_model.bin", "original/consolidated.00.pth", "model.gguf",
-        "onnx/model.onnx", "tf_model.h5", "flax_model.msgpack", "pytorch_model.bin.index.json",
+        "onnx/model.onnx", "onnx/model.onnx_data", "MODEL.GGUF", "checkpoint-500/trainer_state.json",
+        "runs/events.out.1", "checkpoint-500/tokenizer.json", "optimizer.pt", "trainer_state.json", "__0_0.distcp",
+        "tf_model.h5", "flax_model.msgpack", "pytorch_model.bin.index.json",
         "model.safetensors.index.fp16.json",
     ]  # fmt: skip
     for name in kept + left:
@@ -290,6 +292,46 @@ def test_sidecars_are_copied_and_nothing_else(model: Path, plan: PruningPlan) ->
     assert out.keys() == copied | made
     assert all(out[name] != before[name] for name in made & before.keys())
     assert digests(model) == before
+
+
+def test_links_out_of_the_folder_are_not_followed(model: Path, plan: PruningPlan, tmp_path: Path) -> None:
+    """An archive from a stranger may hold one to any file of this machine; the hub's cache links to its blobs."""
+    make_tokenizer().save_pretrained(model)
+    (tmp_path / "secret").write_text("secret", encoding="utf-8")
+    (model / "LICENSE").symlink_to(tmp_path / "secret")
+    (model / "NOTICE").symlink_to("tokenizer_config.json")
+    shutil.move(model / "tokenizer.json", tmp_path / "tokenizer.json")
+    (model / "tokenizer.json").symlink_to(tmp_path / "tokenizer.json")
+    out = apply_plan(model, plan, tmp_path / "out").folder
+    assert not (out / "LICENSE").exists()
+    assert (out / "NOTICE").is_file()
+    assert not (out / "tokenizer.json").is_symlink()
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0123"
+    shutil.copytree(model, snapshot, ignore=lambda *_: ["LICENSE", "NOTICE"])
+    (tmp_path / "models--a--b" / "blobs").mkdir()
+    (tmp_path / "models--a--b" / "blobs" / "ab").write_text("licence", encoding="utf-8")
+    (snapshot / "LICENSE").symlink_to("../../blobs/ab")
+    out = apply_plan(snapshot, plan, tmp_path / "other").folder
+    assert (out / "LICENSE").read_text(encoding="utf-8") == "licence"
+
+
+def test_further_modules_of_an_embedding_model_are_carried_whole(model: Path, plan: PruningPlan) -> None:
+    for name in ("2_Dense", "3_Else"):
+        (model / name).mkdir()
+        save_file({"linear.weight": torch.ones(2, 2)}, model / name / "model.safetensors")
+    write(model / "modules.json", [{"idx": 0, "path": ""}, {"idx": 1, "path": "2_Dense"}])
+    out = apply_plan(model, plan, model.parent / "out").folder
+    assert digests(out / "2_Dense") == digests(model / "2_Dense")
+    assert not (out / "3_Else").exists()
+
+
+def test_a_model_with_another_head_is_refused(model: Path, plan: PruningPlan) -> None:
+    rewrite(model, lambda state: {**state, "score.weight": torch.ones(1, 48)})
+    config_of_model = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    write(model / "config.json", {**config_of_model, "architectures": ["LlamaForSequenceClassification"]})
+    message = r"the model is a LlamaForSequenceClassification, whose score.weight would be lost"
+    with refused(model, UnsupportedModelError, message) as out:
+        apply_plan(model, plan, out)
 
 
 def test_the_same_inputs_give_the_same_bytes(models: Path, tmp_path: Path) -> None:

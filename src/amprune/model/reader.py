@@ -29,6 +29,7 @@ from amprune.records import read_object
 from amprune.settings import PathLike
 
 logger = logging.getLogger(__name__)
+_HEADS = ("score", "classifier", "classification_head", "qa_outputs", "v_head", "regression_head", "reward_head")
 
 
 class Checkpoint(Mapping[str, torch.Tensor]):
@@ -160,10 +161,12 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     refuse_quantized(folder, config)
     architecture = describe(config, where=str(folder))
     stored = stored_tensors(folder)
-    return Checkpoint(folder, config, architecture, _matched(stored, architecture, folder))
+    return Checkpoint(folder, config, architecture, _matched(stored, config, architecture, folder))
 
 
-def _matched(stored: Mapping[str, StoredTensor], architecture: Architecture, folder: Path) -> dict[str, StoredTensor]:
+def _matched(
+    stored: Mapping[str, StoredTensor], config: Mapping[str, Any], architecture: Architecture, folder: Path
+) -> dict[str, StoredTensor]:
     """Pairs the model's tensors with the stored ones; those that the model does not take are left out."""
     prefixes, renamed = ("", f"{architecture.base_prefix}."), architecture.family.stored_names
     matched = {}
@@ -172,6 +175,7 @@ def _matched(stored: Mapping[str, StoredTensor], architecture: Architecture, fol
         full = next((prefix + loaded for prefix in prefixes if prefix + loaded in architecture.tensors), None)
         if full is None:
             _check_left_out(tensor, architecture)
+            _check_class(tensor, config)
             logger.info("%s: tensor %s is not part of the architecture and is left out", folder, name)
             continue
         expected = architecture.tensors[full]
@@ -196,6 +200,17 @@ def _matched(stored: Mapping[str, StoredTensor], architecture: Architecture, fol
             f"asks for, such as {missing[0]}; an incomplete download, or a checkpoint of another architecture"
         )
     return matched
+
+
+def _check_class(tensor: StoredTensor, config: Mapping[str, Any]) -> None:
+    """Refuses to drop the head of a model that is no language model: a reward, a class, a value."""
+    named = config.get("architectures")
+    classes = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+    if tensor.name.split(".")[0] in _HEADS and classes and not any("CausalLM" in name for name in classes):
+        raise UnsupportedModelError(
+            f"{tensor.file}: the model is a {classes[0]}, whose {tensor.name} would be lost; amprune prunes causal "
+            "language models: save it as one (AutoModelForCausalLM), or prune the model that it was made from"
+        )
 
 
 def _check_left_out(tensor: StoredTensor, architecture: Architecture) -> None:

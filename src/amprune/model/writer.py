@@ -1,5 +1,6 @@
 """An output: its shards, index and sidecar files, and the one rename by which it appears."""
 
+import json
 import logging
 import os
 import re
@@ -26,9 +27,17 @@ RECORDS = "amprune"
 """Subfolder of an output that holds how it was made: plan, scores, verification."""
 _REPLACED = ("config.json", "README.md", "params.json")
 """Files that speak of the dense model; engines read params.json, Mistral's own config, in place of config.json."""
+LOADED = (
+    "generation_config.json", "chat_template.jinja", "special_tokens_map.json", "tokenizer_config.json",
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json", "spiece.model",
+)  # fmt: skip
+"""Files that loaders read beside config and weights; an output has those of its source."""
 WEIGHT_SUFFIXES = {
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".tflite", ".npz",
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ot", ".tflite",
+    ".npz", ".distcp",
 }  # fmt: skip
+_LEFTOVER = re.compile(r"checkpoint-\d+|global_step\d+|runs|wandb|trainer_state\.json|zero_to_fp32\.py|events\.out\..*")
+"""Files and folders that a training leaves beside a model."""
 _WEIGHT_INDEX = re.compile(r"\.index(\.[\w-]+)?\.json$")
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -81,23 +90,49 @@ def write_shards(
 
 
 def copy_sidecars(source: Path, target: Path) -> list[str]:
-    """Copies every file that is neither weights, model card, record nor a description of the dense sizes.
+    """Copies what belongs to a model beside its weights, and says in one line what is left out; returns the names.
 
-    Returns their relative names.
+    Left out are weights in any format, what a training leaves, the model card, records, descriptions of the dense
+    sizes, hidden files, and links out of the folder but for files that loaders read. Of an embedding model the modules
+    that `modules.json` names are copied whole, weights included.
     """
-    copied = []
+    modules, copied, left = _modules(source), [], []
     for file in sorted(source.rglob("*")):
         relative = file.relative_to(source)
         if not file.is_file() or any(part.startswith(".") for part in relative.parts) or relative.parts[0] == RECORDS:
             continue
-        if file.suffix in WEIGHT_SUFFIXES or _WEIGHT_INDEX.search(file.name):
-            continue
         if str(relative) in _REPLACED or relative.parts[0] == "original":
             continue
-        (target / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, target / relative)
-        copied.append(str(relative))
+        weights = file.suffix.lower() in WEIGHT_SUFFIXES or _WEIGHT_INDEX.search(file.name)
+        if (weights or any(map(_LEFTOVER.fullmatch, relative.parts))) and relative.parts[0] not in modules:
+            left += [] if file.parent == source and weights else [str(relative)]
+        elif _leads_out(file, source) and str(relative) not in LOADED:
+            left.append(f"{relative} (a link out of the folder)")
+        else:
+            (target / relative).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target / relative)
+            copied.append(str(relative))
+    if left:
+        logger.info("not carried over: %s%s", ", ".join(left[:8]), f" and {len(left) - 8} more" if left[8:] else "")
+    if code := [name for name in copied if name.endswith(".py")]:
+        logger.info("carried over, never run: %s, the model's own code", ", ".join(code[:8]))
     return copied
+
+
+def _modules(source: Path) -> set[str]:
+    """Returns the folders of an embedding model's further modules."""
+    file = source / "modules.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+        return {Path(str(entry["path"])).parts[0] for entry in content if entry["path"]}
+    except (OSError, ValueError, RecursionError, TypeError, KeyError, IndexError):
+        return set()
+
+
+def _leads_out(file: Path, source: Path) -> bool:
+    """Tells whether a link leads out of its folder; the hub's cache links to `blobs` beside its snapshots."""
+    inside = (source.resolve(), source.resolve().parent.parent / "blobs")
+    return not any(folder in file.resolve().parents for folder in inside)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from amprune.model.files import weight_files
 from amprune.model.loading import has_tokenizer, load_tokenizer
 from amprune.model.reader import Checkpoint, identical, read_checkpoint
 from amprune.model.recovered import RECORD, is_recovered, read_recovery
-from amprune.model.writer import RECORDS, WEIGHT_SUFFIXES
+from amprune.model.writer import LOADED, RECORDS, WEIGHT_SUFFIXES
 from amprune.plan.artefact import PruningPlan, check_plan
 from amprune.prove.comparison import check_loading, compare, finite, hold, probe_logits
 from amprune.running import Progress, no_progress
@@ -197,13 +197,11 @@ def _check_refitted(output: Checkpoint, dense: Checkpoint, plan: PruningPlan, re
 
 def _check_files(folder: Path, source: Path) -> str:
     """Compares byte by byte what must survive: generation config, chat template, tokenizer files."""
-    names = ["generation_config.json", "chat_template.jinja", "special_tokens_map.json", "tokenizer_config.json"]
-    names += ["tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json"]
     for file in folder.iterdir():
-        read = file.name in (*names, "adapter_config.json") or file.suffix in (".py", *WEIGHT_SUFFIXES)
+        read = file.name in (*LOADED, "adapter_config.json") or file.suffix in (".py", *WEIGHT_SUFFIXES)
         if read and not (source / file.name).exists() and file not in [weights for weights, _ in weight_files(folder)]:
             raise VerificationError(f"{file.name} is not of the dense model, and loaders may read it")
-    present = [name for name in names if (source / name).is_file()]
+    present = [name for name in LOADED if (source / name).is_file()]
     for name in present:
         if not (folder / name).is_file():
             raise VerificationError(f"{name} of the dense model is missing")
