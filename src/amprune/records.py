@@ -91,6 +91,8 @@ def parse_yaml(text: str) -> Any:
     """Reads a YAML document; a ValueError says what is wrong with it, such as references that multiply."""
     import yaml
 
+    if (brackets := text.count("[") + text.count("{")) > _BRACKETS:  # whose reader takes the square of them in time
+        raise ValueError(f"it has {brackets:,} brackets, expected at most {_BRACKETS:,}")
     try:
         references = sum(isinstance(token, yaml.AliasToken) for token in yaml.scan(text))
         if references > _REFERENCES:
@@ -102,7 +104,7 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(" ".join(str(problem).split())) from problem
 
 
-_REFERENCES = 20
+_REFERENCES, _BRACKETS = 20, 1000
 
 
 def read_object(path: Path, *, error: type[AmpruneError] = CheckpointError, hint: str = "") -> dict[str, Any]:

@@ -21,7 +21,7 @@ from amprune import evaluate, prune, recover
 from amprune.running import Advance
 
 pytestmark = pytest.mark.process
-EXAMPLES = int(os.environ.get("AMPRUNE_ADVERSARY", "60"))
+EXAMPLES = int(os.environ.get("AMPRUNE_ADVERSARY", "40"))
 """Of all commands together; thousands take half an hour."""
 LOG = os.environ.get("AMPRUNE_ADVERSARY_LOG")
 """Where failures are written as they come."""
