@@ -115,7 +115,9 @@ def read_object(path: Path, *, error: type[AmpruneError] = CheckpointError, hint
     except OSError as problem:
         raise error(f"{path} cannot be read: {problem.strerror or problem}{hint}") from problem
     except (ValueError, RecursionError) as problem:  # bytes that are no text, numbers and depths out of bounds
-        raise error(f"{path} cannot be read: {problem} (not JSON){hint}") from problem
+        pointer = path.read_bytes().startswith(b"version https://git-lfs")
+        what = "a pointer of Git LFS, for which `git lfs pull` fetches the file" if pointer else problem
+        raise error(f"{path} cannot be read: {what} (not JSON){hint}") from problem
     if not isinstance(content, dict):
         raise error(f"{path} holds a {type(content).__name__}, expected a JSON object{hint}")
     return content

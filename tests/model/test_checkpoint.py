@@ -48,6 +48,7 @@ TINY = Tiny(
 )
 QUERY = "model.layers.0.self_attn.q_proj.weight"
 INDEX = "model.safetensors.index.json"
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n"
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -484,9 +485,19 @@ BAD_SINGLE: dict[str, tuple[Damage, type[AmpruneError], str]] = {
     "half the header": (cut("model.safetensors", 0.001), CheckpointError, r"model\.safetensors is truncated or damag"),
     "empty file": (cut("model.safetensors", 0), CheckpointError, r"model\.safetensors is truncated or damaged .*again"),
     "pointer of git-lfs": (
-        lambda model: write(model / "model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+        lambda model: (model / "model.safetensors").write_text(POINTER, encoding="utf-8"),
         CheckpointError,
-        r"model\.safetensors is truncated or damaged",
+        r"model\.safetensors is a pointer of Git LFS, not the file itself; run `git lfs pull` in its folder",
+    ),
+    "pointer in the place of the config": (
+        lambda model: (model / "config.json").write_text(POINTER, encoding="utf-8"),
+        CheckpointError,
+        r"config\.json cannot be read: a pointer of Git LFS",
+    ),
+    "names of a wrapper": (
+        lambda model: rewrite(model, lambda state: {f"module._orig_mod.{name}": one for name, one in state.items()}),
+        CheckpointError,
+        r"names of its tensors begin with 'module\._orig_mod\.', which a wrapper of the model left there",
     ),
     "no weights": (
         lambda model: (model / "model.safetensors").unlink(),
@@ -539,11 +550,28 @@ BAD_SHARDS: dict[str, tuple[Damage, str]] = {
     "number as file": (index(lambda content: content["weight_map"].update(x=1)), "has no weight_map"),
     "index is a list": (lambda model: write(model / INDEX, []), "holds a list, expected a JSON object"),
     "broken index": (lambda model: write(model / INDEX, "{"), r"index\.json cannot be read"),
-    "tensor in another shard": (
-        index(lambda content: content["weight_map"].update({QUERY: content["weight_map"]["lm_head.weight"]})),
-        f"lacks 1 tensors that the index places in it, such as {QUERY}",
-    ),
 }
+
+
+ODD_SHARDS: dict[str, Damage] = {
+    "a tensor in another shard": index(
+        lambda content: content["weight_map"].update({QUERY: content["weight_map"]["lm_head.weight"]})
+    ),
+    "a tensor that no shard has": index(
+        lambda content: content["weight_map"].update({"rotary.inv_freq": content["weight_map"][QUERY]})
+    ),
+    "a tensor that the index forgets": index(lambda content: content["weight_map"].pop(QUERY)),
+}
+
+
+@pytest.mark.parametrize("damage", ODD_SHARDS.values(), ids=ODD_SHARDS)
+def test_an_index_that_stock_forgives_is_forgiven(
+    damage: Damage, sharded: Path, plan: PruningPlan, pruned: Path, tmp_path: Path
+) -> None:
+    damage(sharded)
+    _, report = AutoModelForCausalLM.from_pretrained(sharded, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert same_tensors(tensors(apply_plan(sharded, plan, tmp_path / "out").folder), tensors(pruned))
 
 
 @pytest.mark.parametrize(("damage", "message"), BAD_SHARDS.values(), ids=BAD_SHARDS)

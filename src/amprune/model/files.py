@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from amprune.errors import CheckpointError
 from amprune.records import MOST, parse_yaml, read_object
 
+_POINTER = b"version https://git-lfs"
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -48,16 +49,15 @@ class StoredTensor:
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Reads the header of every weight file that transformers would load."""
-    stored = {}
-    for file, names in weight_files(folder):
-        found = _read_headers(file)
-        if names is not None and (absent := sorted(set(names) - set(found))):
-            raise CheckpointError(
-                f"{file} lacks {len(absent)} tensors that the index places in it, such as {absent[0]}"
-            )
-        for name in names if names is not None else found:
-            stored[name] = StoredTensor(file, name, found[name])
+    """Reads the header of every weight file that transformers would load.
+
+    As there, an index says which files are read; what they hold counts, whatever it says of single tensors.
+    """
+    stored: dict[str, StoredTensor] = {}
+    for file, placed in weight_files(folder):
+        for name, header in _read_headers(file).items():
+            if name not in stored or name in (placed or ()):
+                stored[name] = StoredTensor(file, name, header)
     return stored
 
 
@@ -88,6 +88,15 @@ def what_else(folder: Path) -> str:
     if lost := [path for path in sorted(folder.iterdir()) if path.is_symlink() and not path.exists()]:
         return f"; {lost[0]} is a link to nowhere: copy the files that the links lead to as well (`cp -rL`)"
     return f"; {folder} is no transformers checkpoint"
+
+
+def check_no_pointer(file: Path) -> None:
+    """Refuses what git leaves in the place of a large file that was not fetched."""
+    with file.open("rb") as content:
+        if content.read(len(_POINTER)) == _POINTER:
+            raise CheckpointError(
+                f"{file} is a pointer of Git LFS, not the file itself; run `git lfs pull` in its folder"
+            )
 
 
 def check_ends(folder: Path) -> None:
@@ -147,6 +156,7 @@ def opened(file: Path, *, backend: str = "pread") -> Iterator[Any]:
         else:
             yield _PickledFile(_load_pickle(file))
     except (OSError, SafetensorError) as error:
+        check_no_pointer(file)
         raise CheckpointError(f"{file} is truncated or damaged ({error}); download the checkpoint again") from error
 
 
@@ -180,6 +190,7 @@ def _unpickled(file: Path, _changed: int) -> dict[str, torch.Tensor]:
         except RuntimeError:  # files written before torch 1.6 cannot be mapped
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle raises many types
+        check_no_pointer(file)
         raise CheckpointError(
             f"{file} cannot be loaded as plain weights ({_pickle_problem(error)}); it is damaged, or a pickle that "
             "holds more than tensors, which is refused because loading it could run code. Download it again, or use "

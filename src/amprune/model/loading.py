@@ -13,7 +13,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 
 from amprune.errors import CheckpointError, reason
 from amprune.model.architecture import PreTrainedModel, quiet_transformers
-from amprune.model.files import check_ends, stored_tensors
+from amprune.model.files import check_ends, check_no_pointer, stored_tensors
 from amprune.model.quantization import quantization_of, require_library
 from amprune.model.reader import Checkpoint, read_checkpoint
 from amprune.model.streaming import streamed_model
@@ -182,6 +182,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
             "tokenizer files of the model into its folder"
         )
     check_ends(folder)
+    for name in filter(lambda name: (folder / name).is_file(), _TOKENIZER_FILES):
+        check_no_pointer(folder / name)
     try:
         with quiet_transformers():
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)

@@ -4,7 +4,7 @@ import hashlib
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -29,6 +29,7 @@ from amprune.records import read_object
 from amprune.settings import PathLike
 
 logger = logging.getLogger(__name__)
+_WRAPPER = re.compile(r"(_orig_mod\.|module\.)+")
 _HEADS = ("score", "classifier", "classification_head", "qa_outputs", "v_head", "regression_head", "reward_head")
 
 
@@ -169,14 +170,14 @@ def _matched(
 ) -> dict[str, StoredTensor]:
     """Pairs the model's tensors with the stored ones; those that the model does not take are left out."""
     prefixes, renamed = ("", f"{architecture.base_prefix}."), architecture.family.stored_names
-    matched = {}
+    matched, left = {}, []
     for name, tensor in stored.items():
         loaded = name if name in architecture.tensors else renamed.get(name, name)
         full = next((prefix + loaded for prefix in prefixes if prefix + loaded in architecture.tensors), None)
         if full is None:
             _check_left_out(tensor, architecture)
             _check_class(tensor, config)
-            logger.info("%s: tensor %s is not part of the architecture and is left out", folder, name)
+            left.append(name)
             continue
         expected = architecture.tensors[full]
         if tensor.header.dtype is None:
@@ -194,12 +195,23 @@ def _matched(
     for target, source in architecture.tied.items():
         if covered & {target, source}:
             covered |= {target, source}
+    if left and not matched and (wrapper := _WRAPPER.match(left[0])):
+        raise CheckpointError(
+            f"{folder}: the names of its tensors begin with {wrapper[0]!r}, which a wrapper of the model left there "
+            "(torch.compile, DistributedDataParallel); load them, take that away and save the model again"
+        )
+    if left:
+        logger.info("%s: not part of the architecture and left out: %s", folder, _listed(left))
     if missing := sorted(set(architecture.tensors) - covered):
         raise CheckpointError(
             f"{folder}: the weights lack {len(missing)} of the {len(architecture.tensors)} tensors that config.json "
             f"asks for, such as {missing[0]}; an incomplete download, or a checkpoint of another architecture"
         )
     return matched
+
+
+def _listed(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more tensors" if names[most:] else "")
 
 
 def _check_class(tensor: StoredTensor, config: Mapping[str, Any]) -> None:

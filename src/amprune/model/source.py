@@ -138,10 +138,13 @@ def _dequantised(gguf: Path, dtype: str) -> Path:
 
     The key covers the file's path, size and time of change, so an edited file is read again.
     """
+    from amprune.model.files import check_no_pointer
+
     if not gguf.is_file():
         raise CheckpointError(f"no file {gguf}")
     with gguf.open("rb") as file:
         if file.read(4) != b"GGUF":
+            check_no_pointer(gguf)
             raise CheckpointError(
                 f"{gguf} is not a GGUF file; MODEL is a Hugging Face folder, a hub id or a .gguf file"
             )
