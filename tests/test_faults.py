@@ -137,3 +137,32 @@ def test_a_lock_leaves_no_folder_that_was_not_there(tmp_path: Path) -> None:
     with alone(tmp_path / "a" / "b" / "x.lock", "x"):
         assert (tmp_path / "a" / "b" / "x.lock").exists()
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("device", ["meta", "cuda:77", "nowhere", ""])
+@pytest.mark.parametrize("command", ["score", "prune", "evaluate"])
+def test_a_device_that_is_not_there_is_named(command: str, device: str, place: Path) -> None:
+    given = {
+        "score": ("dense", "-o", "s.safetensors", *PAPER), "prune": ("dense", "out", "--ratio", 0.2, *PAPER),
+        "evaluate": ("dense", "-o", "e.json", *MEASURED[:-2]),
+    }  # fmt: skip
+    said = refused(command, *given[command], "--device", device)
+    assert f"--device is {device!r}, which names no device" in said or f"--device is {device}, but this machine" in said
+    assert not {"out", "s.safetensors", "e.json"} & {one.name for one in place.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--evaluate", "--measure", "perplexity", "--text", "nothing.txt"), "cannot read nothing.txt"),
+        (("--evaluate", "--measure", "zero_shot", "--tasks", "no_such_task"), "no_such_task"),
+        (("--recover", "--data", "nothing.jsonl"), "no data set 'nothing.jsonl'"),
+        (("--recover", "--learning-rate", -1), "--learning-rate is -1"),
+    ],
+)
+def test_a_run_tries_first_what_would_fail_last(
+    options: tuple[Any, ...], message: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("amprune.pipeline.prune", lambda *_, **__: pytest.fail("something was pruned"))
+    assert message in refused("run", "dense", "out", "--ratio", 0.2, *PAPER, *options)
+    assert not [one.name for one in place.iterdir() if one.name.startswith("out")]

@@ -263,10 +263,19 @@ def run(
     measured_by = [library for kind in asked.measure for library in MEASURED_BY.get(kind, ()) if asked.evaluate]
     required("run", *trained, *measured_by, "matplotlib")
     # Heavy, and of no use to `prune`.
-    from amprune.evaluation.run import evaluate
+    from amprune.evaluation.run import evaluate, jobs_of
+    from amprune.model.latency import latency_cases
     from amprune.recovery.run import recover
+    from amprune.recovery.training import check_training
     from amprune.report.write import write_report
+    from amprune.text.records import read_records
 
+    measured = replace(part(EvaluationSettings, asked), batch_size=asked.evaluation_batch_size)
+    if asked.evaluate:  # what can fail is tried before the pruning
+        jobs_of(measured, latency_cases(measured))
+    if asked.recover:
+        check_training(_recovery(asked))
+        read_records(asked.data, option="--data")
     pruned = folder.with_name(f"{folder.name}.pruned") if asked.recover else folder
     file = folder.with_name(f"{folder.name}.run.json")
     with alone(file.with_name(f"{file.name}.lock"), f"OUT {folder}"):
@@ -284,7 +293,6 @@ def run(
             begun.finish("recover", file)
         if asked.evaluate:
             between = [f"{folder.name}, not recovered={pruned}"] if pruned != folder else []
-            measured = replace(part(EvaluationSettings, asked), batch_size=asked.evaluation_batch_size)
             place = folder / RECORDS / "evaluation.json"
             evaluate([f"dense={model}", *between, folder], place, measured, progress=progress)
         write_recipe(folder / RECORDS / "recipe.yaml", "run", asked)

@@ -26,7 +26,7 @@ from amprune.evaluation.zero_shot import zero_shot_jobs
 from amprune.model.architecture import quiet_transformers
 from amprune.model.latency import LatencySettings, latency_cases
 from amprune.model.llama_cpp import llama_cpp_model
-from amprune.model.loading import default_device, load_tokenizer, loaded_model
+from amprune.model.loading import device_of, load_tokenizer, loaded_model
 from amprune.model.writer import check_target
 from amprune.records import alone, go_on
 from amprune.running import Advance, Progress, no_progress
@@ -68,16 +68,7 @@ def evaluate(
     """
     asked = settle(EvaluationSettings, settings, options)
     cases = latency_cases(asked) if latency is None else latency
-    _check(asked, cases)
-    openers: dict[Measurement, Callable[[], list[Job]]] = {  # to add a measurement, add a line
-        "perplexity": lambda: perplexity_jobs(asked),
-        "zero_shot": lambda: zero_shot_jobs(asked),
-        "latency": lambda: latency_jobs(cases),
-        "energy": lambda: energy_jobs(cases[:1], asked),
-    }
-    # Backwards, since tasks are found at once and texts may have to be fetched.
-    opened = {kind: openers[kind]() for kind in reversed(openers) if kind in asked.measure}
-    jobs = [Job("size", size_records), *(job for kind in openers for job in opened.get(kind, ()))]
+    jobs = jobs_of(asked, cases)
     given = [models] if isinstance(models, str | os.PathLike) else list(models)
     subjects = open_subjects(given, asked, progress)
     for subject in subjects:
@@ -97,6 +88,20 @@ def evaluate(
         session.evaluation.unfinished = None  # the same request then measures anew
         session.evaluation.save(session.path)
     return session.evaluation
+
+
+def jobs_of(asked: EvaluationSettings, cases: Sequence[LatencySettings]) -> list[Job]:
+    """Opens all that is measured on; settings and data that make no sense are refused before any model is loaded."""
+    _check(asked, cases)
+    openers: dict[Measurement, Callable[[], list[Job]]] = {  # to add a measurement, add a line
+        "perplexity": lambda: perplexity_jobs(asked),
+        "zero_shot": lambda: zero_shot_jobs(asked),
+        "latency": lambda: latency_jobs(cases),
+        "energy": lambda: energy_jobs(cases[:1], asked),
+    }
+    # Backwards, since tasks are found at once and texts may have to be fetched.
+    opened = {kind: openers[kind]() for kind in reversed(openers) if kind in asked.measure}
+    return [Job("size", size_records), *(job for kind in openers for job in opened.get(kind, ()))]
 
 
 def _check(asked: EvaluationSettings, cases: Sequence[LatencySettings]) -> None:
@@ -147,7 +152,7 @@ def _begin(
     evaluation = Evaluation.load(path) if path.exists() else Evaluation()
     for subject in subjects:
         evaluation.add_model(subject.entry)
-    device = f"device map {asked.device_map}" if asked.device_map else device_name(asked.device or default_device())
+    device = f"device map {asked.device_map}" if asked.device_map else device_name(device_of(asked.device))
     request = {
         "measure": asked.measure,
         "data": [job.data for job in jobs if job.data is not None],
@@ -200,7 +205,7 @@ def _loaded(
             try:
                 if subject.gguf is not None and cases:
                     positions = max(case.prompt_tokens + case.new_tokens for case in cases)
-                    gpu = (asked.device or default_device()) != "cpu"
+                    gpu = device_of(asked.device) != "cpu"
                     threads = torch.get_num_threads()
                     found = llama_cpp_model(subject.gguf, positions=positions, threads=threads, gpu=gpu)
                 else:

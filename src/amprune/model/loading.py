@@ -51,7 +51,7 @@ def loaded_model(
     if quantization is not None:
         require_library(str(quantization.get("quant_method")), f"{folder}, which is quantised,")
     # Quantised weights are unpacked for their device as they are loaded; not all can move afterwards.
-    place = {"": device or default_device()} if quantization is not None and device_map is None else device_map
+    place = {"": device_of(device)} if quantization is not None and device_map is None else device_map
     with tempfile.TemporaryDirectory(prefix="amprune-offload-") as offload:
         try:
             with quiet_transformers(bars_on_terminal=True):
@@ -74,7 +74,7 @@ def loaded_model(
                 f"another shape, such as {names[0]}; download the checkpoint again"
             )
         if place is None:
-            _move(model, device or default_device())
+            _move(model, device_of(device))
         yield model.eval()
 
 
@@ -127,9 +127,23 @@ def _move(model: Any, device: str) -> None:
         ) from error
 
 
-def default_device() -> str:
-    """Returns cuda where there is one, else cpu."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def device_of(name: str | None) -> str:
+    """Returns the device to compute on: that which is named, where there is one, else cuda or the cpu.
+
+    Raises CheckpointError for a device that this machine lacks, and for one that computes nothing.
+    """
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise CheckpointError(f"--device is {name!r}, which names no device; give cpu, cuda or cuda:1") from None
+    backend: Any = torch if device.type == "cpu" else getattr(torch, device.type, None)
+    there = device.type == "cpu" or (hasattr(backend, "is_available") and backend.is_available())
+    count = backend.device_count() if there and hasattr(backend, "device_count") else 1
+    if not there or (device.index or 0) >= count:
+        raise CheckpointError(f"--device is {name}, but this machine has none; leave it out, or give cpu")
+    return name
 
 
 def computing_dtype(dense: Checkpoint, where: Compute) -> torch.dtype:
@@ -139,7 +153,7 @@ def computing_dtype(dense: Checkpoint, where: Compute) -> torch.dtype:
     There, auto is float32, which holds their every value, unless the weights would fill more than half of the memory.
     """
     kind, streamed = dense.computed_in(where.dtype), where.device_map == "disk"
-    on_cpu = streamed or torch.device(where.device or default_device()).type == "cpu"
+    on_cpu = streamed or torch.device(device_of(where.device)).type == "cpu"
     if where.dtype != "auto" or not on_cpu or not _emulated(kind):
         return kind
     fits = streamed or 2 * dense.shape.parameters * torch.float32.itemsize <= psutil.virtual_memory().total

@@ -9,7 +9,7 @@ import transformers
 from amprune import __version__
 from amprune.errors import ScoresError
 from amprune.model.architecture import PreTrainedModel
-from amprune.model.loading import computing_dtype, default_device, input_device, loaded_model
+from amprune.model.loading import computing_dtype, device_of, input_device, loaded_model
 from amprune.model.reader import Checkpoint, open_model
 from amprune.model.shape import ModelShape
 from amprune.running import Progress, no_progress
@@ -147,4 +147,4 @@ def _check_gradients(dense: Checkpoint, samples: CalibrationSet, dtype: torch.dt
             "a criterion that needs gradients needs the whole model on one device; leave out --device-map, or choose "
             "a criterion that needs none, such as amp"
         )
-    check_memory(dense, samples, dtype, device=where.device or default_device())
+    check_memory(dense, samples, dtype, device=device_of(where.device))

@@ -14,7 +14,7 @@ from amprune.cut.slicing import output_config
 from amprune.errors import EvaluationError
 from amprune.model.architecture import Architecture, PreTrainedModel, make_config, quiet_transformers
 from amprune.model.latency import LatencySettings, measure_latency
-from amprune.model.loading import default_device
+from amprune.model.loading import device_of
 from amprune.model.shape import ModelShape
 from amprune.plan.artefact import LayerPlan, PruningPlan
 from amprune.running import Progress, free_memory, no_progress, release_memory
@@ -56,7 +56,7 @@ def shape_timer(
     numbers of layers give the time of one layer and of the rest, from which the time of the whole is extrapolated.
     That magnifies noise by as much.
     """
-    where = device or default_device()
+    where = device_of(device)
     layers = _layers(architecture.shape, dtype, free_memory(where))
     build = partial(_random_model, config, architecture, device=where, dtype=dtype)
     dense = {f"dense {count}": build(architecture.shape, count) for count in layers}

@@ -15,7 +15,7 @@ from amprune.cut.refit.record import FORMAT
 from amprune.cut.refit.sweep import LayerRefit, sweep
 from amprune.errors import PlanError, ReconstructionError
 from amprune.model.files import opened
-from amprune.model.loading import computing_dtype, default_device
+from amprune.model.loading import computing_dtype, device_of
 from amprune.model.reader import Checkpoint
 from amprune.plan.artefact import PruningPlan
 from amprune.running import Progress, binary, free_memory, no_progress
@@ -84,7 +84,7 @@ def reconstruct(
     _check_plan(plan)
     rows = packed(calibration, longest=min(ROW, dense.positions or ROW), eos=_eos(dense))
     held_out = len(rows) // HELD_OUT
-    place, kind = torch.device(where.device or default_device()), computing_dtype(dense, where)
+    place, kind = torch.device(device_of(where.device)), computing_dtype(dense, where)
     width = max(plan.shape_after.intermediate_size, plan.shape_after.num_attention_heads * plan.shape_after.head_dim)
     moments_dtype = _moments_dtype(dense, rows, width, kind, place)
     if (fitted := rows[:-held_out].numel()) < width:
