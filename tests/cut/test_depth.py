@@ -513,7 +513,7 @@ def test_verification_notices_blocks_in_another_order(tmp_path: Path) -> None:
     apply_plan(dense, plan, tmp_path / "out")
     other = replace(plan, layers=(plan.layers[0], None, None, plan.layers[2]))
     report = verify_checkpoint(tmp_path / "out", checkpoint, other)
-    assert [check.name for check in report.checks if not check.passed] == ["logits"]
+    assert [check.name for check in report.checks if not check.passed] == ["tensors", "logits"]
     with pytest.raises(VerificationError, match="logits differ from those of the masked dense model"):
         report.require()
 
