@@ -166,7 +166,7 @@ BIAS, OTHER = "model.layers.1.mlp.down_proj.bias", "model.layers.1.self_attn.q_p
     ("edit", "failed"),
     [
         (edited(lambda weights: weights[BIAS][3].add_(0.01)), ["biases"]),
-        (edited(lambda weights: weights[OTHER][3].add_(0.5)), ["logits"]),
+        (edited(lambda weights: weights[OTHER][3].add_(0.5)), ["tensors", "logits"]),
     ],
     ids=["a compensated bias", "another bias"],
 )
