@@ -144,7 +144,7 @@ def test_it_goes_on_after_kill_9(
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == "random\n"
-        with pytest.raises(EvaluationError, match="another run writes"):
+        with pytest.raises(EvaluationError, match="is being written by another run"):
             experiment("table1", dense, out, **settings(place, **ARGUMENTS))
     finally:
         process.send_signal(signal.SIGKILL)
