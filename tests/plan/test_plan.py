@@ -657,6 +657,12 @@ def test_a_plan_of_a_float32_checkpoint_fits_its_bfloat16_copy(tmp_path: Path) -
     assert sum(parameter.numel() for parameter in pruned.parameters()) == plan.shape_after.parameters
 
 
+@pytest.mark.parametrize("devices", [0, -2])
+def test_fewer_than_one_device_is_refused(devices: int) -> None:
+    with pytest.raises(PlanError, match=f"tensor_parallel is {devices}, expected a number of devices, at least 1"):
+        make_plan(fake_scores("llama-gqa"), ratio=0.2, tensor_parallel=devices)
+
+
 def test_a_share_of_heads_is_refused_where_the_config_accepts_no_other_number() -> None:
     scores = fake_scores("llama-gqa")
     shape = replace(scores.shape, query_head_counts=(scores.shape.num_attention_heads,))

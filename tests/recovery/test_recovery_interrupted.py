@@ -183,6 +183,25 @@ def command(model: Path, chats: Path, out: Path, *more: object) -> list[str]:
     return [str(argument) for argument in arguments]
 
 
+@pytest.mark.parametrize(
+    "file", ["optimizer.pt", "rng_state.pth", "adapter_model.safetensors", "sha256.json", "scheduler.pt"]
+)
+def test_a_damaged_checkpoint_is_left_out_and_changes_nothing(
+    file: str, model: Path, chats: Path, whole: RecoveredModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One bit is enough: what was saved is known by its hash, or by its own sums."""
+    options = {**STEPS, "keep_epochs": True}
+    with pytest.raises(KeyboardInterrupt):
+        train(model, chats, tmp_path / "out", progress=interrupted_at(5), **options)
+    damaged = tmp_path / "out.training" / "checkpoint-4" / file
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(bytes(content))
+    result = train(model, chats, tmp_path / "out", resume=True, **options)
+    assert f"checkpoint-4 is damaged ({file}) and removed; going on from the one before" in caplog.text
+    assert_same(result, whole)
+
+
 def test_a_killed_process_is_gone_on_with_bit_by_bit(model: Path, chats: Path, tmp_path: Path) -> None:
     out, folder = tmp_path / "out", tmp_path / "out.training"
     process = subprocess.Popen(
