@@ -83,7 +83,7 @@ def test_a_text_must_be_there(tmp_path: Path) -> None:
     (tmp_path / "other.txt").touch()
     with pytest.raises(EvaluationError, match=r"cannot read .*my\.txt: No such file.* holds other\.txt"):
         load_text(tmp_path / "my.txt")
-    with pytest.raises(EvaluationError, match=r"cannot read .*directory"):
+    with pytest.raises(EvaluationError, match=r"cannot be read: it is a folder, expected a file"):
         load_text(tmp_path)
 
 

@@ -481,11 +481,11 @@ def _truncated(path: Path) -> None:
 
 
 NO_SCORES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "missing": (lambda path: None, "cannot read the scores"),
+    "missing": (lambda path: None, r"is missing; make it with `amprune score`"),
     "empty": (Path.touch, "cannot read the scores"),
     "text": (_text, "cannot read the scores"),
     "truncated": (_truncated, "cannot read the scores"),
-    "folder": (Path.mkdir, "cannot read the scores"),
+    "folder": (Path.mkdir, r"cannot be read: it is a folder, .* make it with `amprune score`"),
     "no metadata": (lambda path: save_file({"x": np.zeros(2)}, path), "is no score file of amprune"),
     "other metadata": (lambda path: save_file({"x": np.zeros(2)}, path, {"format": "pt"}), "is no score file"),
     "metadata no JSON": (lambda path: save_file({"x": np.zeros(2)}, path, {"amprune": "{"}), "is no score file"),

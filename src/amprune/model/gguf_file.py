@@ -233,14 +233,20 @@ def _any_heads() -> Iterator[None]:
 
 
 def _check_whole(gguf: Path, stored: Mapping[str, int], model: PreTrainedModel, missing: Collection[str]) -> None:
-    """Refuses a model that has weights which are not the file's, and one that has fewer."""
-    if missing:
+    """Refuses a model that has weights which are not the file's, and one that has fewer.
+
+    A bias that the file lacks is none, as in llama.cpp: it is set to zero here, whatever it was drawn as.
+    """
+    none = {name for name in missing if name.endswith(".bias")}
+    for name in none:
+        model.get_parameter(name).data.zero_()
+    if missing := set(missing) - none:
         raise CheckpointError(
             f"{gguf} lacks {len(missing)} tensors of a {model.config.model_type}, such as {min(missing)}, or has them "
             "in another shape; give the Hugging Face folder that the file was made from"
         )
     weights = sum(count for name, count in stored.items() if not name.startswith(_COMPUTED))
-    read = sum(tensor.numel() for tensor in model.parameters())
+    read = sum(tensor.numel() for name, tensor in model.named_parameters() if name not in none)
     if weights > read:
         raise CheckpointError(
             f"{gguf} has {weights:,} weights, of which transformers reads {read:,} as a {model.config.model_type}; "
