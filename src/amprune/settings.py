@@ -339,6 +339,10 @@ class EvaluationSettings(Texts, Timing, Device, Access):
     )
     split: Literal["test", "validation"] = option("test", "Split of WikiText-2; tune on validation.")
     sequence_length: int = option(2048, "Tokens in a window of perplexity.")
+    start_token: Literal["each", "first", "none"] = option(
+        "each",
+        "Put the start token of a tokenizer that has one before each window of perplexity, the first alone, or none.",
+    )
     tasks: tuple[str, ...] = option(TASKS, "Tasks of lm-evaluation-harness, with commas.")
     num_fewshot: int | None = option(None, "Examples before each question.")
     batch_size: int = option(32, "Sequences at a time in tasks; halved when memory runs out.")

@@ -17,9 +17,24 @@ from amprune.errors import EvaluationError
 from amprune.evaluation.data import Text, load_text
 from amprune.evaluation.measurement import Loaded, nan_refused
 from amprune.evaluation.perplexity import measure_perplexity
-from amprune.evaluation.records import Record
+from amprune.evaluation.records import Evaluation, Record
 from amprune.running import Progress, no_progress
 from amprune.settings import EvaluationSettings
+
+BOS_ID = 1
+
+
+class Slow:
+    """A tokenizer that does not know where in the text its tokens lie."""
+
+    is_fast = False
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        assert "return_offsets_mapping" not in options
+        return self._tokenizer(*arguments, **options)
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +48,16 @@ def model() -> PreTrainedModel:
 
 
 def measured(
-    model: PreTrainedModel, text: Text, length: int = 48, limit: int | None = None, progress: Progress = no_progress
+    model: PreTrainedModel,
+    text: Text,
+    length: int = 48,
+    limit: int | None = None,
+    start: Any = "each",
+    progress: Progress = no_progress,
 ) -> Record:
     given, asked = Loaded(model, make_tokenizer(), progress=progress), EvaluationSettings
-    (found,) = measure_perplexity(given, text=text, asked=asked(sequence_length=length, windows=limit))
-    return found
+    settings = asked(sequence_length=length, windows=limit, start_token=start)
+    return measure_perplexity(given, text=text, asked=settings)[0]
 
 
 def counted(record: Record) -> tuple[int, int]:
@@ -46,14 +66,15 @@ def counted(record: Record) -> tuple[int, int]:
     return record.data["tokens"], record.data["predicted"]
 
 
-def plain_losses(model: PreTrainedModel, text: Text, length: int) -> list[float]:
-    ids = make_tokenizer()(text.content, return_tensors="pt")["input_ids"]
-    losses = []
-    for start in range(0, ids.shape[1] - length + 1, length):
-        window = ids[:, start : start + length]
-        with torch.no_grad():
-            losses.append(float(model(window, labels=window).loss))
-    return losses
+def plain_windows(text: Text, length: int, start: str) -> list[list[int]]:
+    ids = make_tokenizer()(text.content, add_special_tokens=start == "first")["input_ids"]
+    step, before = (length - 1, [BOS_ID]) if start == "each" else (length, [])
+    return [before + ids[at : at + step] for at in range(0, len(ids) - step + 1, step)]
+
+
+def plain_losses(model: PreTrainedModel, windows: Sequence[Sequence[int]]) -> list[float]:
+    with torch.no_grad():
+        return [float(model(one, labels=one).loss) for one in map(torch.tensor, ([window] for window in windows))]
 
 
 @contextmanager
@@ -73,15 +94,20 @@ def memory_for(model: PreTrainedModel, sequences: int) -> Iterator[list[int]]:
         handle.remove()
 
 
+@pytest.mark.parametrize("start", ["each", "first", "none"])
 @pytest.mark.parametrize("length", [48, 700], ids=["short", "longer than a chunk"])
-def test_it_is_exp_of_the_mean_loss_of_whole_windows(length: int, model: PreTrainedModel, text: Text) -> None:
-    found, expected = measured(model, text, length), plain_losses(model, text, length)
+def test_it_is_exp_of_the_mean_loss_of_whole_windows(
+    length: int, start: str, model: PreTrainedModel, text: Text
+) -> None:
+    found = measured(model, text, length, start=start)
+    expected = plain_losses(model, windows := plain_windows(text, length, start))
     assert found.items == pytest.approx(expected, rel=1e-5)
     assert found.value == pytest.approx(math.exp(statistics.fmean(expected)), rel=1e-5)
+    assert found.settings["start_token"] == start
     tokens, predicted = counted(found)
-    assert tokens == len(make_tokenizer()(text.content)["input_ids"])
-    assert tokens % length  # the last window is a part of one
-    assert len(found.items) == found.n == tokens // length
+    assert tokens == len(make_tokenizer()(text.content, add_special_tokens=start == "first")["input_ids"])
+    assert tokens % (length - (start == "each"))  # the last window is a part of one
+    assert len(found.items) == found.n == len(windows)
     assert predicted == len(found.items) * (length - 1)
 
 
@@ -114,15 +140,46 @@ def test_the_loss_of_bfloat16_logits_is_taken_in_float32(text: Text) -> None:
     assert losses[torch.bfloat16] != pytest.approx(losses[torch.float32], rel=1e-4)
 
 
-def test_special_tokens_stand_once_before_the_text(model: PreTrainedModel, text: Text) -> None:
+@pytest.mark.parametrize(("start", "counts"), [("each", [1, 1, 1, 1]), ("first", [1, 0, 0, 0]), ("none", [0, 0, 0, 0])])
+def test_windows_begin_with_the_start_token(start: str, counts: list[int], model: PreTrainedModel, text: Text) -> None:
     seen: list[list[int]] = []
     handle = model.register_forward_pre_hook(
         lambda module, inputs, options: seen.extend(options["input_ids"].tolist()), with_kwargs=True
     )
-    measured(model, text, limit=4)
+    measured(model, text, limit=4, start=start)
     handle.remove()
-    assert [window.count(model.config.bos_token_id) for window in seen] == [1, 0, 0, 0]
-    assert seen[0][0] == model.config.bos_token_id
+    assert [window.count(BOS_ID) for window in seen] == counts
+    assert [window[0] == BOS_ID for window in seen] == [count == 1 for count in counts]
+    assert {len(window) for window in seen} == {48}
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("start", ["each", "first", "none"])
+def test_bits_per_byte(start: Any, fast: bool, model: PreTrainedModel, text: Text) -> None:
+    tokenizer: Any = make_tokenizer()
+    given = Loaded(model, tokenizer if fast else Slow(tokenizer))
+    settings = EvaluationSettings(sequence_length=48, start_token=start)
+    perplexity, found = measure_perplexity(given, text=text, asked=settings)
+    rows = plain_windows(text, 48, start)
+    size = sum(len(tokenizer.decode(row[1:]).encode()) for row in rows)  # all but the first token are predicted
+    bits = math.log2(perplexity.value) * len(rows) * 47
+    assert (found.measurement, found.unit, found.n) == ("bits_per_byte", "bits/byte", len(rows))
+    assert found.value == pytest.approx(bits / size, rel=0.02)  # a space before a window's first token is its own
+    if fast and start == "each":  # what is predicted is the text itself
+        offsets = tokenizer(text.content, return_offsets_mapping=True, add_special_tokens=False)["offset_mapping"]
+        whole = len(text.content[: offsets[len(rows) * 47 - 1][1]].encode())
+        assert found.value == pytest.approx(bits / whole, rel=1e-9)
+        assert found.data is not None
+        assert found.data["bytes"] == whole
+    assert found.standard_error is not None
+    assert 0 < found.standard_error < found.value
+
+
+def test_figures_from_before_there_was_a_choice_have_one_start_token(tmp_path: Path) -> None:
+    earlier = Evaluation.load(Path(__file__).parents[1] / "data" / "evaluation-format-1.json")
+    assert {one.settings["start_token"] for one in earlier.records.values() if one.measurement == "perplexity"} == {
+        "first"
+    }
 
 
 def test_a_text_shorter_than_a_window(model: PreTrainedModel) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import math
 import statistics
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from amprune.model.architecture import PreTrainedModel, quiet_transformers
 from amprune.model.latency import dtype_of
 from amprune.model.loading import input_device, vocabulary_size
 from amprune.settings import EvaluationSettings
+from amprune.text.tokens import spans, start_token
 
 _CHUNK = 512
 _LARGEST_LOSS = 700.0  # exp of more than 709 is no float
@@ -50,23 +52,19 @@ def check_windows(positions: int | None, sequence_length: int, limit: int | None
 
 
 def measure_perplexity(given: Loaded, *, text: Text, asked: EvaluationSettings) -> list[Record]:
-    """Returns exp of the mean loss over all predicted tokens.
+    """Returns perplexity, exp of the mean loss over all predicted tokens, and bits per byte of the text predicted.
 
     The text is cut into windows of `sequence_length` tokens without overlap, each on its own, of which the first
-    `windows` are measured; the last, incomplete one is left out. The tokenizer's special tokens stand once, before the
-    text. The items are the windows' mean negative log-likelihoods in nats a token; the standard error is theirs, by
-    the delta method.
+    `windows` are measured; the last, incomplete one is left out. Where the tokenizer begins a text with a start token,
+    each window begins with it; or, as the paper has it, the first alone. The items are the windows' mean negative
+    log-likelihoods in nats a token; the standard error is theirs, by the delta method.
+
+    Bits per byte are the same loss over the UTF-8 bytes of the predicted tokens instead of their number, and may be
+    compared between tokenizers; the standard error is that of a ratio of two sums over windows.
     """
     model, length = given.model, asked.sequence_length
     check_windows(getattr(model.config, "max_position_embeddings", None), length, asked.windows)
-    with quiet_transformers():
-        ids = given.tokenizer(text.content, return_tensors="pt", verbose=False)["input_ids"][0]
-    if len(ids) < length:
-        raise EvaluationError(
-            f"{text.name} has {len(ids):,} tokens, fewer than one window of {length:,}; give a longer text or "
-            "a shorter --sequence-length"
-        )
-    windows = ids[: len(ids) // length * length].reshape(-1, length)[: asked.windows]
+    windows, sizes, tokens = _windows(given.tokenizer, text, asked)
     if (largest := int(windows.max())) >= (known := vocabulary_size(model)):
         raise EvaluationError(
             f"the tokenizer gives the token id {largest:,}, the model embeds {known:,} ids; is it the model's own?"
@@ -83,15 +81,59 @@ def measure_perplexity(given: Loaded, *, text: Text, asked: EvaluationSettings) 
             "damaged, or --dtype float32 is needed"
         )
     value, error, predicted = math.exp(mean), standard_error(losses), len(losses) * (length - 1)
+    common: dict[str, Any] = {
+        "task": text.name,
+        "n": len(losses),
+        "settings": {
+            "sequence_length": length, "windows": asked.windows, "dtype": dtype_of(model),
+            "start_token": asked.start_token,
+        },
+        "data": {
+            "name": text.name, "sha256": text.sha256, "tokens": tokens, "predicted": predicted, "bytes": sum(sizes),
+        },
+    }  # fmt: skip
+    bits = [loss * (length - 1) / math.log(2) for loss in losses]
+    per_byte = sum(bits) / max(1, sum(sizes))
+    apart = standard_error([one - per_byte * size for one, size in zip(bits, sizes, strict=True)])
     return [
         Record(
-            measurement="perplexity", task=text.name, metric="perplexity", value=value, unit="perplexity",
-            n=len(losses), standard_error=None if error is None else value * error, items=tuple(losses),
-            items_hash=hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
-            settings={"sequence_length": length, "windows": asked.windows, "dtype": dtype_of(model)},
-            data={"name": text.name, "sha256": text.sha256, "tokens": len(ids), "predicted": predicted},
-        )
+            measurement="perplexity", metric="perplexity", value=value, unit="perplexity",
+            standard_error=None if error is None else value * error, items=tuple(losses),
+            items_hash=hashlib.sha256(windows.numpy().tobytes()).hexdigest(), **common,
+        ),
+        Record(
+            measurement="bits_per_byte", metric="bits_per_byte", value=per_byte, unit="bits/byte",
+            standard_error=None if apart is None else apart / statistics.fmean(sizes), **common,
+        ),
     ]  # fmt: skip
+
+
+def _windows(tokenizer: Any, text: Text, asked: EvaluationSettings) -> tuple[torch.Tensor, list[int], int]:
+    """Returns windows of token ids, the bytes of the tokens that each predicts, and how many tokens the text has."""
+    length, each = asked.sequence_length, asked.start_token == "each"
+    offsets = {"return_offsets_mapping": True} if getattr(tokenizer, "is_fast", False) else {}
+    with quiet_transformers():
+        found = tokenizer(text.content, add_special_tokens=asked.start_token == "first", verbose=False, **offsets)
+    ids = found["input_ids"]
+    rows = [row for row in spans(ids, length, start_token(tokenizer) if each else None) if _tokens(row) == length]
+    if not rows:
+        raise EvaluationError(
+            f"{text.name} has {len(ids):,} tokens, fewer than one window of {length:,}; give a longer text or "
+            "a shorter --sequence-length"
+        )
+    rows = rows[: asked.windows]
+    if offsets:
+        ends = [0, *accumulate((end for _, end in found["offset_mapping"]), max)]
+        bounds = [(ends[part.start + (not head)], ends[part.stop]) for head, part in rows]
+        sizes = [len(text.content[first:last].encode()) for first, last in bounds]
+    else:
+        sizes = [round(len(text.content.encode()) * (length - 1) / len(ids))] * len(rows)
+    return torch.tensor([head + ids[part] for head, part in rows]), sizes, len(ids)
+
+
+def _tokens(row: tuple[list[int], slice]) -> int:
+    head, part = row
+    return len(head) + int(part.stop) - int(part.start)
 
 
 @torch.inference_mode()

@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,7 +46,7 @@ class Record:
     model: str = field(default="", metadata={"needed": True})
     """The name of a `ModelEntry`."""
     measurement: str
-    """perplexity, zero_shot, latency, memory, size or energy."""
+    """perplexity, bits_per_byte, zero_shot, latency, memory, size or energy."""
     task: str
     """What was measured on: wikitext2, hellaswag, `batch 1, prompt 12, new 128`."""
     metric: str
@@ -153,9 +153,16 @@ class Evaluation:
         file = parse(_File, content, where=str(path), error=EvaluationError, remedy=remedy)
         return cls(
             models={entry.name: entry for entry in file.models},
-            records={record.key: record for record in file.records},
+            records={record.key: record for record in map(_as_now, file.records)},
             unfinished=file.unfinished,
         )
+
+
+def _as_now(record: Record) -> Record:
+    """Adds what a record of perplexity did not say before there was a choice."""
+    if record.measurement != "perplexity" or "start_token" in record.settings:
+        return record
+    return replace(record, settings={**record.settings, "start_token": "first"})
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from amprune.settings import MEASURED_BY, MEASUREMENTS, EvaluationSettings, Meas
 
 logger = logging.getLogger(__name__)
 _REQUESTED = (
-    "sequence_length", "windows", "tasks", "limit", "num_fewshot", "dtype", "energy_seconds", "country",
+    "sequence_length", "start_token", "windows", "tasks", "limit", "num_fewshot", "dtype", "energy_seconds", "country",
 )  # fmt: skip
 """Settings that decide figures: an interrupted run is gone on with where they are the same."""
 _PACKAGES = ("amprune", "torch", "transformers", "tokenizers", "lm-eval", "codecarbon")

@@ -185,7 +185,9 @@ def measure_cells(bench: Bench, cells: Sequence[Cell]) -> Evaluation:
         place = str(bench.place(cell)) if cell.is_pruned else bench.model
         models.append(f"{cell.name}={place}" if cell.checkpoint is None else cell.checkpoint)
     settings = {name: getattr(bench.settings, name) for name in _MEASURED_ON}
-    return evaluate(models, file, measure=bench.measure, progress=bench.progress, **settings)
+    return evaluate(
+        models, file, measure=bench.measure, start_token="first", progress=bench.progress, **settings
+    )  # the paper's procedure
 
 
 def _forget_others(file: Path, places: Mapping[str, Path]) -> None:

@@ -29,12 +29,20 @@ def perplexity_section(inputs: Inputs, colours: dict[str, str]) -> Section | Non
             ("perplexity \u00b1 standard error", {n: number(r.value, r.standard_error) for n, r in records.items()}),
             ("difference", {name: difference(found) for name, found in changes.items()}),
             ("ratio", {name: times(records[name].value / base.value) for name in changes if base is not None}),
+            ("bits per byte", _bits_per_byte(inputs, measure)),
             ("windows", {name: f"{record.n:,}" for name, record in records.items()}),
         ]
         blocks.append(grid_of(f"Perplexity, {measure.label}", list(records), columns))
         if any(name != inputs.baseline for name in records):
             blocks.append(_perplexity_picture(inputs, measure, colours, f"perplexity-{index}"))
     return Section("Perplexity", tuple(blocks)) if blocks else None
+
+
+def _bits_per_byte(inputs: Inputs, measure: Measure) -> dict[str, str]:
+    """Returns the same loss over the bytes of the text, which may be compared between tokenizers."""
+    found = find_measures(inputs.evaluation, "bits_per_byte")
+    same = [m for m in found if (m.task, m.device, m.settings) == (measure.task, measure.device, measure.settings)]
+    return {name: number(one.value, one.standard_error) for m in same for name, one in m.records.items()}
 
 
 def _perplexity_words(measure: Measure, spoken: list[str], inputs: Inputs) -> str:

@@ -31,6 +31,7 @@ def evaluation_grid(evaluation: Evaluation, models: Sequence[str], output: Path)
         *find_measures(evaluation, "size", "parameters"),
         *find_measures(evaluation, "size", "weight_bytes"),
         *find_measures(evaluation, "perplexity"),
+        *find_measures(evaluation, "bits_per_byte"),
         *tasks,
         *averages(evaluation),
         *find_measures(evaluation, "latency", "total"),

@@ -3,4 +3,5 @@
 records.py      Alpaca, chats and plain text -> prompts and responses
 calibration.py  a calibration set: seeded samples of token ids
 training.py     instructions -> token ids and labels
+tokens.py       start tokens, and rows of token ids
 """

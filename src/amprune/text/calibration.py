@@ -17,6 +17,7 @@ from amprune.model.loading import load_tokenizer
 from amprune.model.reader import Checkpoint, open_model
 from amprune.settings import ApplySettings, Drawing, PathLike, part, settle, with_preset
 from amprune.text.records import read_records, render
+from amprune.text.tokens import start_token, started
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,8 @@ class CalibrationSet:
     seed: int | None = None
     max_length: int | None = None
     prompts_only: bool = False
+    start: int | None = None
+    """The token that rows of the refit begin with, where the tokenizer begins texts with one."""
 
     @property
     def tokens(self) -> int:
@@ -93,11 +96,12 @@ def load_calibration(
             f"{name} holds {len(records)} samples, but {samples} were asked for; give {smaller}a larger set"
         )
     drawn = random.Random(asked.seed).sample(records, len(records) if samples is None else samples)
+    start = start_token(tokenizer)
     encoded = (
-        _encode(record, tokenizer, f"{name}, {place}", asked.prompts_only, max_length) for place, record in drawn
+        _encode(record, tokenizer, f"{name}, {place}", asked.prompts_only, max_length, start) for place, record in drawn
     )
     kept = tuple(encoded if tokens is None else _until(encoded, tokens))
-    return CalibrationSet(name, kept, asked.seed, max_length, asked.prompts_only)
+    return CalibrationSet(name, kept, asked.seed, max_length, asked.prompts_only, start)
 
 
 def _until(samples: Iterable[tuple[int, ...]], tokens: int) -> Iterator[tuple[int, ...]]:
@@ -154,7 +158,7 @@ def draw_calibration(
 
 
 def _encode(
-    record: Mapping[str, Any], tokenizer: Any, where: str, prompts_only: bool, max_length: int
+    record: Mapping[str, Any], tokenizer: Any, where: str, prompts_only: bool, max_length: int, start: int | None
 ) -> tuple[int, ...]:
     found = render(record, tokenizer, where, prompts_only=prompts_only)
     if prompts_only and not found.prompt:
@@ -169,4 +173,4 @@ def _encode(
         raise CalibrationError(f"{where}: the tokenizer refuses this sample: {error}") from error
     if not ids:
         raise CalibrationError(f"{where}: the tokenizer makes no token of this sample")
-    return tuple(ids[:max_length])  # some tokenizers do not truncate to fewer than their special tokens
+    return tuple(started(ids, start)[:max_length])  # some tokenizers do not truncate to fewer than their special tokens

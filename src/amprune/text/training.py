@@ -10,6 +10,7 @@ from amprune.errors import CalibrationError, RecoveryError
 from amprune.running import Progress, no_progress
 from amprune.settings import RecoverySettings
 from amprune.text.records import read_records, render
+from amprune.text.tokens import spans, start_token, started
 
 logger = logging.getLogger(__name__)
 IGNORED = -100
@@ -59,10 +60,11 @@ def load_training_data(
             raise RecoveryError(f"{name} holds {len(records)} samples, but --samples {samples} were asked for")
         drawn = drawn[:samples]
     kept: list[Sample] = []
+    start = start_token(tokenizer)
     truncated = 0
     with progress("Tokenising", len(drawn)) as advance:
         for where, record in drawn:
-            sample, cut = _encode(record, tokenizer, f"{name}, {where}", max_length)
+            sample, cut = _encode(record, tokenizer, f"{name}, {where}", max_length, start)
             truncated += cut
             if any(label != IGNORED for label in sample["labels"][1:]):
                 kept.append(sample)
@@ -80,11 +82,13 @@ def load_training_data(
             "one more for the validation loss: give more samples or a larger --max-length"
         )
     training = kept[held:]
-    packed = _packed(training, max_length) if settings.packing else training
+    packed = _packed(training, max_length, start) if settings.packing else training
     return TrainingData(name, tuple(packed), tuple(kept[:held]), truncated, skipped)
 
 
-def _encode(record: Mapping[str, Any], tokenizer: Any, where: str, max_length: int) -> tuple[Sample, bool]:
+def _encode(
+    record: Mapping[str, Any], tokenizer: Any, where: str, max_length: int, start: int | None
+) -> tuple[Sample, bool]:
     """Returns one sample and whether it was cut."""
     found = render(record, tokenizer, where)
     text = found.prompt + found.response
@@ -95,6 +99,7 @@ def _encode(record: Mapping[str, Any], tokenizer: Any, where: str, max_length: i
         raise CalibrationError(f"{where}: the tokenizer refuses this sample: {error}") from error
     if found.add_special_tokens and tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
         ids = [*ids, tokenizer.eos_token_id]
+    prompt, ids = prompt + len(whole := started(ids, start)) - len(ids), whole
     prompt = max(1, prompt)  # nothing predicts the first token
     labels = [IGNORED] * prompt + ids[prompt:]
     return {"input_ids": ids[:max_length], "labels": labels[:max_length]}, len(ids) > max_length
@@ -116,8 +121,8 @@ def _prompt_tokens(tokenizer: Any, text: str, ids: Sequence[int], prompt: str, *
     return next((index for index, (ours, theirs) in pairs if ours != theirs), min(len(alone), len(ids)))
 
 
-def _packed(samples: Sequence[Sample], length: int) -> list[Sample]:
-    """Joins samples, in their order, and cuts the whole into sequences.
+def _packed(samples: Sequence[Sample], length: int, start: int | None) -> list[Sample]:
+    """Joins samples, in their order, and cuts the whole into sequences, each with the start token before it.
 
     The first label of a sequence is left out, as that of a sample is: nothing predicts it.
     """
@@ -126,6 +131,8 @@ def _packed(samples: Sequence[Sample], length: int) -> list[Sample]:
     for sample in samples:
         ids += sample["input_ids"]
         labels += sample["labels"]
-    spans = (slice(start, start + length) for start in range(0, len(ids), length))
-    pieces = [{"input_ids": ids[span], "labels": [IGNORED, *labels[span][1:]]} for span in spans]
+    pieces = [
+        {"input_ids": head + ids[part], "labels": [IGNORED, *(head + labels[part])[1:]]}
+        for head, part in spans(ids, length, start)
+    ]
     return [piece for piece in pieces if any(label != IGNORED for label in piece["labels"])]

@@ -21,6 +21,7 @@ from amprune.plan.artefact import PruningPlan
 from amprune.running import Progress, binary, free_memory, no_progress
 from amprune.settings import Compute
 from amprune.text.calibration import HELD_OUT, CalibrationSet
+from amprune.text.tokens import spans
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +79,8 @@ def reconstruct(
     calibration tokens, layer by layer; H' are inputs in the already pruned and refitted model, T what the dense model
     has there. The ridge is chosen on held-out tokens, an eighth; where none lowers their error, a projection stays.
 
-    Samples are joined and cut into rows of up to 512 tokens; `folder` keeps the refitted tensors until they are
+    Samples are joined and cut into rows of up to 512 tokens, each behind a start token where the tokenizer begins texts
+    with one; `folder` keeps the refitted tensors until they are
     written.
     """
     _check_plan(plan)
@@ -139,8 +141,8 @@ def packed(calibration: CalibrationSet, *, longest: int = ROW, eos: int | None =
             f"the calibration set {calibration.name!r} holds {len(joined)} tokens, but reconstruction needs at least "
             f"{2 * HELD_OUT}, and good results tens of thousands; give more --samples"
         )
-    rows = len(joined) // length
-    return torch.tensor(joined[: rows * length]).view(rows, length)
+    rows = [head + joined[part] for head, part in spans(joined, length, calibration.start)]
+    return torch.tensor([row for row in rows if len(row) == length])
 
 
 def _eos(dense: Checkpoint) -> int | None:
