@@ -96,9 +96,10 @@ def test_records_say_what_when_where_and_with_which_versions(dense: Path, text: 
     assert keys(evaluation, "dense") == [
         *(("size", "model", metric) for metric in SIZES),
         ("perplexity", "my.txt", "perplexity"),
+        ("bits_per_byte", "my.txt", "bits_per_byte"),
     ]
     record = evaluation.of("dense", "perplexity")[0]
-    assert record.settings == {"sequence_length": 32, "windows": 5, "dtype": "float32"}
+    assert record.settings == {"sequence_length": 32, "windows": 5, "dtype": "float32", "start_token": "each"}
     assert record.n == len(record.items) == 5
     assert record.data is not None
     assert record.data["name"] == "my.txt"
@@ -192,7 +193,9 @@ def test_models_that_cannot_be_pruned_can_be_measured(
     evaluation = evaluate(
         folder, tmp_path / "e.json", measure=measure, texts=[text], sequence_length=32, latency=LATENCY
     )
-    assert {record.measurement for record in evaluation.of(model_type)} == {"size", "perplexity", "latency", "memory"}
+    assert {record.measurement for record in evaluation.of(model_type)} == {
+        "size", "perplexity", "bits_per_byte", "latency", "memory",
+    }  # fmt: skip
 
 
 def test_a_pickled_checkpoint_gives_the_same_figures(dense: Path, text: Path, tmp_path: Path) -> None:
@@ -318,7 +321,7 @@ def test_nan_keeps_no_record_of_the_model_and_those_of_the_others(dense: Path, t
     with pytest.raises(EvaluationError, match="broken gives logits that are NaN in float32, so no figure is kept"):
         perplexities([dense, broken], tmp_path / "e.json", [text])
     kept = Evaluation.load(tmp_path / "e.json")
-    assert len(kept.of("dense")) == len(SIZES) + 1
+    assert len(kept.of("dense")) == len(SIZES) + 2
     assert kept.of("broken") == []
 
 
@@ -387,7 +390,8 @@ def test_models_that_do_not_fit_beside_each_other(
 def full_record(**changes: Any) -> Record:
     values: dict[str, Any] = {
         "model": "dense", "measurement": "perplexity", "task": "Zürich.txt", "metric": "perplexity", "value": 20.5,
-        "unit": "perplexity", "n": 2, "standard_error": 0.25, "settings": {"windows": None, "sequence_length": 32},
+        "unit": "perplexity", "n": 2, "standard_error": 0.25,
+        "settings": {"windows": None, "sequence_length": 32, "start_token": "each"},
         "seed": 3, "items": (3.0, 3.1), "items_hash": "ab", "data": {"name": "Zürich.txt", "sha256": "cd"},
         "device": "cpu", "versions": {"torch": "2"}, "time": "2026-01-01T00:00:00+00:00", "note": "halved",
     }  # fmt: skip
@@ -666,7 +670,7 @@ def test_a_process_that_is_stopped_leaves_a_whole_file(
     arguments = [dense, "-o", file, "--measure", "perplexity", "--sequence-length", 16, *texts]
     process = subprocess.Popen(command(*arguments), stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
-    while not file.exists() or len(Evaluation.load(file).records) < len(SIZES) + 2:
+    while not file.exists() or len(Evaluation.load(file).records) < len(SIZES) + 4:
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -764,6 +768,7 @@ def test_dense_and_pruned_in_one_call(dense: Path, pruned: Path, text: Path, tmp
     expected = [
         *(("size", "model", metric) for metric in SIZES),
         ("perplexity", "my.txt", "perplexity"),
+        ("bits_per_byte", "my.txt", "bits_per_byte"),
         ("zero_shot", "winogrande", "acc"),
         *(
             (kind, f"batch {batch}, prompt 12, new 4, eager", metric)

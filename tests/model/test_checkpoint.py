@@ -410,6 +410,10 @@ def only_adapter(model: Path) -> None:
     save_file({"base_model.model.x": torch.ones(2)}, model / "adapter_model.safetensors")
 
 
+def adapter_beside_weights(model: Path) -> None:
+    write(model / "adapter_config.json", {"peft_type": "LORA"})
+
+
 def adapter_with_config(model: Path) -> None:
     write(model / "adapter_config.json", {"peft_type": "LORA"})
     (model / "model.safetensors").rename(model / "adapter_model.safetensors")
@@ -504,8 +508,17 @@ BAD_SINGLE: dict[str, tuple[Damage, type[AmpruneError], str]] = {
         CheckpointError,
         r"holds no weights: expected model\.safetensors, .*is no transformers checkpoint",
     ),
-    "only an adapter": (only_adapter, CheckpointError, r"config\.json is missing; .*PEFT adapter: merge it into its"),
-    "adapter beside a config": (adapter_with_config, CheckpointError, "holds no weights.*PEFT adapter: merge it into"),
+    "only an adapter": (only_adapter, CheckpointError, "holds a PEFT adapter alone; merge it into its base"),
+    "adapter beside weights": (
+        adapter_beside_weights,
+        CheckpointError,
+        "transformers loads the adapter's base model instead of these weights",
+    ),
+    "adapter beside a config": (
+        adapter_with_config,
+        CheckpointError,
+        "transformers loads the adapter's base model instead",
+    ),
     "folder of a GGUF file": (
         lambda model: (model / "model.safetensors").rename(model / "model.gguf"),
         CheckpointError,

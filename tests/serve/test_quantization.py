@@ -301,7 +301,7 @@ def test_a_full_disk_is_told_and_nothing_is_left(dense: Path, tmp_path: Path, mo
 def test_an_adapter_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(CheckpointError, match="holds a PEFT adapter: merge it into its base model first"):
+    with pytest.raises(CheckpointError, match="holds a PEFT adapter alone; merge it into its base model first"):
         quantize(tmp_path / "adapter", tmp_path / "out")
 
 

@@ -60,7 +60,8 @@ def measure_perplexity(given: Loaded, *, text: Text, asked: EvaluationSettings) 
     log-likelihoods in nats a token; the standard error is theirs, by the delta method.
 
     Bits per byte are the same loss over the UTF-8 bytes of the predicted tokens instead of their number, and may be
-    compared between tokenizers; the standard error is that of a ratio of two sums over windows.
+    compared between tokenizers. The items are the bits of a window over the mean bytes of a window, so that their mean
+    is the value; the standard error is that of a ratio of two sums over windows.
     """
     model, length = given.model, asked.sequence_length
     check_windows(getattr(model.config, "max_position_embeddings", None), length, asked.windows)
@@ -84,6 +85,7 @@ def measure_perplexity(given: Loaded, *, text: Text, asked: EvaluationSettings) 
     common: dict[str, Any] = {
         "task": text.name,
         "n": len(losses),
+        "items_hash": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
         "settings": {
             "sequence_length": length, "windows": asked.windows, "dtype": dtype_of(model),
             "start_token": asked.start_token,
@@ -92,18 +94,18 @@ def measure_perplexity(given: Loaded, *, text: Text, asked: EvaluationSettings) 
             "name": text.name, "sha256": text.sha256, "tokens": tokens, "predicted": predicted, "bytes": sum(sizes),
         },
     }  # fmt: skip
-    bits = [loss * (length - 1) / math.log(2) for loss in losses]
-    per_byte = sum(bits) / max(1, sum(sizes))
-    apart = standard_error([one - per_byte * size for one, size in zip(bits, sizes, strict=True)])
+    size = max(1, sum(sizes)) / len(sizes)
+    bits = [loss * (length - 1) / math.log(2) / size for loss in losses]
+    per_byte = statistics.fmean(bits)
+    apart = standard_error([one - per_byte * own / size for one, own in zip(bits, sizes, strict=True)])
     return [
         Record(
             measurement="perplexity", metric="perplexity", value=value, unit="perplexity",
-            standard_error=None if error is None else value * error, items=tuple(losses),
-            items_hash=hashlib.sha256(windows.numpy().tobytes()).hexdigest(), **common,
+            standard_error=None if error is None else value * error, items=tuple(losses), **common,
         ),
         Record(
             measurement="bits_per_byte", metric="bits_per_byte", value=per_byte, unit="bits/byte",
-            standard_error=None if apart is None else apart / statistics.fmean(sizes), **common,
+            standard_error=apart, items=tuple(bits), **common,
         ),
     ]  # fmt: skip
 

@@ -1,5 +1,6 @@
 """The files of a Hugging Face folder: which hold weights, what their headers say, how to open one."""
 
+import json
 import math
 import pickle
 import re
@@ -79,8 +80,6 @@ def read_front_matter(card: Path) -> dict[str, Any]:
 
 def what_else(folder: Path) -> str:
     """Says what a folder without config.json or weights is instead."""
-    if (folder / "adapter_config.json").is_file():
-        return "; the folder holds a PEFT adapter: merge it into its base model first"
     if not folder.is_dir():
         return "; there is no such folder"
     if files := sorted(folder.glob("*.gguf")):
@@ -88,6 +87,31 @@ def what_else(folder: Path) -> str:
     if lost := [path for path in sorted(folder.iterdir()) if path.is_symlink() and not path.exists()]:
         return f"; {lost[0]} is a link to nowhere: copy the files that the links lead to as well (`cp -rL`)"
     return f"; {folder} is no transformers checkpoint"
+
+
+def check_no_adapter(folder: Path) -> None:
+    """Refuses a PEFT adapter, beside weights too: with PEFT at hand, transformers loads its base instead of them."""
+    if not (file := folder / "adapter_config.json").is_file():
+        return
+    if (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder} holds a model and {file.name}, for which transformers loads the adapter's base model instead "
+            "of these weights; move the adapter's files out of the folder if it is merged, else merge it first"
+        )
+    raise CheckpointError(
+        f"{folder} holds a PEFT adapter alone; merge it into its base model first: "
+        "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)"
+    )
+
+
+def module_folders(folder: Path) -> set[str]:
+    """Returns the folders of an embedding model's further modules."""
+    file = folder / "modules.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+        return {Path(str(entry["path"])).parts[0] for entry in content if entry["path"]}
+    except (OSError, ValueError, RecursionError, TypeError, KeyError, IndexError):
+        return set()
 
 
 def check_no_pointer(file: Path) -> None:

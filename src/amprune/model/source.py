@@ -10,11 +10,13 @@ import re
 import shutil
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from amprune.errors import CheckpointError, MissingDependencyError, reason, required
 from amprune.model.architecture import quiet_transformers
+from amprune.model.files import check_no_adapter, check_no_pointer, module_folders
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +43,16 @@ ALIASES = {
 GGUF_DTYPES = {"auto": "bfloat16", "bfloat16": "bfloat16", "float16": "float16", "float32": "float32"}
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "LICENSE*", "README.md"]
+_HUB_FILES = [
+    "*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "LICEN[CS]E*", "NOTICE*",
+    "USE_POLICY*", "README.md",
+]  # fmt: skip
+_NEVER_FETCHED = [
+    "consolidated*",
+    "params.json",
+    *(f"*/*.{kind}" for kind in ("json", "safetensors", "txt", "model", "py", "md")),
+]
+"""Mistral's own form of a model, and the other forms that lie in folders."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +84,9 @@ def open_source(
     if path.is_dir():
         if revision is not None:
             raise CheckpointError(f"{path} is a local folder; --revision is for models of the hub")
-        return Source(path, (path,), path.resolve().name, None)
+        check_no_adapter(path)
+        known = _cached_id(path)
+        return Source(path, (path,), known or path.resolve().name, known)
     if path.suffix.lower() == ".gguf" or path.is_file():
         folder = _dequantised(path, dtype)
         return Source(folder, (path, folder), path.stem, None)
@@ -87,7 +100,16 @@ def open_source(
             f"aliases {', '.join(ALIASES)}"
         )
     folder = _download(name, revision, config_only=config_only)
+    check_no_adapter(folder)
     return Source(folder, (folder,), name, name)
+
+
+def _cached_id(folder: Path) -> str | None:
+    """Returns the hub id of a snapshot in the hub's own cache, which is a folder named by a hash."""
+    place = folder.resolve()
+    if place.parent.name != "snapshots" or not (name := place.parent.parent.name).startswith("models--"):
+        return None
+    return name.removeprefix("models--").replace("--", "/", 1)
 
 
 def _alias_file(name: str, alias: Alias) -> Path:
@@ -110,9 +132,12 @@ def _download(name: str, revision: str | None, *, config_only: bool) -> Path:
     where = name if revision is None else f"{name} at revision {revision}"
     try:
         wanted = ["config.json"] if config_only else _HUB_FILES
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+        fetch = partial(snapshot_download, name, revision=revision)
+        folder = Path(fetch(allow_patterns=wanted, ignore_patterns=_NEVER_FETCHED))
         if not config_only and not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*_HUB_FILES, "*.bin"]))
+            fetch(allow_patterns=["pytorch_model*.bin"], ignore_patterns=_NEVER_FETCHED)
+        if modules := () if config_only else module_folders(folder):
+            fetch(allow_patterns=[f"{module}/*" for module in modules])
     except GatedRepoError as error:
         raise CheckpointError(f"{where} is gated; accept its terms on the hub and run `hf auth login`") from error
     except RevisionNotFoundError as error:
@@ -138,8 +163,6 @@ def _dequantised(gguf: Path, dtype: str) -> Path:
 
     The key covers the file's path, size and time of change, so an edited file is read again.
     """
-    from amprune.model.files import check_no_pointer
-
     if not gguf.is_file():
         raise CheckpointError(f"no file {gguf}")
     with gguf.open("rb") as file:

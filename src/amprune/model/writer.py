@@ -1,6 +1,5 @@
 """An output: its shards, index and sidecar files, and the one rename by which it appears."""
 
-import json
 import logging
 import os
 import re
@@ -17,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from amprune.errors import AmpruneError, CheckpointError
-from amprune.model.files import TensorHeader
+from amprune.model.files import TensorHeader, module_folders
 from amprune.records import alone, umask, write
 from amprune.running import release_memory
 
@@ -96,7 +95,7 @@ def copy_sidecars(source: Path, target: Path) -> list[str]:
     sizes, hidden files, and links out of the folder but for files that loaders read. Of an embedding model the modules
     that `modules.json` names are copied whole, weights included.
     """
-    modules, copied, left = _modules(source), [], []
+    modules, copied, left = module_folders(source), [], []
     for file in sorted(source.rglob("*")):
         relative = file.relative_to(source)
         if not file.is_file() or any(part.startswith(".") for part in relative.parts) or relative.parts[0] == RECORDS:
@@ -117,16 +116,6 @@ def copy_sidecars(source: Path, target: Path) -> list[str]:
     if code := [name for name in copied if name.endswith(".py")]:
         logger.info("carried over, never run: %s, the model's own code", ", ".join(code[:8]))
     return copied
-
-
-def _modules(source: Path) -> set[str]:
-    """Returns the folders of an embedding model's further modules."""
-    file = source / "modules.json"
-    try:
-        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
-        return {Path(str(entry["path"])).parts[0] for entry in content if entry["path"]}
-    except (OSError, ValueError, RecursionError, TypeError, KeyError, IndexError):
-        return set()
 
 
 def _leads_out(file: Path, source: Path) -> bool:

@@ -316,6 +316,8 @@ def _front_matter(source: Source, made: Made, head: CardHead) -> dict[str, objec
     front |= {key: carried[key] for key in ("license", "license_name", "license_link", "language") if key in carried}
     if source.base_model is not None:
         front["base_model"] = [source.base_model]
+    elif head.dense is not None and "base_model" in carried:
+        front["base_model"] = carried["base_model"]
     if made.recovery is None and made.quantization is None:  # the source is no output of amprune
         return front
     if head.dense is not None:

@@ -4,6 +4,7 @@ import hashlib
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +96,16 @@ def reconstruct(
             "settle it, and until then the ridge holds it near its weights: give more --samples", width, fitted
         )  # fmt: skip
     size = max(1, where.batch_tokens // rows.shape[1])
-    parts = (rows[:-held_out], rows[-held_out:])
-    batches = [batch for part in parts for batch in torch.split(part, size)]
+    # A quarter and a half of the rows may be enough (see sweep): how large batches are must not move these bounds.
+    fit = len(rows) - held_out
+    bounds = sorted({0, fit // 4, fit // 2, fit, len(rows)})
+    parts = [torch.split(rows[first:last], size) for first, last in pairwise(bounds)]
+    batches = [batch for part in parts for batch in part]
+    counts = [sum(map(len, parts[: place + 1])) for place in range(len(parts) - 1)]
     tensors, layers = _Spilled(folder), []
     for index, layer in enumerate(
         sweep(
-            dense, plan, batches, -(-len(parts[0]) // size), device=place, dtype=kind, moments_dtype=moments_dtype,
-            progress=progress,
+            dense, plan, batches, counts, device=place, dtype=kind, moments_dtype=moments_dtype, progress=progress
         )
     ):  # fmt: skip
         tensors.put(layer.tensors, index)

@@ -63,7 +63,7 @@ def sweep(
     dense: Checkpoint,
     plan: PruningPlan,
     batches: Sequence[torch.Tensor],
-    fitted: int,
+    counts: Sequence[int],
     *,
     device: torch.device,
     dtype: torch.dtype,
@@ -80,7 +80,8 @@ def sweep(
         dense: the checkpoint.
         plan: what to keep; of heads and neurons.
         batches: (rows, length) token ids.
-        fitted: how many of the batches the fit sees; the others are held out.
+        counts: how many of the batches hold a quarter, a half and all of the rows that the fit sees; the others are
+            held out.
         device: where blocks and moments lie.
         dtype: of the computation.
         moments_dtype: of the moments and of the solution.
@@ -93,7 +94,7 @@ def sweep(
     whole = Blocks(dense.config, architecture, dense.__getitem__, dtype, device)
     pruned = output_config(dense.config, architecture, plan)
     cut = Blocks(pruned, architecture, read, dtype, device)
-    strengths = [FIRST_STRENGTH, FIRST_STRENGTH]
+    strengths, fitted = [FIRST_STRENGTH, FIRST_STRENGTH], counts[-1]
     with torch.inference_mode(), progress("Reconstructing", len(calls)) as advance:
         for index, call in enumerate(calls):
             with whole.block(index) as whole_block, cut.block(index) as cut_block:
@@ -102,7 +103,7 @@ def sweep(
                     _residual_scale(dense.config), hidden, hidden_cut, fitted, moments_dtype,
                 )  # fmt: skip
                 try:
-                    if index == 0 and (enough := _enough(layer)) < fitted:
+                    if index == 0 and (enough := _enough(layer, counts)) < fitted:
                         hidden = hidden_cut = hidden[:enough] + hidden[fitted:]
                         fitted = enough
                         layer = replace(layer, entered=hidden, entered_cut=hidden, fitted=fitted)
@@ -121,15 +122,14 @@ def sweep(
             advance(1)
 
 
-def _enough(layer: _Layer) -> int:
-    """Returns how many batches of the fit are enough, by the held-out error of the first layer's MLP.
+def _enough(layer: _Layer, counts: Sequence[int]) -> int:
+    """Returns which of the counts of batches is enough, by the held-out error of the first layer's MLP.
 
-    A half and a quarter of the batches are tried beside all of them; the fewest win that come within 5 % of the best.
+    The fewest win that come within 5 % of the best.
     """
     output = layer.cut.get_submodule(layer.family.mlp_output)
-    moments, errors = _moments(layer, output), dict[int, float]()
+    moments, errors, tokens = _moments(layer, output), dict[int, float](), dict[int, int]()
     order = sorted(layer.batches(), key=lambda batch: batch[0] < layer.fitted)  # held-out ones first
-    shares = {layer.fitted // 4, layer.fitted // 2, layer.fitted} - {0}
     for index, call, hidden, hidden_cut in order:
         with observed(layer.whole.get_submodule(layer.family.mlp_output)) as dense:
             call.run(layer.whole, hidden)
@@ -137,12 +137,12 @@ def _enough(layer: _Layer) -> int:
             call.run(layer.cut, hidden_cut)
         missing = dense["gives"].float() - found["gives"].float()
         _add(moments, output, found, missing, held_out=index >= layer.fitted)
-        if index < layer.fitted and index + 1 in shares:
+        if index + 1 in counts:
             errors[index + 1] = _solved(output, moments, FIRST_STRENGTH, "MLP").held_out_after
+            tokens[index + 1] = moments.tokens
     enough = next(count for count in sorted(errors) if errors[count] <= _NEAR * min(errors.values()))
-    tokens = moments.tokens // layer.fitted
-    tried = ", ".join(f"{error:.4f} with {count * tokens:,}" for count, error in sorted(errors.items()))
-    logger.info("held-out error of the first layer's MLP by tokens of the fit: %s; %s taken", tried, enough * tokens)
+    tried = ", ".join(f"{error:.4f} with {tokens[count]:,}" for count, error in sorted(errors.items()))
+    logger.info("held-out error of the first layer's MLP by tokens of the fit: %s; %s taken", tried, tokens[enough])
     return enough
 
 

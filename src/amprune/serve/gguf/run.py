@@ -124,11 +124,6 @@ def export_gguf(
 
 
 def _check_source(source: Source, *, trust_remote_code: bool) -> None:
-    if (source.folder / "adapter_config.json").is_file():
-        raise CheckpointError(
-            f"{source.folder} holds a PEFT adapter that is not merged (adapter_config.json), which llama.cpp's "
-            "converter would leave out; merge it into its base model first: `amprune recover` writes merged models"
-        )
     settings = (source.folder / name for name in ("config.json", "tokenizer_config.json"))
     for file in (file for file in settings if file.is_file()):
         if "auto_map" in read_object(file) and not trust_remote_code:
