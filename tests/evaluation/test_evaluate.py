@@ -430,7 +430,9 @@ def test_a_later_figure_takes_the_place_of_an_earlier_one() -> None:
     assert [record.value for record in evaluation.records.values()] == [30.0, 20.5]
     for changes in ({"settings": {"windows": 3}}, {"device": "cuda"}, {"model": "m"}, {"task": "t"}, {"metric": "x"}):
         assert full_record(**changes).key != full_record().key
-    assert full_record(settings={"sequence_length": 32, "windows": None}).key == full_record().key
+    assert (
+        full_record(settings={"start_token": "each", "sequence_length": 32, "windows": None}).key == full_record().key
+    )
 
 
 DAMAGED = {
