@@ -162,7 +162,22 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     refuse_quantized(folder, config)
     architecture = describe(config, where=str(folder))
     stored = stored_tensors(folder)
-    return Checkpoint(folder, config, architecture, _matched(stored, config, architecture, folder))
+    found = Checkpoint(folder, config, architecture, _matched(stored, config, architecture, folder))
+    return _untied(found, stored) if architecture.tied else found
+
+
+def _untied(found: Checkpoint, stored: Mapping[str, StoredTensor]) -> Checkpoint:
+    """Returns the checkpoint as transformers loads it: weights that config.json ties and the files do not are apart."""
+    pairs = [(one, other) for one, other in found.architecture.tied.items() if one in found and other in found]
+    if not pairs or all(identical(found[one], found[other]) for one, other in pairs):
+        return found
+    logger.info(
+        "%s: config.json ties %s and %s, but the files hold two different ones; they are kept apart, as transformers "
+        "does", found.folder, *pairs[0]
+    )  # fmt: skip
+    config = {**found.config, "tie_word_embeddings": False}
+    architecture = describe(config, where=str(found.folder))
+    return Checkpoint(found.folder, config, architecture, _matched(stored, config, architecture, found.folder))
 
 
 def _matched(
