@@ -23,7 +23,7 @@ from amprune.cut.slicing import cuts_by_tensor, prune_model
 from amprune.model.architecture import Architecture, describe
 from amprune.plan.heads import Budget
 from amprune.search import allocation as choice
-from amprune.search.allocation import FINALISTS, MOST, Candidate, allocate, candidates, choose, plan_of
+from amprune.search.allocation import FINALISTS, MOST, Candidate, allocate, candidates, choose, nearest, plan_of
 from amprune.search.damage import Damage, measure_changes
 from amprune.settings import PlanOptions
 
@@ -367,3 +367,14 @@ def test_the_best_few_are_judged_by_their_refitted_weights(monkeypatch: pytest.M
     assert found.chosen.kl == pytest.approx(found.chosen.damage.kl, rel=1e-3)
     assert found.chosen.kl < by_damage[0].kl
     assert by_damage[0].damage.kl < found.chosen.damage.kl
+
+
+def test_what_misses_the_ratio_by_a_point_more_than_another_is_not_chosen() -> None:
+    def candidate(ratio: float, kl: float) -> Candidate:
+        return Candidate(Budget("groups", 4, 2, 10), ratio, Damage(kl, kl))
+
+    far, near, least = candidate(0.13, 0.1), candidate(0.118, 0.3), candidate(0.109, 0.2)
+    options = PlanOptions(ratio=0.11)
+    assert nearest([far, near, least], options) == [near, least]  # 2, 0.8 and 0.1 points
+    assert nearest([far], options) == [far]
+    assert nearest([far, near, least], PlanOptions(target_parameters=10)) == [far, near, least]

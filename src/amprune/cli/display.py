@@ -149,6 +149,11 @@ def _nearest(plan: "PruningPlan") -> str:
     multiple, neurons = options.get("neuron_multiple", 1), plan.shape_after.intermediate_size
     if multiple == 1 or options.get("neurons_ratio") is not None or neurons == plan.shape_before.intermediate_size:
         return f"the nearest with these options is {found}."
+    if "allocation" in plan.provenance and "target_parameters" not in options:
+        return (
+            f"the split that does the least damage removes {found} (neurons are kept in multiples of {multiple}; for "
+            "the exact ratio: --neuron-multiple 1)."
+        )
     closer = "the exact ratio" if options.get("tensor_parallel", 1) == 1 else "a nearer ratio"
     end = f"is {found} (neurons are kept in multiples of {multiple}; for {closer}: --neuron-multiple 1)."
     return f"the least that meets the target {end}" if "target_parameters" in options else f"the nearest {end}"
@@ -211,6 +216,9 @@ def show_inspection(found: "Inspection") -> None:
     for mode in found.modes:
         name = "Neurons alone" if mode.mode == "none" else f"Heads by {mode.mode}, unit: a {mode.unit}"
         steps = f"; {ranges(mode.removable)} of {mode.units_per_layer} removable" if mode.units_per_layer else ""
+        if mode.units_per_layer and not any(mode.removable):
+            accepted = ", ".join(map(str, shape.query_head_counts)) or "any"
+            steps = f"; none removable, since of the numbers that can be kept its config accepts {accepted} query heads"
         stdout.print(f"{name}{steps}; ratios up to {mode.largest_ratio:.4f}")
     stdout.print(f"Neurons adjust any ratio in steps of {found.smallest_step:.2e}.")
     if shape.blocks_refused is not None:

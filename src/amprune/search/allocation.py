@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 MOST = 12
 """Candidates that are measured at once; of more, an even choice, and then the neighbours of the best."""
+_POINT = 0.01
+"""What misses the ratio by so much more than another candidate, its neurons rounded to a multiple, is not chosen."""
 FINALISTS, NEAR = 3, 1.2
 """At most so many candidates are measured again with refitted weights, if they are as near to the best as this."""
 Refit = Callable[[PruningPlan], Mapping[str, torch.Tensor]]
@@ -139,10 +141,9 @@ def allocate(
         dense, measured = measure([partial(masked, model, plans[budget], architecture) for budget in wanted])
         found |= zip(wanted, measured, strict=True)
     table = {b: _candidate(scores.shape, b, equal[b], found[b]) for b in splits if b in found}
-    finalists = list(table.values())
+    finalists = nearest(list(table.values()), options)
     if refit is not None:
-        finalists = []
-        ranked = sorted(table.values(), key=_by_damage)
+        ranked, finalists = sorted(finalists, key=_by_damage), []
         near = [found for found in ranked[:FINALISTS] if found.kl <= NEAR * ranked[0].kl]
         for best in near if len(near) > 1 else ranked[:0]:
             plan = plans[best.budget]
@@ -158,6 +159,14 @@ def _candidate(shape: ModelShape, budget: Budget, measured: Budget, damage: Dama
     after = shape.shrunk(query_heads=budget.query_heads, key_value_heads=budget.key_value_heads, neurons=budget.neurons)
     neurons = None if measured == budget else measured.neurons
     return Candidate(budget, 1 - after.parameters / shape.parameters, damage, measured_neurons=neurons)
+
+
+def nearest(found: Sequence[Candidate], options: PlanOptions) -> list[Candidate]:
+    """Returns the candidates that may be chosen: those that miss the ratio by no more than a point beside the best."""
+    if options.ratio is None:
+        return list(found)
+    missed = [abs(one.ratio - options.ratio) for one in found]
+    return [one for one, by in zip(found, missed, strict=True) if by <= min(missed) + _POINT]
 
 
 def choose(found: Sequence[Candidate]) -> Candidate:
