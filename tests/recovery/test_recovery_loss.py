@@ -218,10 +218,34 @@ def test_a_model_that_teaches_itself_learns_nothing_and_validates_on_the_data(
 def test_a_teacher_of_another_vocabulary_is_refused_before_anything_is_written(
     model: Path, chats: Path, tmp_path: Path
 ) -> None:
-    teacher = save_tiny(tmp_path / "teacher", Tiny("llama", "wide", {**MHA, "vocab_size": 200}))
-    with pytest.raises(RecoveryError, match="teacher has a vocabulary of 200 tokens, the student one of 160; give the"):
+    teacher = save_tiny(tmp_path / "teacher", Tiny("llama", "narrow", {**MHA, "vocab_size": 150}))
+    with pytest.raises(RecoveryError, match="teacher has a vocabulary of 150 tokens, the student one of 160; give the"):
         train(model, chats, tmp_path / "out", teacher=teacher)
     assert {path.name for path in tmp_path.iterdir()} == {"teacher"}
+
+
+@pytest.mark.parametrize("rows", [165, 200])
+def test_a_teacher_whose_vocabulary_is_padded_otherwise_teaches_what_both_have(
+    rows: int, chats: Path, tmp_path: Path
+) -> None:
+    model = save_tiny(tmp_path / "model", Tiny("llama", "padded", {**MHA, "vocab_size": 176}))
+    teacher = save_tiny(tmp_path / "teacher", Tiny("llama", "wide", {**MHA, "vocab_size": rows}), seed=1)
+    student, wise, samples, known = load(model), load(teacher), tokenised(chats).training, min(rows, 176)
+    apart, count = 0.0, 0
+    for sample in samples:
+        ids = torch.tensor([sample["input_ids"]])
+        places = [place - 1 for place, label in enumerate(sample["labels"]) if label != -100]
+        with torch.no_grad():
+            logits = (one(ids).logits[0, places, :known] for one in (student, wise))
+            apart += float(plain_divergence(*logits, 1.0))
+        count += len(places)
+    result = train(
+        model, chats, tmp_path / "out", teacher=teacher, teacher_weight=1.0, batch_size=2,
+        gradient_accumulation=3, max_steps=1, validation_share=0.0, full=True, learning_rate=1e-3,
+    )  # fmt: skip
+    assert losses(result.log)[0][1] == pytest.approx(apart / count, abs=1e-5)
+    before, after = load(model).lm_head.weight, load(result.folder).lm_head.weight
+    assert not torch.equal(before[:known], after[:known])
 
 
 def peak(work: Callable[[], object]) -> int:

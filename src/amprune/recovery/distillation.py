@@ -19,7 +19,8 @@ def divergence(
     """Returns the forward KL divergence KL(teacher || student), summed over tokens, times temperature squared.
 
     `student` are logits (tokens, vocabulary) with a gradient, `hidden` the teacher's last states (tokens, hidden size):
-    its head is applied a chunk at a time. The square keeps the gradient's scale (Hinton et al., 2015).
+    its head is applied a chunk at a time. The square keeps the gradient's scale (Hinton et al., 2015). Where one
+    vocabulary is padded further than the other, the divergence is that over the ids of both.
     """
     total: torch.Tensor = _Divergence.apply(student, hidden, teacher, temperature)  # type: ignore[no-untyped-call]
     return total
@@ -39,10 +40,13 @@ class _Divergence(torch.autograd.Function):
         total, gradient = student.new_zeros((), dtype=torch.float32), torch.empty_like(student)
         chunks = (torch.split(tensor, CHUNK) for tensor in (student, hidden, gradient))
         for ours, states, slope in zip(*chunks, strict=True):
-            wanted = log_softmax(head_logits(teacher, states).float() / temperature, dim=-1)
-            found = log_softmax(ours.float() / temperature, dim=-1)
+            given = head_logits(teacher, states)
+            known = min(ours.shape[-1], given.shape[-1])
+            wanted = log_softmax(given[:, :known].float() / temperature, dim=-1)
+            found = log_softmax(ours[:, :known].float() / temperature, dim=-1)
             total += kl_div(found, wanted, reduction="sum", log_target=True) * temperature**2
-            slope.copy_(found.exp_().sub_(wanted.exp_()).mul_(temperature))
+            slope[:, :known].copy_(found.exp_().sub_(wanted.exp_()).mul_(temperature))
+            slope[:, known:] = 0
         ctx.save_for_backward(gradient)
         return total
 
