@@ -906,6 +906,7 @@ def test_an_out_that_appears_during_the_run_is_kept(model: Path, plan: PruningPl
 def test_what_a_killed_run_left_is_removed_by_the_next(records: bool, model: Path, plan: PruningPlan) -> None:
     partial = model.parent / "out.partial"
     partial.mkdir()
+    (model.parent / "out.partial.lock").touch()
     if records:
         (partial / RECORDS).mkdir()
         write(partial / "model-00001-of-00002.safetensors", "half")
@@ -919,10 +920,11 @@ def test_what_a_killed_run_left_is_removed_by_the_next(records: bool, model: Pat
     [
         lambda partial, other: partial.write_text("mine"),
         lambda partial, other: (partial.mkdir(), write(partial / "thesis.txt", "mine")),
+        lambda partial, other: shutil.copytree(other, partial),
         lambda partial, other: partial.symlink_to(other),
         lambda partial, other: partial.symlink_to(other / "nowhere"),
     ],
-    ids=["file", "folder", "symlink", "dangling symlink"],
+    ids=["file", "folder", "an output of amprune", "symlink", "dangling symlink"],
 )
 def test_a_partial_folder_of_somebody_else_is_refused(
     make: Callable[[Path, Path], object], model: Path, plan: PruningPlan, pruned: Path
@@ -1161,6 +1163,16 @@ def test_what_a_kill_while_replacing_leaves_is_put_right_by_the_next_run(
     assert digests(out) == written
     assert re.search(said, caplog.text)
     assert {path.name for path in tmp_path.iterdir()} == {"out", "expected"}
+
+
+def test_folders_of_the_user_that_are_called_as_a_run_calls_its_own_are_kept(tmp_path: Path) -> None:
+    fill(tmp_path / "out", "old")
+    for name in ("out.removed-2024", "out.replaced-7"):
+        fill(tmp_path / name, "mine")
+    before = {name: digest for name, digest in digests(tmp_path).items() if not name.startswith("out/")}
+    with staged_folder(tmp_path / "out", overwrite=True) as partial:
+        fill(partial, "new")
+    assert {name: digest for name, digest in digests(tmp_path).items() if not name.startswith("out/")} == before
 
 
 @pytest.mark.parametrize("name", ["out.replaced-mine", "out.replaced-", "out.replaced-12.bak", "my-out.replaced-12"])

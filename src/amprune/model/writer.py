@@ -164,10 +164,11 @@ def _partial(out: Path, check: Callable[[Path], None]) -> Iterator[tuple[Path, P
         _sync(folder)
         check(out)  # it may have appeared in the meantime
 
-    with _only_writer(out, folder), _write_errors(folder):
-        _finish_replacing(out)
+    with _only_writer(out, folder) as killed, _write_errors(folder):
+        if killed:
+            _finish_replacing(out)
+        _remove_stale(folder, killed=killed)
         check(out)  # it may be there by now, or again
-        _remove_stale(folder)
         try:
             (folder / RECORDS).mkdir(parents=True)
             yield folder, out, finish
@@ -197,14 +198,19 @@ def check_file(out: Path, *, overwrite: bool, protected: tuple[Path, ...]) -> No
 
 
 @contextmanager
-def _only_writer(out: Path, folder: Path) -> Iterator[None]:
-    """Locks `OUT.partial.lock`."""
+def _only_writer(out: Path, folder: Path) -> Iterator[bool]:
+    """Locks `OUT.partial.lock`; yields whether it was there, as a killed run leaves it.
+
+    Without it, folders with the names that a run gives to its own are the user's.
+    """
+    lock = folder.with_name(f"{folder.name}.lock")
+    killed = lock.is_file() and lock.stat().st_size == 0
     with _write_errors(folder):
         with suppress(FileExistsError):
             out.parent.mkdir(parents=True)
         os.scandir(out.parent).close()  # it may be a file
-    with alone(folder.with_name(f"{folder.name}.lock"), f"OUT {out}"):
-        yield
+    with alone(lock, f"OUT {out}"):
+        yield killed
 
 
 def check_output(out: Path, *, overwrite: bool, protected: tuple[Path, ...]) -> None:
@@ -227,11 +233,11 @@ def check_output(out: Path, *, overwrite: bool, protected: tuple[Path, ...]) -> 
         )
 
 
-def _remove_stale(folder: Path) -> None:
+def _remove_stale(folder: Path, *, killed: bool) -> None:
     """Removes what a killed run left; anything else under that name is the user's."""
     if not os.path.lexists(folder):
         return
-    ours = folder.is_dir() and not folder.is_symlink()
+    ours = folder.is_dir() and not folder.is_symlink() and (killed or not any(folder.iterdir()))
     if not ours or not ((folder / RECORDS).is_dir() or not any(folder.iterdir())):
         raise CheckpointError(f"{folder} is in the way and was not made by amprune; move it and run again")
     logger.info("removing %s, left by an interrupted run", folder)
