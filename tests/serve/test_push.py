@@ -118,7 +118,8 @@ def test_what_is_no_part_of_the_model_stays(out: Path) -> None:
         ".git/config", ".cache/x.json", ".secret.json", "amprune/.report.x.partial", "pruned.gguf.partial",
         "README.md.lock", "checkpoint-2/optimizer.pt", "checkpoint-2/config.json", "trainer_state.json", "notes.md",
         "model-00009-of-00009.safetensors", "pytorch_model.bin", "pytorch_model.bin.index.json", "train.log",
-        "amprune/notes.txt", "amprune/epochs/model.safetensors",
+        "amprune/notes.txt", "amprune/epochs/model.safetensors", "credentials.json", "notes.txt", "upload.py",
+        "amprune/token.json", "amprune/mine.jsonl", "config-secret.json",
     )  # fmt: skip
     before = files_of(out)
     for path in others:

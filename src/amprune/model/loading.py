@@ -189,7 +189,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """Loads the folder's tokenizer."""
+    """Loads the folder's tokenizer; of code that the folder carries, at most the tokenizer's own runs."""
     if not has_tokenizer(folder):
         raise CheckpointError(
             f"{folder} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}), and text needs one: copy the "
@@ -200,7 +200,12 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         check_no_pointer(folder / name)
     try:
         with quiet_transformers():
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+            # Asked to trust, it would read the configuration by the model's own code, unless it is given one.
+            known = (folder / "config.json").is_file() and trust_remote_code
+            stock = {"config": AutoConfig.from_pretrained(folder, trust_remote_code=False)} if known else {}
+            return AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=trust_remote_code, local_files_only=True, **stock
+            )
     except Exception as error:  # tokenizers raise many types
         raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {error}") from error
 

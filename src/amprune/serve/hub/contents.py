@@ -9,18 +9,26 @@ from typing import Any
 
 from amprune.errors import PushError
 from amprune.model.files import weight_files
-from amprune.model.writer import RECORDS, WEIGHT_SUFFIXES
+from amprune.model.writer import LOADED, RECORDS, WEIGHT_SUFFIXES
 from amprune.prove.card import CARD
 from amprune.records import parse_yaml, read_text
 
 _LICENCES = ("license*", "licence*", "copying*", "notice*", "use_policy*")
 _KINDS: dict[str, tuple[str, ...]] = {
-    "": ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "*.gguf", CARD.lower(), *_LICENCES),
+    "": (
+        "config.json", *LOADED, "tokenizer*.json", "chat_template*", "vocab*.json", "normalizer.json", "*.tiktoken",
+        "sentencepiece*.model", "*.bpe.model", "preprocessor_config.json", "processor_config.json",
+        "quantize_config.json", "modules.json", "config_sentence_transformers.json", "*.jinja", "tokenization_*.py",
+        "configuration_*.py", "modeling_*.py", "*.gguf", CARD.lower(), *_LICENCES,
+    ),
     "additional_chat_templates": ("*.jinja",),
-    RECORDS: ("*.json", "*.jsonl", "recipe.yaml", "scores.safetensors", "report.md", "report.html"),
+    RECORDS: (
+        "plan.json", "verification.json", "reconstruction.json", "recovery.json", "training.jsonl", "quantization.json",
+        "evaluation.json", "recipe.yaml", "scores.safetensors", "report.md", "report.html",
+    ),
     f"{RECORDS}/figures": ("*.svg", "*.png"),
-}
-"""By folder, the names in lower case of what goes beside the weights."""
+}  # fmt: skip
+"""By folder, the names in lower case of what goes beside the weights: nothing else does, whatever lies there."""
 _INDICES = ("*.index*.json",)
 """Of weights; one goes only where it is read."""
 _TRAINING = ("trainer_state.json",)
