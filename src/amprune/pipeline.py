@@ -21,14 +21,14 @@ from amprune.cut.run import cut
 from amprune.cut.slicing import check_plan_fits
 from amprune.errors import CheckpointError, VerificationError, required
 from amprune.model.files import stored_bytes
-from amprune.model.reader import Checkpoint, open_model
+from amprune.model.reader import Checkpoint, digests, open_model, read_checkpoint
 from amprune.model.source import Source, open_source
 from amprune.model.writer import RECORDS, check_output, parse_size, staged_folder
 from amprune.plan.artefact import PruningPlan
 from amprune.plan.target import parse_target
 from amprune.prove.card import write_card
-from amprune.prove.checks import VerificationReport, read_plan, verify_checkpoint
-from amprune.records import Run, alone, begin, write
+from amprune.prove.checks import VERIFICATION, VerificationReport, read_plan, verify_checkpoint
+from amprune.records import Run, alone, begin, sha256, write
 from amprune.running import Progress, no_progress
 from amprune.scoring.catalogue import find_criterion
 from amprune.scoring.run import score_criteria
@@ -187,7 +187,9 @@ def _write(
         plan.save(records / "plan.json")
         if scores is not None:
             scores.save(records / "scores.safetensors")
-        write(records / "verification.json", report.to_dict())
+        hashes = digests(read_checkpoint(partial))  # by which `push` tells that these are the weights that passed
+        told = {file.name: sha256(file) for file in sorted(records.iterdir())}
+        write(records / VERIFICATION, report.to_dict() | {"sha256": hashes, "records": told})
         command = "prune" if isinstance(asked, PruneSettings) else "apply"
         write_recipe(records / "recipe.yaml", command, asked)
         write_card(partial, source=source)

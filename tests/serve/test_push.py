@@ -266,6 +266,13 @@ def an_adapter(out: Path) -> None:
     (out / "adapter_config.json").write_text("{}", encoding="utf-8")
 
 
+def changed_weight(out: Path) -> None:
+    shard = sorted(out.glob("model-*.safetensors"))[0]
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+
+
 UNFIT: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (shutil.rmtree, "is no folder"),
     "no checkpoint": (lambda out: (out / "config.json").unlink(), "config.json is missing"),
@@ -275,6 +282,7 @@ UNFIT: dict[str, tuple[Callable[[Path], object], str]] = {
     "config and weights disagree": (lambda out: edit(out / "config.json", intermediate_size=7), "disagree"),
     "an adapter": (an_adapter, "which has not been merged and is no model by itself; `amprune recover PRUNED OUT`"),
     "not verified": (not_verified, "is not verified"),
+    "a weight changed since": (changed_weight, "is not what amprune/verification.json tells of"),
     "no verification": (lambda out: (out / "amprune" / "verification.json").unlink(), "nothing says that"),
     "no card": (lambda out: (out / "README.md").unlink(), "`amprune report"),
     "a damaged record": (lambda out: (out / "amprune" / "plan.json").write_text("{"), "amprune/plan.json is damaged"),

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from amprune.errors import CheckpointError
 from amprune.records import MOST, parse_yaml, read_object
 
+WEIGHT_INDEX = "model.safetensors.index.json"
 _POINTER = b"version https://git-lfs"
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -134,7 +135,7 @@ def weight_files(folder: Path) -> list[tuple[Path, list[str] | None]]:
     """Lists the weight files that transformers would load, with the names an index places in each (None: all)."""
     check_ends(folder)
     for single, index in (
-        ("model.safetensors", "model.safetensors.index.json"),
+        ("model.safetensors", WEIGHT_INDEX),
         ("pytorch_model.bin", "pytorch_model.bin.index.json"),
     ):
         if (folder / single).is_file():
@@ -142,7 +143,7 @@ def weight_files(folder: Path) -> list[tuple[Path, list[str] | None]]:
         if (folder / index).is_file():
             return _indexed(folder, folder / index)
     raise CheckpointError(
-        f"{folder} holds no weights: expected model.safetensors, model.safetensors.index.json, pytorch_model.bin or "
+        f"{folder} holds no weights: expected model.safetensors, {WEIGHT_INDEX}, pytorch_model.bin or "
         f"pytorch_model.bin.index.json{what_else(folder)}"
     )
 

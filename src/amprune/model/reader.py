@@ -5,6 +5,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -258,6 +259,18 @@ def identical(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Compares two tensors bit by bit, since as numbers what is none equals nothing, not even itself."""
     bits = [tensor.reshape(-1).view(torch.uint8) for tensor in (one, other)]
     return one.dtype == other.dtype and one.shape == other.shape and torch.equal(*bits)
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """Hashes the bytes of a tensor."""
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def digests(checkpoint: Checkpoint) -> dict[str, str]:
+    """Hashes every tensor, some of them at a time."""
+    names = list(checkpoint)
+    with ThreadPoolExecutor(4) as pool:
+        return dict(zip(names, pool.map(lambda name: digest(checkpoint[name]), names), strict=True))
 
 
 def _names(dtypes: Iterable[torch.dtype]) -> str:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from amprune.errors import AmpruneError, CheckpointError
-from amprune.model.files import TensorHeader, module_folders
+from amprune.model.files import WEIGHT_INDEX, TensorHeader, module_folders
 from amprune.records import alone, umask, write
 from amprune.running import release_memory
 
@@ -84,7 +84,7 @@ def write_shards(
         advance(sum(sizes[name] for name in names))
     if split.is_sharded:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
-        write(folder / "model.safetensors.index.json", index)
+        write(folder / WEIGHT_INDEX, index)
     return list(split.filename_to_tensors)
 
 

@@ -1,5 +1,6 @@
 """Every check of an output, and the report of them."""
 
+import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -14,17 +15,17 @@ from transformers.pytorch_utils import Conv1D
 
 from amprune.cut.masking import masked
 from amprune.cut.refit.record import RECORD as RECONSTRUCTION
-from amprune.cut.refit.run import digest
 from amprune.cut.slicing import cuts_by_tensor, kept_tensors, masks, output_config, sliced_tensor
 from amprune.errors import AmpruneError, VerificationError
 from amprune.model.architecture import PreTrainedModel
-from amprune.model.files import weight_files
+from amprune.model.files import WEIGHT_INDEX, weight_files
 from amprune.model.loading import has_tokenizer, load_tokenizer
-from amprune.model.reader import Checkpoint, identical, read_checkpoint
+from amprune.model.reader import Checkpoint, digest, identical, read_checkpoint
 from amprune.model.recovered import RECORD, is_recovered, read_recovery
 from amprune.model.writer import LOADED, RECORDS, WEIGHT_SUFFIXES
 from amprune.plan.artefact import PruningPlan, check_plan
 from amprune.prove.comparison import check_loading, compare, finite, hold, probe_logits
+from amprune.records import read_object, sha256
 from amprune.running import Progress, no_progress
 
 VERIFICATION = "verification.json"
@@ -114,6 +115,8 @@ def verify_checkpoint(
         run("config", lambda: _check_config(output(), dense, plan))
         run("dtype and ties", lambda: _check_tensors(output(), dense, plan))
         run("files", lambda: _check_files(folder, dense.folder))
+        if (folder / RECORDS / VERIFICATION).is_file():
+            run("records", lambda: _check_records(folder / RECORDS))
         run("tokenizer", lambda: _check_tokenizer(folder, dense.folder, trust_remote_code=trust_remote_code))
         run("reload", lambda: _check_reload(folder))
         if not is_recovered(folder):
@@ -140,8 +143,9 @@ def _check_plan(plan: PruningPlan) -> str:
 
 def _check_config(output: Checkpoint, dense: Checkpoint, plan: PruningPlan) -> str:
     expected = output_config(dense.config, dense.architecture, plan)
-    if output.config != expected:
-        keys = sorted(key for key in output.config.keys() | expected if output.config.get(key) != expected.get(key))
+    written = read_object(output.folder / "config.json")
+    if written != expected:
+        keys = sorted(key for key in written.keys() | expected if written.get(key) != expected.get(key))
         raise VerificationError(f"config.json differs from the dense one in more than the new sizes: {', '.join(keys)}")
     before, after = output.shape.parameters, plan.shape_after.parameters
     if before != after:
@@ -197,9 +201,14 @@ def _check_refitted(output: Checkpoint, dense: Checkpoint, plan: PruningPlan, re
 
 def _check_files(folder: Path, source: Path) -> str:
     """Compares byte by byte what must survive: generation config, chat template, tokenizer files."""
+    weights = weight_files(folder)
+    expected = {file for file, _ in weights}
+    if weights[0][1] is not None:
+        expected.add(folder / WEIGHT_INDEX)
     for file in folder.iterdir():
-        read = file.name in (*LOADED, "adapter_config.json") or file.suffix in (".py", *WEIGHT_SUFFIXES)
-        if read and not (source / file.name).exists() and file not in [weights for weights, _ in weight_files(folder)]:
+        index = file.name.endswith(".index.json")
+        read = file.name in (*LOADED, "adapter_config.json") or file.suffix in (".py", *WEIGHT_SUFFIXES) or index
+        if read and file not in expected and (index or not (source / file.name).exists()):
             raise VerificationError(f"{file.name} is not of the dense model, and loaders may read it")
     present = [name for name in LOADED if (source / name).is_file()]
     for name in present:
@@ -208,6 +217,18 @@ def _check_files(folder: Path, source: Path) -> str:
         if (folder / name).read_bytes() != (source / name).read_bytes():
             raise VerificationError(f"{name} differs from the dense model's")
     return ", ".join(present) or "the dense model has none"
+
+
+def _check_records(records: Path) -> str:
+    """Holds what tells how the output was made to the hashes that were taken when it was proven."""
+    known = read_object(records / VERIFICATION).get("records", {})
+    if not isinstance(known, dict):
+        raise VerificationError(f"{records / VERIFICATION} has no hashes of records, but {json.dumps(known)[:40]}")
+    for name, expected in known.items():
+        file = records / Path(name).name
+        if not file.is_file() or sha256(file) != expected:
+            raise VerificationError(f"{file} is missing, or was changed after the output was proven")
+    return f"{', '.join(known) or 'none'} as they were when the output was proven"
 
 
 _PROBE = "The quick brown fox: naïve café, 12,345.67 € — 你好!\n\tdef f(x): return x**2"

@@ -17,10 +17,9 @@ from accelerate import PartialState
 
 from amprune import __version__
 from amprune.cut.refit.record import RECORD as RECONSTRUCTION
-from amprune.cut.refit.run import digest
 from amprune.errors import RecoveryError
 from amprune.model.loading import load_tokenizer
-from amprune.model.reader import Checkpoint, open_model, read_checkpoint
+from amprune.model.reader import Checkpoint, digests, open_model, read_checkpoint
 from amprune.model.recovered import LOG, RECORD, read_log
 from amprune.model.source import Source, open_source
 from amprune.model.writer import RECORDS, check_output, parse_size, staged_folder
@@ -192,7 +191,7 @@ def _write(
         record = {
             "format": 1, "recovered_from": source.name, **request, "steps": steps,
             "validation_before": losses[0] if losses else None, "validation_after": losses[-1] if losses else None,
-            "rounding": rounding, "sha256": {name: digest(stored[name]) for name in stored},
+            "rounding": rounding, "sha256": digests(stored),
             "versions": {"amprune": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
         }  # fmt: skip
         before, records = source.folder / RECORDS, staged / RECORDS

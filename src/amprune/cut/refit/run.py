@@ -1,6 +1,5 @@
 """The stage: a dense checkpoint, a plan and calibration text give refitted output projections, no training."""
 
-import hashlib
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from amprune.cut.refit.sweep import LayerRefit, sweep
 from amprune.errors import PlanError, ReconstructionError
 from amprune.model.files import opened
 from amprune.model.loading import computing_dtype, device_of
-from amprune.model.reader import Checkpoint
+from amprune.model.reader import Checkpoint, digest
 from amprune.plan.artefact import PruningPlan
 from amprune.running import Progress, binary, free_memory, no_progress
 from amprune.settings import Compute
@@ -181,8 +180,3 @@ def _layer_record(layer: LayerRefit) -> dict[str, Any]:
         return {name: value for name, value in vars(refit).items() if name not in ("change", "bias_change")}
 
     return {"attention": of(layer.attention), "mlp": of(layer.mlp), "drift": layer.drift}
-
-
-def digest(tensor: torch.Tensor) -> str:
-    """Hashes the bytes of a tensor."""
-    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()

@@ -10,8 +10,9 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from amprune.errors import PushError, reason
 from amprune.model.files import read_front_matter, stored_tensors
 from amprune.model.quantization import is_quantized
-from amprune.model.reader import read_checkpoint
-from amprune.model.recovered import is_recovered
+from amprune.model.reader import digests, read_checkpoint
+from amprune.model.recovered import RECORD as RECOVERY
+from amprune.model.recovered import is_recovered, read_recovery
 from amprune.model.writer import RECORDS
 from amprune.prove.card import CARD
 from amprune.records import read_object
@@ -56,16 +57,33 @@ def check_folder(folder: Path) -> None:
 
 
 def _check_verified(folder: Path) -> None:
-    if is_recovered(folder) or is_quantized(folder):
-        return  # what was merged or packed was compared before OUT appeared
+    if is_quantized(folder):
+        return  # what was packed was compared before OUT appeared
+    if is_recovered(folder):
+        _check_hashes(folder, RECOVERY, read_recovery(folder).sha256)
+        return
     file = folder / RECORDS / "verification.json"
     if not file.is_file():
         raise PushError(
             f"{file} is missing, and so is the record of a training: nothing says that {folder} is the model that it "
             "should be; make it with `amprune prune`, `apply` or `recover`"
         )
-    if read_object(file).get("passed") is not True:
+    content = read_object(file)
+    if content.get("passed") is not True:
         raise PushError(f"{file} says that {folder} is not verified; `amprune verify` shows why, make the model again")
+    _check_hashes(folder, file.name, content.get("sha256"))
+
+
+def _check_hashes(folder: Path, record: str, expected: object) -> None:
+    """Refuses weights that are not those that were verified or trained; earlier records have no hashes."""
+    if expected is None or read_object(folder / "config.json").get("quantization_config"):
+        return
+    found = digests(read_checkpoint(folder))
+    if other := sorted(name for name in found if not isinstance(expected, dict) or expected.get(name) != found[name]):
+        raise PushError(
+            f"{other[0]} of {folder} is not what {RECORDS}/{record} tells of: the weights were changed after that; "
+            "make the model again"
+        )
 
 
 def check_card(folder: Path, lines: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from amprune.errors import PushError
-from amprune.model.files import weight_files
+from amprune.model.files import WEIGHT_INDEX, weight_files
 from amprune.model.writer import LOADED, RECORDS, WEIGHT_SUFFIXES
 from amprune.prove.card import CARD
 from amprune.records import parse_yaml, read_text
@@ -59,7 +59,7 @@ def left_behind(remote: Sequence[str], sent: Collection[str]) -> list[str]:
 def _weights(folder: Path) -> set[str]:
     found = weight_files(folder)
     first, names = found[0]
-    index = "model.safetensors.index.json" if first.suffix == ".safetensors" else "pytorch_model.bin.index.json"
+    index = WEIGHT_INDEX if first.suffix == ".safetensors" else "pytorch_model.bin.index.json"
     return {file.name for file, _ in found} | ({index} if names is not None else set())
 
 
