@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
@@ -24,6 +26,25 @@ Progress = Callable[[str, int], AbstractContextManager[Advance]]
 def no_progress(description: str, total: int) -> Iterator[Advance]:
     """Watches nothing."""
     yield lambda steps: None
+
+
+@contextmanager
+def in_time(seconds: float, what: str) -> Iterator[None]:
+    """Raises TimeoutError in what takes longer, where that can be told: in the main thread, on Unix."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"{what} takes more than {seconds:.0f} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def release_memory() -> None:

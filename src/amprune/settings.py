@@ -133,7 +133,8 @@ class Seeded:
 
 # What is asked of a plan, and the text that it is measured on.
 
-_SETS = "alpaca (from the hub), mixed, builtin, or a .json, .jsonl, .parquet or .txt file"
+_FILES = "a .json, .jsonl, .csv, .parquet or .txt file"
+_SETS = f"alpaca (from the hub), mixed, builtin, or {_FILES}"
 _PRESET = "(default: the preset's)"
 
 
@@ -291,7 +292,7 @@ class RecoverySettings(Training, Device, Writing, Access):
 
     data: Text = option(
         "alpaca",
-        "Data to train on: alpaca (from the hub), builtin, or a .json, .jsonl, .parquet or .txt file.",
+        f"Data to train on: alpaca (from the hub), mixed, builtin, or {_FILES}.",
         type=str,
     )
     """In Python a list of texts, too."""

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from amprune.errors import CheckpointError, EvaluationError
 from amprune.evaluation.records import ModelEntry
-from amprune.model.architecture import quiet_transformers
+from amprune.model.architecture import check_claims, quiet_transformers
 from amprune.model.files import read_front_matter, stored_tensors, weight_files, what_else
 from amprune.model.gguf_file import GgufFile, read_gguf
 from amprune.model.loading import loading_problems
@@ -78,6 +78,7 @@ def _open(name: str, model: str, asked: EvaluationSettings, progress: Progress) 
     quantization = quantization_of(config)
     if quantization is not None:
         require_library(str(quantization.get("quant_method")), f"{source.folder}, which is quantised,")
+    check_claims(config, where=str(source.folder / "config.json"))
     parameters, positions = _parameters(source.folder)
     if quantization is None:  # the names of quantised weights are their library's; loading them tells what is missing
         _check_weights(source.folder)

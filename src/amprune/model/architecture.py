@@ -27,6 +27,7 @@ else:  # the module that it is in loads torchao, SciPy and torch._dynamo: what o
 logger = logging.getLogger(__name__)
 
 _UNEVEN_BLOCKS = "its blocks hold different numbers of parameters, so that a ratio says nothing of how many go"
+_MOST_LAYERS = 4096
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "moe_intermediate_size")
 
 
@@ -78,12 +79,21 @@ def check_supported(config: Mapping[str, Any], *, where: str) -> ModelFamily:
 
 def make_config(config: Mapping[str, Any], *, where: str) -> PreTrainedConfig:
     """Builds the transformers config of a raw config.json."""
+    check_claims(config, where=where)
     try:
         with quiet_transformers():
             return CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(dict(config)))
     except Exception as error:  # transformers raises many types here
         reason = " ".join(str(error).split())
         raise UnsupportedModelError(f"{where}: transformers refuses this config.json: {reason}") from error
+
+
+def check_claims(config: Mapping[str, Any], *, where: str) -> None:
+    """Refuses more layers than any model has, each of which would be built before one is missed."""
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for name in ("num_hidden_layers", "n_layer", "num_layers", "n_layers"):
+            if isinstance(value := part.get(name), int) and value > _MOST_LAYERS:
+                raise UnsupportedModelError(f"{where}: {name} is {value:,}, expected at most {_MOST_LAYERS:,}")
 
 
 def meta_model(config: PreTrainedConfig, *, where: str) -> PreTrainedModel:

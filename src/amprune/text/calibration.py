@@ -74,7 +74,7 @@ def load_calibration(
     """Draws a seeded random sample of a set and tokenises it.
 
     Args:
-        source: `alpaca`, `mixed`, `builtin`, a .json, .jsonl, .parquet or .txt file, or a sequence of texts.
+        source: `alpaca`, `mixed`, `builtin`, a file or folder of records, or a sequence of texts.
         tokenizer: the model's own, as transformers loads it.
         settings: how much is drawn; without samples and tokens it is 50 samples, of at most 512 tokens each.
         options: of `Drawing`, such as `samples=20`.

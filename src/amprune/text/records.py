@@ -1,6 +1,5 @@
 """Records of instructions, chats or plain text, from wherever they lie, as prompts and responses."""
 
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from amprune.errors import CalibrationError, reason
-from amprune.records import read_text
+from amprune.running import in_time
+from amprune.text.files import Record, json_lines, read_file
 
 ALPACA_DATASET = "yahma/alpaca-cleaned"
 _SHIPPED = {"builtin": ("builtin.jsonl",), "mixed": ("builtin.jsonl", "mixed.jsonl")}
 """Sets that ship with the package, and their files."""
-_SUFFIXES = (".json", ".jsonl", ".parquet", ".txt")
 _ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
@@ -26,14 +25,11 @@ _ALPACA_WITHOUT_INPUT = (
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
 
-Record = tuple[str, Mapping[str, Any]]
-"""Where a record stands, for messages, and its fields."""
-
 
 def read_records(
     source: str | os.PathLike[str] | Sequence[str], *, option: str = "--calibration"
 ) -> tuple[str, list[Record]]:
-    """Reads `alpaca`, `mixed`, `builtin`, a .json, .jsonl, .parquet or .txt file, or a sequence of texts.
+    """Reads `alpaca`, `mixed`, `builtin`, a file or folder of records (see files.py), or a sequence of texts.
 
     Returns its name and its records but for blank texts. `option` is how the command line calls the source.
     """
@@ -45,9 +41,9 @@ def read_records(
     elif source in _SHIPPED:
         name, folder = str(source), resources.files("amprune") / "data"
         files = [(file, (folder / file).read_text(encoding="utf-8")) for file in _SHIPPED[name]]
-        records = [record for file, text in files for record in _json_lines(text, file)]
+        records = [record for file, text in files for record in json_lines(text, file)]
     else:
-        name, records = Path(source).name, _file(source, option)
+        name, records = Path(source).name, read_file(source, option)
     return name, [one for one in records if not isinstance(text := one[1].get("text"), str) or text.strip()]
 
 
@@ -55,78 +51,6 @@ def file_of(source: object) -> tuple[Path, ...]:
     """Returns the file that a set is read from, where it is one."""
     named = isinstance(source, str | os.PathLike) and source != "alpaca" and source not in _SHIPPED
     return (Path(str(source)).expanduser(),) if named else ()
-
-
-def _file(source: str | os.PathLike[str], option: str) -> list[Record]:
-    path = Path(source).expanduser()
-    if not path.is_file():
-        raise CalibrationError(
-            f"no {option.lstrip('-')} set {str(source)!r}: give alpaca, mixed, builtin or the path of a "
-            f"{', '.join(_SUFFIXES)} file"
-        )
-    if (kind := path.suffix.lower()) not in _SUFFIXES:
-        raise CalibrationError(f"{path}: unknown type of file; expected one of {', '.join(_SUFFIXES)}")
-    if kind == ".parquet":
-        records = _parquet(path)
-    else:
-        text = read_text(path, error=CalibrationError, encoding="utf-8-sig", most=None)
-        if kind == ".txt":
-            records = [(place, {"text": line}) for place, line in _lines(text)]
-        else:
-            records = _json_lines(text, str(path)) if kind == ".jsonl" else _json(text, path)
-    if not records:
-        raise CalibrationError(f"{path} is empty; {option} needs at least one sample")
-    return records
-
-
-def _lines(text: str) -> Iterable[tuple[str, str]]:
-    """Yields the place and content of each line that is not blank; `str.splitlines` would also cut at form feeds."""
-    return ((f"line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
-
-
-def _json_lines(text: str, where: str) -> list[Record]:
-    records = []
-    for place, line in _lines(text):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise CalibrationError(f"{where}, {place}: broken JSON ({error.msg}, column {error.colno})") from None
-        except (ValueError, RecursionError) as error:  # numbers and depths out of bounds
-            raise CalibrationError(f"{where}, {place}: broken JSON ({error})") from None
-        records.append((place, _as_record(record, f"{where}, {place}")))
-    return records
-
-
-def _as_record(record: object, where: str) -> Mapping[str, Any]:
-    if not isinstance(record, dict):
-        raise CalibrationError(f"{where}: a {type(record).__name__}, expected an object with named fields")
-    return record
-
-
-def _json(text: str, path: Path) -> list[Record]:
-    try:
-        content = json.loads(text) if text.strip() else []
-    except json.JSONDecodeError as error:
-        raise CalibrationError(f"{path}, line {error.lineno}: broken JSON ({error.msg}); is it JSON lines? "
-                               "Then name it .jsonl") from None  # fmt: skip
-    except (ValueError, RecursionError) as error:  # numbers and depths out of bounds
-        raise CalibrationError(f"{path}: broken JSON ({error})") from None
-    if not isinstance(content, list):
-        raise CalibrationError(
-            f"{path} holds a {type(content).__name__}, expected a list of records; if it is JSON lines, name it .jsonl"
-        )
-    return [(f"record {n}", _as_record(record, f"{path}, record {n}")) for n, record in enumerate(content, 1)]
-
-
-def _parquet(path: Path) -> list[Record]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
-        raise CalibrationError(f"{path} cannot be read as parquet: {error}") from error
-    return [(f"row {number}", row) for number, row in enumerate(rows, 1)]
 
 
 def _alpaca(option: str) -> Iterable[Record]:
@@ -158,18 +82,45 @@ def render(record: Mapping[str, Any], tokenizer: Any, where: str, *, prompts_onl
 
     With `prompts_only` an Alpaca record needs no output.
     """
-    if "messages" in record:
-        return _chat(tokenizer, record["messages"], where)
-    if "instruction" in record:
-        instruction, context = _field(record, "instruction", where), _field(record, "input", where, default="")
-        template = _ALPACA_WITH_INPUT if context.strip() else _ALPACA_WITHOUT_INPUT
-        output = "" if prompts_only else _field(record, "output", where)
-        return Rendered(template.format(instruction=instruction, input=context), output, True)
+    if "messages" in record or "conversations" in record:
+        return _chat(tokenizer, _messages(record, where), where, record.get("tools"))
+    if "prompt" in record and isinstance(record["prompt"], list):
+        return _chat(tokenizer, [*record["prompt"], *_listed(record.get("completion"))], where, record.get("tools"))
+    for question, answer, known in _PAIRS:
+        if question in record and (answer in record or question == "instruction"):
+            asked, context = _field(record, question, where), _field(record, "input", where, default="")
+            template = "{instruction}" if known is None else _ALPACA_WITH_INPUT if context.strip() else known
+            output = "" if prompts_only else _field(record, answer, where)
+            return Rendered(template.format(instruction=asked, input=context), output, True)
     if "text" in record:
         return Rendered("", _field(record, "text", where), True)
     raise CalibrationError(
-        f"{where}: has the fields {sorted(record)}, expected instruction and output (Alpaca), text, or messages"
+        f"{where}: has the fields {sorted(record)}, expected messages or conversations (a chat), instruction and "
+        "output (Alpaca), prompt and completion, question and answer, or text"
     )
+
+
+_PAIRS: tuple[tuple[str, str, str | None], ...] = (
+    ("instruction", "output", _ALPACA_WITHOUT_INPUT),
+    ("prompt", "completion", None),
+    ("prompt", "response", None),
+    ("question", "answer", _ALPACA_WITHOUT_INPUT),
+)
+"""Fields of a prompt and its response, and the template of the prompt: Alpaca's, or none where it is whole."""
+_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant", "model": "assistant"}
+"""What ShareGPT calls who speaks."""
+
+
+def _messages(record: Mapping[str, Any], where: str) -> object:
+    """Returns the turns of a chat, of which those of ShareGPT are called otherwise."""
+    turns = record["messages"] if "messages" in record else record["conversations"]
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) and "from" in turn for turn in turns):
+        return turns
+    return [{"role": _ROLES.get(str(turn["from"]), turn["from"]), "content": turn.get("value")} for turn in turns]
+
+
+def _listed(turns: object) -> list[object]:
+    return turns if isinstance(turns, list) else []
 
 
 def _field(record: Mapping[str, Any], name: str, where: str, *, default: str | None = None) -> str:
@@ -183,7 +134,7 @@ def _field(record: Mapping[str, Any], name: str, where: str, *, default: str | N
     return value
 
 
-def _chat(tokenizer: Any, messages: object, where: str) -> Rendered:
+def _chat(tokenizer: Any, messages: object, where: str, tools: object) -> Rendered:
     """Renders a chat; the response is its last turn where that is the assistant's."""
     if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
         raise CalibrationError(f"{where}: messages is no list of objects with role and content, each a text")
@@ -193,9 +144,13 @@ def _chat(tokenizer: Any, messages: object, where: str) -> Rendered:
         )
     answered = messages[-1].get("role") == "assistant"
     turns = messages[:-1] if answered else messages
+    known: dict[str, Any] = {"tokenize": False} | ({"tools": tools} if isinstance(tools, list) and tools else {})
+    prompt = ""
     try:
-        prompt = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)) if turns else ""
-        whole = str(tokenizer.apply_chat_template(messages, tokenize=False)) if answered else prompt
+        with in_time(_SECONDS, "it"):
+            if turns:
+                prompt = str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, **known))
+            whole = str(tokenizer.apply_chat_template(messages, **known)) if answered else prompt
     except Exception as error:  # templates raise what they like
         raise CalibrationError(f"{where}: the chat template refuses these messages: {error}") from error
     if not whole.startswith(prompt):  # a template may write the last turn otherwise than it opens it
@@ -203,5 +158,13 @@ def _chat(tokenizer: Any, messages: object, where: str) -> Rendered:
     return Rendered(prompt, whole[len(prompt) :], False)
 
 
+_SECONDS = 10.0
+"""A template that takes longer for one chat never ends."""
+
+
 def _is_message(message: object) -> bool:
-    return isinstance(message, dict) and all(isinstance(message.get(name), str) for name in ("role", "content"))
+    """Tells whether it is a turn: the content of one that calls tools may be null."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        return False
+    content = message.get("content")
+    return isinstance(content, str) or (content is None and bool(message.get("tool_calls")))
