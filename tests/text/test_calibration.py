@@ -278,7 +278,7 @@ BAD_FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "other fields": (
         _records({"question": "?", "reply": "!"}),
-        r"set\.jsonl, line 1: has the fields \['question', 'reply'\], expected messages .*instruction and output .*text",
+        r"set\.jsonl, line 1: has the fields \['question', 'reply'\], expected messages .* and output .*text",
     ),
     "other fields of parquet": (_table(question=["?"]), r"set\.parquet, row 1: has the fields \['question'\]"),
     "no output": (_records({"instruction": "Do."}), r"line 1: field 'output' is missing, expected text"),
