@@ -1,6 +1,8 @@
 """Kinds of faults that every command shares: what cannot be read to its end, sources, two runs at once."""
 
+import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typer.testing import CliRunner
 from amprune.cli.options import app
 from amprune.errors import AmpruneError, RecipeError
 from amprune.model.files import read_front_matter
+from amprune.model.loading import load_tokenizer
 from amprune.records import alone, parse_yaml, read_object, read_text
 from amprune.settings import PruneSettings, read_recipe
 
@@ -166,3 +169,65 @@ def test_a_run_tries_first_what_would_fail_last(
     monkeypatch.setattr("amprune.pipeline.prune", lambda *_, **__: pytest.fail("something was pruned"))
     assert message in refused("run", "dense", "out", "--ratio", 0.2, *PAPER, *options)
     assert not [one.name for one in place.iterdir() if one.name.startswith("out")]
+
+
+def test_a_cache_that_cannot_be_written_is_named_before_a_file_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    (tmp_path / "taken").write_text("mine", encoding="utf-8")
+    monkeypatch.setenv("AMPRUNE_CACHE", str(tmp_path / "taken"))
+    said = refused("inspect", tmp_path / "model.gguf")
+    assert "cannot be written" in said
+    assert "name a folder that can by the variable AMPRUNE_CACHE" in said
+
+
+@pytest.mark.training
+def test_every_weight_is_trained_where_there_is_no_gpu(place: Path) -> None:
+    assert CliRunner().invoke(app, ["prune", "dense", "pruned", "--ratio", "0.2", *map(str, PAPER)]).exit_code == 0
+    options = ("--full", "--data", "chats.jsonl", "--max-steps", 1)
+    assert CliRunner().invoke(app, ["recover", "pruned", "out", *map(str, options)]).exit_code == 0
+
+
+@pytest.mark.parametrize("count", ["-3", '"many"', "null", "true", "1.5"])
+def test_an_evaluation_counts_parameters_in_whole_numbers(count: str, place: Path) -> None:
+    assert CliRunner().invoke(app, ["evaluate", "dense", "-o", "e.json", *map(str, MEASURED)]).exit_code == 0
+    known = json.loads((place / "e.json").read_text(encoding="utf-8"))["models"][0]["parameters"]
+    text = (place / "e.json").read_text(encoding="utf-8")
+    (place / "e.json").write_text(text.replace(f'"parameters": {known}', f'"parameters": {count}'), encoding="utf-8")
+    said = refused("evaluate", "dense", "-o", "e.json", *MEASURED)
+    assert "parameters is" in said
+    assert "the file is damaged" in said
+
+
+class _Code:
+    """Code of a model and of a tokenizer, which tell when they run."""
+
+    CONFIG = (
+        "from pathlib import Path\nPath(__file__).with_name('config-ran').touch()\n"
+        "Path({place!r}).joinpath('config-ran').touch()\nfrom transformers import LlamaConfig as Own\n"
+    )
+    TOKENIZER = (
+        "from pathlib import Path\nPath({place!r}).joinpath('tokenizer-ran').touch()\n"
+        "from transformers import PreTrainedTokenizerFast\nclass Own(PreTrainedTokenizerFast): pass\n"
+    )
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_of_code_that_a_model_carries_the_tokenizer_s_alone_ever_runs(
+    trusted: bool, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model = shutil.copytree(made / "dense", tmp_path / "model")
+    for name, module, entry, code in (
+        ("config.json", "configuration_own", "AutoConfig", _Code.CONFIG),
+        ("tokenizer_config.json", "tokenization_own", "AutoTokenizer", _Code.TOKENIZER),
+    ):
+        (model / f"{module}.py").write_text(code.format(place=str(tmp_path)), encoding="utf-8")
+        content = json.loads((model / name).read_text(encoding="utf-8"))
+        reference = f"{module}.Own"
+        content["auto_map"] = {entry: [None, reference] if entry == "AutoTokenizer" else reference}
+        (model / name).write_text(json.dumps(content), encoding="utf-8")
+    load_tokenizer(model, trust_remote_code=trusted)
+    assert not (tmp_path / "config-ran").exists()
+    assert (tmp_path / "tokenizer-ran").exists() == trusted

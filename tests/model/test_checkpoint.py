@@ -403,6 +403,14 @@ def index(change: Callable[[dict[str, Any]], object]) -> Damage:
     return damage
 
 
+def quantised(entry: dict[str, Any]) -> Damage:
+    def damage(model: Path) -> None:
+        config(quantization_config=entry)(model)
+        tensor(to=lambda found: found.to(torch.int8))(model)
+
+    return damage
+
+
 def only_adapter(model: Path) -> None:
     for file in model.iterdir():
         file.unlink()
@@ -448,15 +456,30 @@ BAD_SINGLE: dict[str, tuple[Damage, type[AmpruneError], str]] = {
     ),
     "qwen3_moe": (config(model_type="qwen3_moe"), UnsupportedModelError, "'qwen3_moe' is a mixture of experts"),
     "gptq": (
-        config(quantization_config={"quant_method": "gptq", "bits": 4}),
+        quantised({"quant_method": "gptq", "bits": 4}),
         UnsupportedModelError,
         r"is quantised \(gptq\).*Prune the original checkpoint first",
     ),
-    "awq": (config(quantization_config={"quant_method": "awq"}), UnsupportedModelError, r"is quantised \(awq\)"),
+    "awq": (quantised({"quant_method": "awq"}), UnsupportedModelError, r"is quantised \(awq\)"),
     "bitsandbytes": (
-        config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        quantised({"quant_method": "bitsandbytes", "load_in_4bit": True}),
         UnsupportedModelError,
         r"is quantised \(bitsandbytes\)",
+    ),
+    "a quantisation of nothing": (
+        config(quantization_config={"quant_method": "fp8"}),
+        UnsupportedModelError,
+        r"has a quantization_config \(fp8\), but the weights are float32, .*; if so, remove that entry",
+    ),
+    "a part of a multimodal model": (
+        config(model_type="gemma3", text_config={"model_type": "gemma3_text"}),
+        UnsupportedModelError,
+        "'gemma3' holds a language model of the type 'gemma3_text' beside other parts",
+    ),
+    "a million layers": (
+        config(num_hidden_layers=10**6),
+        UnsupportedModelError,
+        "num_hidden_layers is 1,000,000, expected at most 4,096",
     ),
     "int8 weight": (
         tensor(to=lambda found: found.to(torch.int8)),

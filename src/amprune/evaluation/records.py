@@ -12,6 +12,7 @@ from amprune.errors import EvaluationError
 from amprune.records import Begun, Rule, parse, read_object, write_text
 
 FORMAT = "amprune evaluation 1"
+_COUNTED = Rule("a whole number of at least 0", lambda value: type(value) is int and value >= 0)
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,9 @@ class ModelEntry:
     model_type: str
     dtype: str
     """Of most parameters on disk."""
-    parameters: int
+    parameters: Annotated[int, _COUNTED]
     """Tied embeddings once."""
-    weight_bytes: int
+    weight_bytes: Annotated[int, _COUNTED]
     base_model: str | None = None
     license: str | None = None
     pruned: dict[str, Any] | None = None

@@ -71,6 +71,11 @@ def check_supported(config: Mapping[str, Any], *, where: str) -> ModelFamily:
             + (f" ({experts} = {config[experts]})" if experts else "")
             + "; only dense models can be pruned"
         )
+    if isinstance(part := config.get("text_config"), Mapping):
+        raise UnsupportedModelError(
+            f"{where}: model type {model_type!r} holds a language model of the type {part.get('model_type')!r} beside "
+            "other parts; only a language model by itself can be pruned"
+        )
     try:
         return find_family(model_type)
     except UnsupportedModelError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from amprune.errors import CheckpointError, MissingDependencyError, QuantizationError, UnsupportedModelError, required
+from amprune.model.files import stored_tensors
 from amprune.model.writer import RECORDS
 from amprune.records import Count, Rule, read, read_object
 
@@ -54,12 +55,23 @@ def refuse_quantized(folder: Path, config: Mapping[str, Any]) -> None:
     try:
         source = read_object(folder / RECORDS / RECORD).get("quantized_from")
     except CheckpointError:  # another tool has quantised it
+        _check_needed(folder, quantization)
         return
     if isinstance(source, str):
         raise UnsupportedModelError(
             f"{folder}: the checkpoint is quantised to {quantization_words(quantization)}, and its full-precision "
             f"weights are needed here. Give {source}, which it was made from, in its place: prune and recover first, "
             "quantise last"
+        )
+
+
+def _check_needed(folder: Path, quantization: Mapping[str, Any]) -> None:
+    """Tells of an entry that was left beside weights that are not quantised."""
+    dtypes = {str(tensor.header.dtype).removeprefix("torch.") for tensor in stored_tensors(folder).values()}
+    if dtypes <= {"float32", "bfloat16", "float16"}:
+        raise UnsupportedModelError(
+            f"{folder}: config.json has a quantization_config ({quantization_words(quantization)}), but the weights "
+            f"are {' and '.join(sorted(dtypes))}, as of a model that is not quantised; if so, remove that entry"
         )
 
 

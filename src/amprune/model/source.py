@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -178,9 +179,23 @@ def _dequantised(gguf: Path, dtype: str) -> Path:
     folder = cache_folder() / "gguf" / f"{gguf.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if not (folder / "config.json").is_file():
         required(f"{gguf}, a GGUF file,", "gguf")
+        _check_cache(folder.parent)
         logger.info("dequantising %s to %s (kept in %s)", gguf.name, GGUF_DTYPES[dtype], folder)
         _dequantise(gguf, folder, GGUF_DTYPES[dtype])
     return folder
+
+
+def _check_cache(folder: Path) -> None:
+    """Refuses a cache that cannot be written, before a file is read into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise CheckpointError(
+            f"the cache {folder} cannot be written ({error.strerror or error}); name a folder that can by the variable "
+            "AMPRUNE_CACHE"
+        ) from error
 
 
 def _dequantise(gguf: Path, folder: Path, dtype: str) -> None:

@@ -127,7 +127,8 @@ def _arguments(settings: RecoverySettings, folder: Path, data: TrainingData, *, 
         # A Trainer that evaluates before it trains takes the model as it is then, and never averages gradients.
         eval_on_start=anew and bool(data.validation),
         eval_steps=settings.validation_steps or max(1, total_steps(data, settings) // 5), prediction_loss_only=True,
-        bf16=settings.full and bfloat16_works(device), use_cpu=device is not None and device.startswith("cpu"),
+        bf16=settings.full and bfloat16_works(device),
+        use_cpu=not torch.cuda.is_available() or (device or "").startswith("cpu"),
         seed=settings.seed, data_seed=settings.seed, dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False, label_names=["labels"], ddp_find_unused_parameters=False,
     )  # fmt: skip
