@@ -349,7 +349,7 @@ def test_a_tensor_that_the_record_leaves_out_is_held_to_the_dense_model(out: Pat
     del record["sha256"][WEIGHT]
     (out / "amprune" / "reconstruction.json").write_text(json.dumps(record))
     report = verify(out, dense=written.parent / "dense")
-    assert {check.name for check in report.checks if not check.passed} == {"tensors", "logits"}
+    assert {check.name for check in report.checks if not check.passed} == {"records", "tensors", "logits"}
     (out / "amprune" / "reconstruction.json").unlink()
     with pytest.raises(VerificationError, match=r"reconstruction\.json is missing, which says what was refitted"):
         verify(out, dense=written.parent / "dense")
@@ -362,6 +362,7 @@ def test_a_record_that_names_an_unknown_tensor_fails(name: str, out: Path, writt
     (out / "amprune" / "reconstruction.json").write_text(json.dumps(record))
     report = verify(out, dense=written.parent / "dense")
     failed = {check.name: check.detail for check in report.checks if not check.passed}
+    assert failed.pop("records").endswith("was changed after the output was proven")
     assert failed == {"refit": f"reconstruction.json names {name}, which the dense model does not have"}
 
 
@@ -372,7 +373,7 @@ def test_a_record_excuses_no_tensor_but_output_projections(out: Path, written: P
     record["sha256"][name] = digest(read_checkpoint(out)[name])
     (out / "amprune" / "reconstruction.json").write_text(json.dumps(record))
     report = verify(out, dense=written.parent / "dense")
-    assert {check.name for check in report.checks if not check.passed} == {"logits"}
+    assert {check.name for check in report.checks if not check.passed} == {"records", "logits"}
 
 
 DAMAGES: dict[str, Any] = {

@@ -155,7 +155,7 @@ class Evaluation:
         return cls(
             models={entry.name: entry for entry in file.models},
             records={record.key: record for record in map(_as_now, file.records)},
-            unfinished=file.unfinished,
+            unfinished=_begun_as_now(file.unfinished),
         )
 
 
@@ -164,6 +164,12 @@ def _as_now(record: Record) -> Record:
     if record.measurement != "perplexity" or "start_token" in record.settings:
         return record
     return replace(record, settings={**record.settings, "start_token": "first"})
+
+
+def _begun_as_now(unfinished: Begun | None) -> Begun | None:
+    if unfinished is None:
+        return None
+    return {"request": {"start_token": "first", **unfinished["request"]}, "done": unfinished["done"]}
 
 
 @dataclass(frozen=True)
