@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import find, save_model
+import torch
+from tiny_models import find, make_model, save_model
 from tiny_tokenizer import make_tokenizer
 from transformers import AutoModelForCausalLM
 
 import amprune.pipeline
 import amprune.recovery.run
-from amprune import CheckpointError, run
+from amprune import CheckpointError, PlanError, RecoveryError, prune, run
 from amprune.evaluation.records import Evaluation
 
 ARGUMENTS: dict[str, Any] = {
@@ -98,10 +99,49 @@ def test_another_request_does_not_go_on(dense: Path, tmp_path: Path, monkeypatch
         patch.setattr(amprune.report.write, "write_report", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(dense, tmp_path / "out", **arguments)
-    with pytest.raises(CheckpointError, match=r"exists|other settings"):
+    with pytest.raises(CheckpointError, match=r"asked for with another prune.ratio; ask for the same again"):
         run(dense, tmp_path / "out", **{**arguments, "ratio": 0.3})
     run(dense, tmp_path / "out", **{**arguments, "ratio": 0.3}, overwrite=True)
     assert left(tmp_path) == {"out"}
+
+
+def test_a_mended_option_of_the_training_takes_over_what_was_pruned(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = {**ARGUMENTS, "evaluate": False}
+    with pytest.raises(RecoveryError, match="loss is nan"):
+        run(dense, tmp_path / "out", **{**arguments, "learning_rate": 1e30, "max_steps": 3})
+    assert "out.pruned" in left(tmp_path)
+    monkeypatch.setattr(amprune.pipeline, "prune", lambda *_, **__: pytest.fail("pruned again"))
+    run(dense, tmp_path / "out", **{**arguments, "max_steps": 3})
+    assert left(tmp_path) == {"out"}
+
+
+def test_a_run_that_fails_before_anything_is_done_leaves_nothing(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(PlanError, match="ratio"):
+        run(dense, tmp_path / "a" / "out", **{**ARGUMENTS, "ratio": 0.99})
+    assert left(tmp_path) == set()
+
+
+def test_another_model_in_the_place_of_what_was_pruned_is_noticed(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = {**ARGUMENTS, "evaluate": False}
+    with monkeypatch.context() as patch:
+        patch.setattr(amprune.recovery.run, "recover", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(dense, tmp_path / "out", **arguments)
+    other = make_model(find("llama-gqa"))
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    other.save_pretrained(tmp_path / "other")
+    make_tokenizer().save_pretrained(tmp_path / "other")
+    prune(tmp_path / "other", tmp_path / "out.pruned", ratio=0.2, calibration="builtin", samples=4, overwrite=True)
+    with pytest.raises(PlanError, match="the plan is for other weights than those of"):
+        run(dense, tmp_path / "out", **arguments)
 
 
 def test_an_out_that_exists_is_left_alone(dense: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ cut/refit/run.py refits weights.
 
 import logging
 import shutil
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -280,17 +281,22 @@ def run(
         read_records(asked.data, option="--data")
     pruned = folder.with_name(f"{folder.name}.pruned") if asked.recover else folder
     file = folder.with_name(f"{folder.name}.run.json")
-    with alone(file.with_name(f"{file.name}.lock"), f"OUT {folder}"):
+    with alone(file.with_name(f"{file.name}.lock"), f"OUT {folder}"), ExitStack() as stack:
         begun = _begin(file, {folder, pruned}, open_source(model).protected, _request(model, asked), asked)
         replaced = asked.overwrite or begun.resumed  # what an interrupted run of the same request has written
+        stack.callback(lambda: None if begun.done else file.unlink(missing_ok=True))  # nothing to go on with
         if "prune" not in begun.done:
             prune(model, pruned, replace(part(PruneSettings, asked), overwrite=replaced), progress=progress)
             begun.finish("prune", file)
+        elif begun.resumed:  # somebody may have put another model there
+            _, dense = open_model(model, revision=asked.revision, dtype=asked.dtype)
+            check_plan_fits(read_plan(pruned), dense.shape, dense.fingerprint, where=str(model))
         if asked.recover and "recover" not in begun.done:
             training = folder.with_name(f"{folder.name}.training")
             recover(
                 pruned, folder, _recovery(asked), teacher=model if asked.distil else asked.teacher,
-                resume=begun.resumed and training.exists(), overwrite=replaced, progress=progress,
+                resume=begun.resumed and not begun.otherwise and training.exists(), overwrite=replaced,
+                progress=progress,
             )  # fmt: skip
             begun.finish("recover", file)
         if asked.evaluate:
@@ -310,11 +316,14 @@ def _recovery(asked: RunSettings) -> RecoverySettings:
 
 
 def _request(model: PathLike, asked: RunSettings) -> dict[str, Any]:
-    """Returns what has to be the same for a run to be gone on with: what decides the models."""
-    request = {"model": str(model), **asdict(part(PruneSettings, asked)), "recover": asked.recover}
+    """Returns what has to be the same for the models of each stage to be taken over: what decides them."""
+    stages = {"prune": {"model": str(model), "recover": asked.recover, **asdict(part(PruneSettings, asked))}}
     if asked.recover:
-        request |= {**asdict(_recovery(asked)), "distil": asked.distil}
-    return {name: value for name, value in request.items() if name not in ("overwrite", "resume")}
+        stages["recover"] = {**asdict(_recovery(asked)), "distil": asked.distil}
+    return {
+        stage: {name: value for name, value in options.items() if name not in ("overwrite", "resume")}
+        for stage, options in stages.items()
+    }
 
 
 def measure_epochs(
@@ -349,10 +358,15 @@ def _begin(
     if begun.resumed:
         logger.info("going on with the run that %s tells of; done: %s", file, ", ".join(begun.done) or "nothing")
         return begun
-    if begun.otherwise and not asked.overwrite:
+    if begun.otherwise and begun.others == ("prune",) and all(name.startswith("recover.") for name in begun.otherwise):
+        logger.info("going on with the run that %s tells of, with another %s", file, ", ".join(begun.otherwise))
+        mended = replace(begun, done=["prune"], resumed=True)
+        write(file, mended.begun())
+        return mended
+    if begun.otherwise and begun.others and not asked.overwrite:
         raise CheckpointError(
-            f"{file} tells of an interrupted run that was asked for with other settings; ask for the same again, or "
-            "give --overwrite to start anew"
+            f"{file} tells of an interrupted run that was asked for with another {', '.join(begun.otherwise)}; ask for "
+            "the same again, or give --overwrite to start anew"
         )
     for place in places:
         check_output(place, overwrite=asked.overwrite, protected=protected)

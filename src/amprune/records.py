@@ -394,6 +394,8 @@ class Run:
     """Whether an interrupted run of the same request was found."""
     otherwise: tuple[str, ...] = ()
     """What an interrupted run that was found was asked for otherwise, such as `settings.seed`."""
+    others: tuple[str, ...] = ()
+    """What that run has done."""
 
     def begun(self) -> Begun:
         """Returns what is to be kept."""
@@ -414,8 +416,10 @@ def go_on(before: Begun | None, request: Mapping[str, Any]) -> Run:
     """Compares what an interrupted run was asked for with what is asked for now."""
     now = json.loads(json.dumps(request, default=str))
     otherwise = tuple(changes(before["request"], now)) if before is not None else ()
-    if before is None or otherwise:
-        return Run(now, otherwise=otherwise)
+    if before is None:
+        return Run(now)
+    if otherwise:
+        return Run(now, otherwise=otherwise, others=tuple(before["done"]))
     return Run(now, list(before["done"]), resumed=True)
 
 
