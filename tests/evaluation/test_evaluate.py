@@ -407,7 +407,7 @@ def test_a_file_says_what_was_saved(dense: Path, text: Path, tmp_path: Path) -> 
             full_record(note=None, metric="y"),
         ]
     )
-    evaluation.unfinished = {"request": {"limit": None}, "done": ["dense: size"]}
+    evaluation.unfinished = {"request": {"start_token": "first", "limit": None}, "done": ["dense: size"]}
     evaluation.save(tmp_path / "sub" / "again.json")
     assert Evaluation.load(tmp_path / "sub" / "again.json") == evaluation
     assert [file.name for file in (tmp_path / "sub").iterdir()] == ["again.json"]
