@@ -74,6 +74,11 @@ def check_readable(path: Path, *, error: type[AmpruneError], hint: str = "", mos
         raise error(f"{path} cannot be read: it has {state.st_size:,} bytes, expected at most {most:,}{hint}")
 
 
+def resolved(path: Path) -> Path:
+    """Returns where a path leads, through links; one that leads in a circle is left as it is, and cannot be read."""
+    return Path(os.path.realpath(path))
+
+
 def read_text(
     path: Path, *, error: type[AmpruneError], hint: str = "", encoding: str = "utf-8", most: int | None = MOST
 ) -> str:
@@ -315,7 +320,7 @@ def replaced(path: Path, *, error: type[AmpruneError] = CheckpointError) -> Iter
         if path.is_char_device() or path.is_fifo():
             yield path
             return
-        target = path.resolve()
+        target = resolved(path)
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".partial")
         os.close(handle)
         partial = Path(name)

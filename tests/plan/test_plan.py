@@ -15,11 +15,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from tiny_models import NEURONS_ONLY, PRUNABLE_HEADS, Tiny, find, make_model, save_model
 from tiny_plans import CONFIGS, PARAMETERS, REAL, fake_scores, kept, ratio_of, shape_of
 
 from amprune import CalibrationSet, ImportanceScores, ModelShape, PlanError, PruningPlan, apply_plan, make_plan, score
 from amprune.cut.slicing import prune_model
+from amprune.errors import UnsupportedModelError
 from amprune.model.architecture import describe
 from amprune.plan.artefact import check_plan
 from amprune.plan.budget import find_budget, largest_ratio
@@ -687,3 +689,24 @@ def test_a_wish_that_shares_settle_otherwise_is_refused(settled: dict[str, Any])
     for wish in ({"ratio": 0.2}, {"target_parameters": 10_000}):
         with pytest.raises(PlanError, match=r"decides nothing where the shares .* are both settled; leave one out"):
             make_plan(scores, **wish, **settled)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of torch and PEFT
+def test_what_wraps_a_model_is_taken_off_and_what_is_none_refused(tmp_path: Path) -> None:
+    tiny = find("llama-gqa")
+    model = make_model(tiny)
+    plan = make_plan(score(save_model(tiny, tmp_path / "model"), calibration=CALIBRATION, preset="paper"), ratio=0.2)
+    expected = prune_model(model, plan).state_dict()
+    for wrapped in (torch.compile(model), torch.nn.DataParallel(model), torch.compile(torch.nn.DataParallel(model))):
+        found = prune_model(wrapped, plan).state_dict()  # type: ignore[arg-type]
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    adapted = get_peft_model(make_model(tiny), LoraConfig(target_modules="all-linear"))
+    refused: dict[str, Any] = {
+        "has PEFT adapters; merge them first": adapted,
+        "the LlamaModel is no causal language model; load it by AutoModelForCausalLM": model.model,
+        "the model is a NoneType, expected a causal language model": None,
+        "the model is a Linear, expected a causal language model": torch.nn.Linear(2, 2),
+    }
+    for message, other in refused.items():
+        with pytest.raises(UnsupportedModelError, match=message):
+            prune_model(other, plan)

@@ -18,6 +18,7 @@ from amprune.model.architecture import (
     describe,
     make_config,
     unit_width,
+    unwrapped,
 )
 from amprune.model.families import Cut, Unit
 from amprune.model.files import TensorHeader
@@ -190,6 +191,7 @@ def prune_model(model: "transformers.PreTrainedModel", plan: PruningPlan) -> "tr
             f"the plan asks for {what}, which needs a checkpoint on disk; use apply_plan, or make "
             f"{'compensated' if plan.compensated else 'refitted'} false in the plan"
         )
+    model = unwrapped(model)
     raw = model.config.to_dict()
     architecture = describe(raw, where=type(model).__name__)
     state = model.state_dict()

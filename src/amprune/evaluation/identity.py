@@ -24,7 +24,7 @@ from amprune.model.quantization import quantization_of, quantization_words, requ
 from amprune.model.source import open_source
 from amprune.model.writer import RECORDS
 from amprune.plan.artefact import PruningPlan
-from amprune.records import read_object, sha256
+from amprune.records import read_object, resolved, sha256
 from amprune.running import Progress, no_progress
 from amprune.settings import EvaluationSettings, PathLike
 
@@ -67,7 +67,7 @@ def _named(model: str) -> tuple[str, str]:
     if match and not Path(model).exists():
         return match.group(1), match.group(2)
     path = Path(model).expanduser()
-    return (path.resolve().name if path.exists() else model), model
+    return (resolved(path).name if path.exists() else model), model
 
 
 def _open(name: str, model: str, asked: EvaluationSettings, progress: Progress) -> Subject:

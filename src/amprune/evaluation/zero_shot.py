@@ -23,6 +23,7 @@ from amprune.evaluation.measurement import Job, Loaded, halve_until_it_fits
 from amprune.evaluation.records import Record
 from amprune.model.latency import dtype_of
 from amprune.model.loading import input_device
+from amprune.records import resolved
 from amprune.settings import TASKS, EvaluationSettings
 
 _BOOTSTRAP = 1000
@@ -129,7 +130,7 @@ def _overlay(name: str, definition: str, data: TaskData | None) -> Any:
         content |= {
             "dataset_path": "json",
             "dataset_name": None,
-            "dataset_kwargs": {"data_files": {data.split: str(data.file.resolve())}},
+            "dataset_kwargs": {"data_files": {data.split: str(resolved(data.file))}},
             "training_split": None,
             "validation_split": None,
             "test_split": None,

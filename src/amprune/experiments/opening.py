@@ -14,6 +14,7 @@ from amprune.experiments.settings import Settings
 from amprune.model.latency import check_positions
 from amprune.model.reader import read_checkpoint
 from amprune.model.source import open_source
+from amprune.records import resolved
 from amprune.running import Progress
 from amprune.scoring.catalogue import CRITERIA
 from amprune.settings import MEASURED_BY
@@ -39,8 +40,8 @@ def open_benches(
     benches = []
     for model, name in zip(models, folders, strict=True):
         source = open_source(model, dtype=settings.dtype)
-        for place in (path.resolve() for path in source.protected):
-            if folder.resolve() == place or place in folder.resolve().parents:
+        for place in (resolved(path) for path in source.protected):
+            if resolved(folder) == place or place in resolved(folder).parents:
                 raise EvaluationError(f"the experiment cannot be written into the model {place}; choose another folder")
         dense = read_checkpoint(source.folder)
         if "perplexity" in measure:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from amprune.errors import EvaluationError, PlanError, ScoresError, guess
 from amprune.experiments.recipes import BEST, DENSE, RECIPES, Cell, Recipe
 from amprune.model.latency import LatencySettings
-from amprune.records import Rule, parse, read_object
+from amprune.records import Rule, parse, read_object, resolved
 from amprune.recovery.training import check_training
 from amprune.scoring.catalogue import CRITERIA
 from amprune.settings import TASKS, EvaluationSettings, ExperimentSettings, Training
@@ -74,9 +74,9 @@ def given_of(asked: ExperimentSettings, latency: Sequence[LatencySettings] | Non
         given["latency"] = tuple(latency)
     given |= {name: str(given[name]) for name in ("calibration", "data") if name in given}
     if "data_dir" in given:
-        given["data_dir"] = str(Path(given["data_dir"]).expanduser().resolve())
+        given["data_dir"] = str(resolved(Path(given["data_dir"]).expanduser()))
     if "texts" in given:
-        given["texts"] = [str(Path(text).expanduser().resolve()) for text in given["texts"]]
+        given["texts"] = [str(resolved(Path(text).expanduser())) for text in given["texts"]]
     return given
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from amprune.errors import UnsupportedModelError
@@ -110,6 +111,25 @@ def meta_model(config: PreTrainedConfig, *, where: str) -> PreTrainedModel:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UnsupportedModelError(f"{where}: transformers cannot build this config.json: {reason}") from error
     return model
+
+
+def unwrapped(model: Any) -> PreTrainedModel:
+    """Returns the causal language model that compiling or parallelising has wrapped; refuses what is none."""
+    while (inner := getattr(model, "_orig_mod", None) or _parallelised(model)) is not None:
+        model = inner
+    name = type(model).__name__
+    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+        raise UnsupportedModelError(f"the {name} has PEFT adapters; merge them first: `model.merge_and_unload()`")
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(f"the model is a {name}, expected a causal language model of transformers")
+    if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        raise UnsupportedModelError(f"the {name} is no causal language model; load it by AutoModelForCausalLM")
+    return model
+
+
+def _parallelised(model: Any) -> Any:
+    kinds = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
+    return model.module if isinstance(model, kinds) else None
 
 
 def unit_width(cut: Cut, unit: Unit, head_dim: int) -> int:

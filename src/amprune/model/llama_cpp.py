@@ -17,6 +17,7 @@ from typing import Any
 from amprune.errors import ExportError, MissingDependencyError, reason
 from amprune.model.gguf_file import GgufFile
 from amprune.model.source import cache_folder
+from amprune.records import resolved
 
 PACKAGES = Path(__file__).parents[1] / "data" / "llama-cpp-packages.txt"
 _VARIABLE = "AMPRUNE_LLAMA_CPP"
@@ -97,7 +98,7 @@ def _in(folder: Path, names: tuple[str, ...]) -> Iterator[Path]:
     for place in _PLACES:
         for name in names:
             if (file := folder / place / name).is_file():
-                yield file.resolve() if file.suffix == ".py" else file
+                yield resolved(file) if file.suffix == ".py" else file
 
 
 def _missing(what: str, directory: Path | None) -> MissingDependencyError:

@@ -18,6 +18,7 @@ from typing import Any
 from amprune.errors import CheckpointError, MissingDependencyError, reason, required
 from amprune.model.architecture import quiet_transformers
 from amprune.model.files import check_no_adapter, check_no_pointer, module_folders
+from amprune.records import resolved
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ def open_source(
             raise CheckpointError(f"{path} is a local folder; --revision is for models of the hub")
         check_no_adapter(path)
         known = _cached_id(path)
-        return Source(path, (path,), known or path.resolve().name, known)
+        return Source(path, (path,), known or resolved(path).name, known)
     if path.suffix.lower() == ".gguf" or path.is_file():
         folder = _dequantised(path, dtype)
         return Source(folder, (path, folder), path.stem, None)
@@ -107,7 +108,7 @@ def open_source(
 
 def _cached_id(folder: Path) -> str | None:
     """Returns the hub id of a snapshot in the hub's own cache, which is a folder named by a hash."""
-    place = folder.resolve()
+    place = resolved(folder)
     if place.parent.name != "snapshots" or not (name := place.parent.parent.name).startswith("models--"):
         return None
     return name.removeprefix("models--").replace("--", "/", 1)
@@ -175,7 +176,7 @@ def _dequantised(gguf: Path, dtype: str) -> Path:
     if dtype not in GGUF_DTYPES:
         raise CheckpointError(f"a GGUF file cannot be dequantised to {dtype!r}; choose from {', '.join(GGUF_DTYPES)}")
     state = gguf.stat()
-    key = f"{gguf.resolve()}|{state.st_size}|{state.st_mtime_ns}|{GGUF_DTYPES[dtype]}"
+    key = f"{resolved(gguf)}|{state.st_size}|{state.st_mtime_ns}|{GGUF_DTYPES[dtype]}"
     folder = cache_folder() / "gguf" / f"{gguf.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if not (folder / "config.json").is_file():
         required(f"{gguf}, a GGUF file,", "gguf")

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from amprune.errors import AmpruneError, CheckpointError
 from amprune.model.files import WEIGHT_INDEX, TensorHeader, module_folders
-from amprune.records import alone, umask, write
+from amprune.records import alone, resolved, umask, write
 from amprune.running import release_memory
 
 logger = logging.getLogger(__name__)
@@ -120,8 +120,8 @@ def copy_sidecars(source: Path, target: Path) -> list[str]:
 
 def _leads_out(file: Path, source: Path) -> bool:
     """Tells whether a link leads out of its folder; the hub's cache links to `blobs` beside its snapshots."""
-    inside = (source.resolve(), source.resolve().parent.parent / "blobs")
-    return not any(folder in file.resolve().parents for folder in inside)
+    inside = (resolved(source), resolved(source).parent.parent / "blobs")
+    return not any(folder in resolved(file).parents for folder in inside)
 
 
 @contextmanager
@@ -157,7 +157,7 @@ def staged_file(out: Path, *, overwrite: bool = False, protected: tuple[Path, ..
 def _partial(out: Path, check: Callable[[Path], None]) -> Iterator[tuple[Path, Path, Callable[[], None]]]:
     """Yields `OUT.partial`, OUT without links, and what is to be called before the one becomes the other."""
     check(out)
-    out = out.resolve()
+    out = resolved(out)
     folder = out.with_name(f"{out.name}.partial")
 
     def finish() -> None:
@@ -178,8 +178,8 @@ def _partial(out: Path, check: Callable[[Path], None]) -> Iterator[tuple[Path, P
 
 def check_target(out: Path, protected: Iterable[Path], *, records: bool = False) -> None:
     """Refuses a file to write that is a source or lies in one, `records` aside where they may be added to."""
-    target = out.resolve()
-    for source in (path.resolve() for path in protected):
+    target = resolved(out)
+    for source in (resolved(path) for path in protected):
         if records and source / RECORDS in target.parents:
             continue
         if target == source or source in target.parents:
@@ -215,8 +215,8 @@ def _only_writer(out: Path, folder: Path) -> Iterator[bool]:
 
 def check_output(out: Path, *, overwrite: bool, protected: tuple[Path, ...]) -> None:
     """Refuses an OUT that would touch a source, that exists, or that is no checkpoint to overwrite."""
-    target = out.resolve()
-    for source in (path.resolve() for path in protected):
+    target = resolved(out)
+    for source in (resolved(path) for path in protected):
         if target == source or source in target.parents or target in source.parents:
             raise CheckpointError(f"OUT {out} and the source {source} overlap; choose a folder outside of the source")
     if not out.exists():

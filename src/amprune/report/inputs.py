@@ -16,7 +16,7 @@ from amprune.model.recovered import Recovery, TrainingLog, is_recovered, read_re
 from amprune.model.writer import RECORDS
 from amprune.plan.artefact import PruningPlan
 from amprune.prove.card import read_card, read_made
-from amprune.records import read_object
+from amprune.records import read_object, resolved
 from amprune.scoring.scores import ImportanceScores
 
 EVALUATION = "evaluation.json"
@@ -151,13 +151,13 @@ def _own_records(folder: Path) -> Subject:
             parameters = inspect(folder).shape.parameters
     except AmpruneError as error:
         raise ReportError(f"the checkpoint's records are damaged: {error}; make the checkpoint again") from error
-    return _with_records(folder, Subject(folder.resolve().name, parameters))
+    return _with_records(folder, Subject(resolved(folder).name, parameters))
 
 
 def _find(folder: Path, evaluation: Evaluation) -> str | None:
     """Finds a checkpoint among the models: by its path, or, where it has moved, by its content."""
     for name, entry in evaluation.models.items():
-        if Path(entry.source).is_dir() and Path(entry.source).resolve() == folder.resolve():
+        if Path(entry.source).is_dir() and resolved(Path(entry.source)) == resolved(folder):
             return name
     if not evaluation.models:
         return None

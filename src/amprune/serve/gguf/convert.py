@@ -15,7 +15,7 @@ from amprune.errors import ExportError, UnsupportedModelError
 from amprune.model.backends import GGUF_BLOCK, GGUF_SUPER_BLOCK, NARROW_ATTENTION
 from amprune.model.llama_cpp import Program
 from amprune.model.reader import Checkpoint
-from amprune.records import write
+from amprune.records import resolved, write
 
 logger = logging.getLogger(__name__)
 _LINES = 3  # of a program's last words, in an error
@@ -82,14 +82,15 @@ def as_twin(checkpoint: Checkpoint, twin: Mapping[str, Any] | None) -> Iterator[
     with TemporaryDirectory(prefix="amprune-twin-") as place:
         for file in checkpoint.folder.iterdir():
             if file.is_file() and file.name != "config.json":
-                os.symlink(file.resolve(), Path(place) / file.name)
+                os.symlink(resolved(file), Path(place) / file.name)
         write(Path(place) / "config.json", {**checkpoint.config, **twin})
         yield Path(place)
 
 
 def convert(converter: Program, folder: Path, out: Path, kind: str, *, name: str, model_type: str) -> None:
     """Converts a checkpoint to one of the types that the converter writes."""
-    arguments = (str(folder), "--outfile", str(out), "--outtype", kind, "--model-name", name)
+    # A name that begins with a dash is no option.
+    arguments = (str(folder.absolute()), f"--outfile={out.absolute()}", "--outtype", kind, f"--model-name={name}")
     done = _run(converter, arguments)
     if done.returncode == 0 and out.is_file():
         return
@@ -110,7 +111,7 @@ def convert(converter: Program, folder: Path, out: Path, kind: str, *, name: str
 
 def quantise(quantiser: Program, source: Path, out: Path, kind: str, *, threads: int) -> None:
     """Quantises a GGUF file."""
-    done = _run(quantiser, (str(source), str(out), kind.upper(), str(threads)))
+    done = _run(quantiser, (str(source.absolute()), str(out.absolute()), kind.upper(), str(threads)))
     if done.returncode != 0 or not out.is_file():
         raise ExportError(
             f"llama.cpp's quantiser {quantiser.path} failed on {kind}: {_last_words(done.stdout + done.stderr)}"

@@ -14,7 +14,7 @@ from amprune.model.llama_cpp import find_converter, find_quantiser
 from amprune.model.reader import Checkpoint, read_checkpoint
 from amprune.model.source import Source, open_source
 from amprune.model.writer import check_file, staged_file
-from amprune.records import read_object
+from amprune.records import read_object, resolved
 from amprune.running import Progress, no_progress
 from amprune.serve.gguf.check import TokenCheck, check_sizes, check_tokens
 from amprune.serve.gguf.convert import KINDS, as_twin, convert, find_twin, quantise
@@ -119,7 +119,7 @@ def export_gguf(
                 except MissingDependencyError as error:
                     logger.warning("not run in llama.cpp: %s", error)
                 advance(1)
-    file = replace(written, path=place.resolve())
+    file = replace(written, path=resolved(place))
     return ExportedGguf(file, str(converter.path), None if quantiser is None else str(quantiser.path), proof)
 
 

@@ -11,7 +11,7 @@ from amprune.errors import PushError
 from amprune.model.files import WEIGHT_INDEX, weight_files
 from amprune.model.writer import LOADED, RECORDS, WEIGHT_SUFFIXES
 from amprune.prove.card import CARD
-from amprune.records import parse_yaml, read_text
+from amprune.records import parse_yaml, read_text, resolved
 
 _LICENCES = ("license*", "licence*", "copying*", "notice*", "use_policy*")
 _KINDS: dict[str, tuple[str, ...]] = {
@@ -159,7 +159,7 @@ def _is_absolute(value: str) -> bool:
 def _pattern(folder: Path, whole: Iterable[str]) -> re.Pattern[str]:
     """Matches the given paths, and every path in the folders that this process is at home in."""
     near = (folder.absolute(), folder.absolute().parent, Path.cwd())
-    found = [place for path in near for place in (path, path.resolve()) if len(place.parts) > 2]
+    found = [place for path in near for place in (path, resolved(path)) if len(place.parts) > 2]
     places = {str(place) for place in (*found, Path.home()) if place != Path("/")}
     for value in whole:
         places |= {value.rstrip("/"), json.dumps(value.rstrip("/"))[1:-1]}  # as it stands in a JSON file, too
