@@ -705,7 +705,7 @@ def test_what_wraps_a_model_is_taken_off_and_what_is_none_refused(tmp_path: Path
         "has PEFT adapters; merge them first": adapted,
         "the LlamaModel is no causal language model; load it by AutoModelForCausalLM": model.model,
         "the model is a NoneType, expected a causal language model": None,
-        "the model is a Linear, expected a causal language model": torch.nn.Linear(2, 2),
+        "the Linear is no causal language model": torch.nn.Linear(2, 2),
     }
     for message, other in refused.items():
         with pytest.raises(UnsupportedModelError, match=message):
