@@ -7,9 +7,11 @@ by the room whose record it is. A field whose entry has another name says so in 
 that a file has to have although code may leave it out (`needed`).
 """
 
+import glob
 import hashlib
 import json
 import os
+import shutil
 import stat
 import sys
 import tempfile
@@ -31,7 +33,7 @@ from typing import (
     is_typeddict,
 )
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from amprune.errors import AmpruneError, CheckpointError
 
@@ -314,24 +316,51 @@ def replaced(path: Path, *, error: type[AmpruneError] = CheckpointError) -> Iter
 
     Devices and pipes are written to as they are; of a link, what it leads to is replaced.
     """
-    partial = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_char_device() or path.is_fifo():
             yield path
             return
         target = resolved(path)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".partial")
-        os.close(handle)
-        partial = Path(name)
-        yield partial
-        partial.chmod(0o666 & ~umask())
-        partial.replace(target)
+        with staging(target.parent, target.name) as folder:
+            yield (partial := folder / target.name)
+            partial.chmod(0o666 & ~umask())
+            partial.replace(target)
     except OSError as problem:
         raise error(f"cannot write {path}: {problem.strerror or problem}") from problem
+
+
+@contextmanager
+def staging(parent: Path, name: str) -> Iterator[Path]:
+    """Makes a folder `.NAME.*.partial` in which files are written before they are moved; it goes in the end.
+
+    What a killed process has left is removed: while one lives, it holds a lock in its own.
+    """
+    for left in parent.glob(f".{glob.escape(name)}.*.partial"):
+        with suppress(OSError, Timeout), FileLock(left / _LOCK).acquire(blocking=False):
+            shutil.rmtree(left)
+    folder, lock = _locked(parent, name)
+    try:
+        yield folder
     finally:
-        if partial is not None:
-            partial.unlink(missing_ok=True)
+        lock.release()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+_LOCK = ".lock"
+
+
+def _locked(parent: Path, name: str) -> tuple[Path, BaseFileLock]:
+    """Makes a folder and locks it; another process may have taken it for one that was left in between."""
+    while True:
+        folder = Path(tempfile.mkdtemp(dir=parent, prefix=f".{name}.", suffix=".partial"))
+        lock: BaseFileLock = FileLock(folder / _LOCK)
+        try:
+            lock.acquire()
+            return folder, lock
+        except FileNotFoundError:
+            if folder.exists():
+                raise
 
 
 def umask() -> int:

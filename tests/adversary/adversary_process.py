@@ -42,11 +42,11 @@ class Zygote:
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def run(self, argv: list[str], cwd: Path) -> Outcome:
-        """Runs `amprune ARGV` in a folder."""
+    def run(self, argv: list[str], cwd: Path, *, kill: int = 0) -> Outcome:
+        """Runs `amprune ARGV` in a folder, and kills it before that rename, removal, new folder or file, from 1 on."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps({"argv": argv, "cwd": str(cwd)}) + "\n")
+        self._process.stdin.write(json.dumps({"argv": argv, "cwd": str(cwd), "kill": kill}) + "\n")
         self._process.stdin.flush()
         return Outcome(**json.loads(self._process.stdout.readline()))
 
@@ -72,15 +72,15 @@ def _serve() -> None:
     os.dup2(2, 1)  # what a library prints is no answer
     for line in sys.stdin:
         request = json.loads(line)
-        answers.write(json.dumps(_forked(request["argv"], request["cwd"])) + "\n")
+        answers.write(json.dumps(_forked(request["argv"], request["cwd"], request["kill"])) + "\n")
         answers.flush()
 
 
-def _forked(argv: list[str], cwd: str) -> dict[str, Any]:
+def _forked(argv: list[str], cwd: str, kill: int) -> dict[str, Any]:
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as error:
         before, start = _resident(), time.monotonic()
         if (child := os.fork()) == 0:
-            _run(argv, cwd, out.fileno(), error.fileno())
+            _run(argv, cwd, kill, out.fileno(), error.fileno())
         status, usage = _wait(child, start + SECONDS)
         out.seek(0)
         error.seek(0)
@@ -99,7 +99,30 @@ def _resident() -> float:
     return pages * resource.getpagesize() / 2**20
 
 
-def _run(argv: list[str], cwd: str, out: int, error: int) -> None:
+_CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "shutil.rmtree")
+
+
+def _killed_before(number: int, cwd: str) -> None:
+    """Counts what changes the folder, and kills this process before the change of that number."""
+    done = [0]
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open":
+            path, _, flags = arguments
+            if not (isinstance(flags, int) and flags & os.O_CREAT and isinstance(path, str | os.PathLike)):
+                return
+        elif event not in _CHANGES:
+            return
+        if not os.path.abspath(os.fspath(arguments[0])).startswith(cwd):
+            return
+        done[0] += 1
+        if done[0] == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+
+
+def _run(argv: list[str], cwd: str, kill: int, out: int, error: int) -> None:
     code = 70
     try:
         os.setsid()
@@ -109,6 +132,8 @@ def _run(argv: list[str], cwd: str, out: int, error: int) -> None:
         used = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + _SPARE, used + _SPARE))
         sys.argv = ["amprune", *argv]
+        if kill:
+            _killed_before(kill, os.path.realpath(cwd))
         from amprune.cli import main
 
         try:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from amprune.errors import PlanError
 from amprune.model.shape import ModelShape
+from amprune.plan.heads import Budget
 from amprune.records import Rule, Share, parse, read_object, short, write_text
 
 _FORMATS = (1, 2)
@@ -99,10 +100,41 @@ class PruningPlan:
         plan = parse(cls, content, where=where, error=PlanError, remedy=_AGAIN, extra=False)
         for name in ("shape_before", "shape_after"):
             getattr(plan, name).check_sums(where=f"{where}: {name}", error=PlanError)
-        if not isinstance(found := plan.fingerprint, str | None):
-            raise PlanError(f"{where}: provenance: fingerprint is {short(found)}, expected text or null; {_AGAIN}")
+        parse(_Provenance, plan.provenance, where=f"{where}: provenance", error=PlanError, remedy=_AGAIN)
         check_plan(plan, where=where)
         return plan
+
+
+@dataclass(frozen=True)
+class _Damage:
+    kl: float
+
+
+@dataclass(frozen=True)
+class _Split:
+    budget: Budget
+    ratio: float
+    damage: _Damage
+    refitted: _Damage | None = None
+    measured_neurons: int | None = None
+
+
+@dataclass(frozen=True)
+class _Allocation:
+    candidates: tuple[_Split, ...]
+    chosen: int
+
+
+@dataclass(frozen=True)
+class _Provenance:
+    """What of it is read again, to be shown or compared."""
+
+    fingerprint: str | None = None
+    criterion: str | None = None
+    calibration: dict[str, Any] | None = None
+    allocation: _Allocation | None = None
+    speedup: dict[str, Any] | None = None
+    preset: str | None = None
 
 
 def _renewed(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from amprune.evaluation.workload import check_workload
 from amprune.model.recovered import data_sentence
 from amprune.model.writer import RECORDS
 from amprune.prove.card import CARD, Made, Results, logit_difference, renewed_card
+from amprune.records import staging
 from amprune.report.contents import make_contents
 from amprune.report.drawing import to_png, to_svg
 from amprune.report.inputs import Inputs, read_inputs
@@ -172,10 +172,8 @@ def _write(output: Path, files: Mapping[Path, bytes]) -> None:
     try:
         if any(file.parent == figures for file in files):
             figures.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            prefix=".report.", suffix=".partial", dir=output, ignore_cleanup_errors=True
-        ) as staging:
-            staged = {target: Path(staging) / str(index) for index, target in enumerate(files)}
+        with staging(output, "report") as folder:
+            staged = {target: folder / str(index) for index, target in enumerate(files)}
             for target, partial in staged.items():
                 partial.write_bytes(files[target])
             for target, partial in staged.items():
