@@ -231,3 +231,12 @@ def test_of_code_that_a_model_carries_the_tokenizer_s_alone_ever_runs(
     load_tokenizer(model, trust_remote_code=trusted)
     assert not (tmp_path / "config-ran").exists()
     assert (tmp_path / "tokenizer-ran").exists() == trusted
+
+
+@pytest.mark.parametrize("text", ["\\ud800", "\\uDFFF tail"])
+def test_half_a_character_in_a_record_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text(f'{{"criterion": ["{text}"]}}', encoding="utf-8")
+    with pytest.raises(AmpruneError, match="cannot be read: 'utf-8' codec can't encode character"):
+        read_object(tmp_path / "plan.json")
+    (tmp_path / "plan.json").write_text('{"name": "\\ud83e\\udd8a"}', encoding="utf-8")  # both halves
+    assert read_object(tmp_path / "plan.json") == {"name": "\U0001f98a"}

@@ -118,7 +118,9 @@ def read_object(path: Path, *, error: type[AmpruneError] = CheckpointError, hint
     """Reads a JSON object, with an error that names the file; `hint` says what to do next."""
     check_readable(path, error=error, hint=hint, most=MOST)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(text := path.read_text(encoding="utf-8"))
+        if "\\ud" in text.lower():  # a half of a character, which no file could be written with
+            json.dumps(content, ensure_ascii=False).encode()
     except OSError as problem:
         raise error(f"{path} cannot be read: {problem.strerror or problem}{hint}") from problem
     except (ValueError, RecursionError) as problem:  # bytes that are no text, numbers and depths out of bounds
