@@ -8,6 +8,7 @@ from huggingface_hub.utils import filter_repo_objects
 from tiny_models import find, make_model
 from tiny_tokenizer import make_tokenizer
 
+from amprune.cut.inspection import inspect
 from amprune.model import source
 from amprune.model.source import open_source
 from amprune.pipeline import prune
@@ -83,3 +84,23 @@ def test_a_model_that_is_pruned_again_keeps_base_model_and_licence(tmp_path: Pat
         assert "license: apache-2.0" in card
         assert "base_model:\n- owner/name" in card
         assert "language:\n- en" in card
+
+
+def test_inspect_lists_what_an_output_has_beside_its_weights(tmp_path: Path) -> None:
+    make_model(find("llama-gqa")).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    for name in (
+        "model.onnx_data",
+        "checkpoint-500/optimizer.pt",
+        "checkpoint-500/trainer_state.json",
+        "LICENSE",
+        "a.md",
+    ):
+        (tmp_path / "model" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "model" / name).write_text("", encoding="utf-8")
+    (tmp_path / "model" / "key").symlink_to("/etc/passwd")
+    found = inspect(tmp_path / "model")
+    assert set(found.left_out) == {*left, "key (a link out of the folder)"}
+    prune(tmp_path / "model", tmp_path / "out", ratio=0.2, preset="paper", calibration=["A fox."], samples=1)
+    made = {"README.md", "amprune", "config.json", "model.safetensors"}
+    assert set(found.carried) | made == {file.name for file in (tmp_path / "out").iterdir()}

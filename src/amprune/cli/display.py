@@ -227,6 +227,9 @@ def show_inspection(found: "Inspection") -> None:
         step = shape.layer_parameters / shape.parameters
         most = f"{found.removable_blocks} can go beside the protected, ratios up to {found.removable_blocks * step:.4f}"
         stdout.print(f"A whole block holds {step:.2%}; {most if found.removable_blocks else 'all are protected'}.")
+    for what, names in (("Carried over beside the weights", found.carried), ("Left out", found.left_out)):
+        if names:
+            stdout.print(f"{what}: {', '.join(names)}.")
     if found.shape_warnings:
         stdout.print("Shapes: what backends handle badly")
     for warning in found.shape_warnings:

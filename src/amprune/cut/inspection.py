@@ -10,6 +10,7 @@ from amprune.model.backends import ShapeWarning, shape_warnings
 from amprune.model.reader import read_checkpoint
 from amprune.model.shape import ModelShape
 from amprune.model.source import open_source
+from amprune.model.writer import sidecars
 from amprune.plan.budget import largest_ratio, removable_blocks
 from amprune.plan.heads import head_choices
 from amprune.records import read_object
@@ -47,6 +48,10 @@ class Inspection:
     """Decoder blocks that can go as a whole, without those that are protected by default."""
     shape_warnings: tuple[ShapeWarning, ...]
     """What backends handle badly of the sizes; empty where all is well."""
+    carried: tuple[str, ...]
+    """Files beside the weights that an output has, too; empty of a hub id, of which the config alone is fetched."""
+    left_out: tuple[str, ...]
+    """Files that it lacks, beside weights, card and records."""
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the JSON form."""
@@ -66,6 +71,7 @@ def inspect(model: str | os.PathLike[str], *, revision: str | None = None) -> In
     config = checkpoint.config if checkpoint else read_object(source.folder / "config.json")
     architecture = checkpoint.architecture if checkpoint else describe(config, where=str(model))
     shape = architecture.shape
+    carried, left_out = map(tuple, sidecars(source.folder) if checkpoint else ((), ()))
     dtypes = {str(checkpoint.header(name).dtype).removeprefix("torch.") for name in checkpoint} if checkpoint else ()
     return Inspection(
         model=str(model),
@@ -78,6 +84,8 @@ def inspect(model: str | os.PathLike[str], *, revision: str | None = None) -> In
         modes=tuple(_modes(shape)),
         removable_blocks=removable_blocks(shape, PlanOptions()),
         shape_warnings=shape_warnings(shape),
+        carried=carried,
+        left_out=left_out,
         smallest_step=shape.neuron_parameters * shape.num_layers / shape.parameters,
     )
 

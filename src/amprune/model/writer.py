@@ -89,13 +89,28 @@ def write_shards(
 
 
 def copy_sidecars(source: Path, target: Path) -> list[str]:
-    """Copies what belongs to a model beside its weights, and says in one line what is left out; returns the names.
+    """Copies what belongs to a model beside its weights, and says in one line what is left out; returns the names."""
+    copied, left = sidecars(source)
+    for name in copied:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, target / name)
+    if left:
+        logger.info("not carried over: %s%s", ", ".join(left[:8]), f" and {len(left) - 8} more" if left[8:] else "")
+    if code := [name for name in copied if name.endswith(".py")]:
+        logger.info("carried over, never run: %s, the model's own code", ", ".join(code[:8]))
+    return copied
+
+
+def sidecars(source: Path) -> tuple[list[str], list[str]]:
+    """Sorts the files beside a model's weights: what an output has, too, and what is left out.
 
     Left out are weights in any format, what a training leaves, the model card, records, descriptions of the dense
     sizes, hidden files, and links out of the folder but for files that loaders read. Of an embedding model the modules
-    that `modules.json` names are copied whole, weights included.
+    that `modules.json` names are carried over whole, weights included.
     """
-    modules, copied, left = module_folders(source), [], []
+    modules = module_folders(source)
+    copied: list[str] = []
+    left: list[str] = []
     for file in sorted(source.rglob("*")):
         relative = file.relative_to(source)
         if not file.is_file() or any(part.startswith(".") for part in relative.parts) or relative.parts[0] == RECORDS:
@@ -108,14 +123,8 @@ def copy_sidecars(source: Path, target: Path) -> list[str]:
         elif _leads_out(file, source) and str(relative) not in LOADED:
             left.append(f"{relative} (a link out of the folder)")
         else:
-            (target / relative).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, target / relative)
             copied.append(str(relative))
-    if left:
-        logger.info("not carried over: %s%s", ", ".join(left[:8]), f" and {len(left) - 8} more" if left[8:] else "")
-    if code := [name for name in copied if name.endswith(".py")]:
-        logger.info("carried over, never run: %s, the model's own code", ", ".join(code[:8]))
-    return copied
+    return copied, left
 
 
 def _leads_out(file: Path, source: Path) -> bool:
