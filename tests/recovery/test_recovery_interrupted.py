@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import re
 import shutil
 import signal
@@ -509,3 +510,14 @@ def test_two_processes_do_what_one_does_that_accumulates_two_batches(model: Path
     assert max(float((theirs[name] - before[name]).abs().max()) for name in theirs) > 1e-3
     load(tmp_path / "two")
     assert {path.name for path in tmp_path.iterdir()} == {"one", "two"}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes with names are those of Unix")
+def test_a_log_that_is_a_pipe_is_refused_at_once(model: Path, chats: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(model, chats, tmp_path / "out", progress=interrupted_at(4), **STEPS)
+    log = tmp_path / "out.training" / "training.jsonl"
+    log.unlink()
+    os.mkfifo(log)
+    with pytest.raises(RecoveryError, match=r"training\.jsonl cannot be read: it is a device or a pipe.*; remove it"):
+        train(model, chats, tmp_path / "out", resume=True, **STEPS)

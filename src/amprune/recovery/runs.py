@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from amprune.errors import CheckpointError, RecoveryError
-from amprune.records import go_on, read_object, sha256, write, write_text
+from amprune.model.recovered import LOG
+from amprune.records import check_readable, go_on, read_object, sha256, write, write_text
 
 logger = logging.getLogger(__name__)
 EPOCHS = "epochs"
@@ -38,6 +39,8 @@ def begin_run(folder: Path, request: Mapping[str, Any], *, resume: bool, overwri
                     f"the interrupted run in {folder} was asked for with another {', '.join(otherwise)}; ask for the "
                     "same again, or remove the folder and start anew"
                 )
+            if (log := folder / LOG).exists():
+                check_readable(log, error=RecoveryError, hint="; remove it")
             discard_damaged(folder)
             start = last_checkpoint(folder)
             logger.info("going on from %s", start.name if start else "the start: there is no checkpoint yet")
