@@ -411,6 +411,13 @@ def quantised(entry: dict[str, Any]) -> Damage:
     return damage
 
 
+def packed_weights(model: Path) -> None:
+    stored = load_file(model / "model.safetensors")
+    stored[QUERY.replace(".weight", ".qweight")] = stored.pop(QUERY).to(torch.int32)
+    save_file(stored, model / "model.safetensors", metadata={"format": "pt"})
+    write(model / "quantize_config.json", {"bits": 4})
+
+
 def only_adapter(model: Path) -> None:
     for file in model.iterdir():
         file.unlink()
@@ -465,6 +472,11 @@ BAD_SINGLE: dict[str, tuple[Damage, type[AmpruneError], str]] = {
         quantised({"quant_method": "bitsandbytes", "load_in_4bit": True}),
         UnsupportedModelError,
         r"is quantised \(bitsandbytes\)",
+    ),
+    "gptq of 2023, which config.json does not tell of": (
+        packed_weights,
+        UnsupportedModelError,
+        r"holds model\.layers\.0\S+\.qweight: the weights are quantised \(as GPTQ",
     ),
     "a quantisation of nothing": (
         config(quantization_config={"quant_method": "fp8"}),

@@ -418,3 +418,13 @@ def test_errors_of_the_command_line_are_one_paragraph(model: Path, tmp_path: Pat
     assert (code, output) == (1, "")
     assert "--lora-rank is 0, expected 1 or more" in errors
     assert "Traceback" not in errors
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(model: Path, tmp_path: Path, untrainable: None) -> None:
+    wide = shutil.copytree(model, tmp_path / "wide")
+    content = json.loads((wide / "tokenizer.json").read_text(encoding="utf-8"))
+    content["added_tokens"].append({**content["added_tokens"][0], "id": 500, "content": "noise"})
+    (wide / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(RecoveryError, match=r"texts holds token id \d+, but wide embeds the ids 0 to 159"):
+        train(wide, ["a noise " * 4] * 8, tmp_path / "out")
+    assert not (tmp_path / "out.training").exists()

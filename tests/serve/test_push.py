@@ -284,6 +284,9 @@ UNFIT: dict[str, tuple[Callable[[Path], object], str]] = {
     "not verified": (not_verified, "is not verified"),
     "a weight changed since": (changed_weight, "is not what amprune/verification.json tells of"),
     "no verification": (lambda out: (out / "amprune" / "verification.json").unlink(), "nothing says that"),
+    "a front matter of no fields": (
+        lambda out: (out / "README.md").write_text("---\n- mit\n---\nA model.\n"), "no list of `name: value`"
+    ),
     "no card": (lambda out: (out / "README.md").unlink(), "`amprune report"),
     "a damaged record": (lambda out: (out / "amprune" / "plan.json").write_text("{"), "amprune/plan.json is damaged"),
 }  # fmt: skip

@@ -218,6 +218,7 @@ def _matched(
         )
     if left:
         logger.info("%s: not part of the architecture and left out: %s", folder, _listed(left))
+    _check_packed(left, folder)
     if missing := sorted(set(architecture.tensors) - covered):
         raise CheckpointError(
             f"{folder}: the weights lack {len(missing)} of the {len(architecture.tensors)} tensors that config.json "
@@ -228,6 +229,15 @@ def _matched(
 
 def _listed(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more tensors" if names[most:] else "")
+
+
+def _check_packed(left: Sequence[str], folder: Path) -> None:
+    """Tells of weights that are quantised although config.json does not say so."""
+    if packed := next((name for name in left if name.endswith((".qweight", ".qzeros", ".weight_packed"))), None):
+        raise UnsupportedModelError(
+            f"{folder}: holds {packed}: the weights are quantised (as GPTQ, AWQ or compressed-tensors store them), and "
+            "pruning needs those of full precision. Prune the original checkpoint first and quantise the result"
+        )
 
 
 def _check_class(tensor: StoredTensor, config: Mapping[str, Any]) -> None:

@@ -18,6 +18,7 @@ from accelerate import PartialState
 from amprune import __version__
 from amprune.cut.refit.record import RECORD as RECONSTRUCTION
 from amprune.errors import RecoveryError
+from amprune.model.architecture import make_config
 from amprune.model.loading import load_tokenizer
 from amprune.model.reader import Checkpoint, digests, open_model, read_checkpoint
 from amprune.model.recovered import LOG, RECORD, read_log
@@ -93,6 +94,12 @@ def recover(
         raise RecoveryError(
             f"{found.name} leaves {len(found.training)} samples to train on, fewer than a batch of {batch}; give more "
             "samples or a smaller --batch-size"
+        )
+    largest = max(max(sample["input_ids"]) for sample in (*found.training, *found.validation))
+    if largest >= (known := int(make_config(base.config, where=source.name).vocab_size)):
+        raise RecoveryError(
+            f"{found.name} holds token id {largest:,}, but {source.name} embeds the ids 0 to {known - 1:,}; use the "
+            "tokenizer of this very model"
         )
     if first and not (source.folder / RECORDS / "plan.json").is_file():
         logger.info("%s was not pruned by amprune; it is trained as it is", source.name)

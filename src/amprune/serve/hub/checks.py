@@ -54,6 +54,11 @@ def check_folder(folder: Path) -> None:
     _check_verified(folder)
     if not (folder / CARD).is_file():
         raise PushError(f"{folder} has no model card ({CARD}); `amprune report {folder}` writes one")
+    if (folder / CARD).read_bytes().startswith(b"---") and not read_front_matter(folder / CARD):
+        raise PushError(
+            f"the front matter of {folder / CARD}, between the lines `---`, is empty or no list of `name: value`, so "
+            "that the hub would learn nothing from it; correct it, or remove it"
+        )
 
 
 def _check_verified(folder: Path) -> None:
