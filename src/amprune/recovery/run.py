@@ -90,17 +90,7 @@ def recover(
     watch = progress if first else no_progress
     length = min(asked.max_length, base.positions or asked.max_length)
     found = load_training_data(asked, tokenizer, max_length=length, progress=watch)
-    if len(found.training) < (batch := asked.batch_size * processes):
-        raise RecoveryError(
-            f"{found.name} leaves {len(found.training)} samples to train on, fewer than a batch of {batch}; give more "
-            "samples or a smaller --batch-size"
-        )
-    largest = max(max(sample["input_ids"]) for sample in (*found.training, *found.validation))
-    if largest >= (known := int(make_config(base.config, where=source.name).vocab_size)):
-        raise RecoveryError(
-            f"{found.name} holds token id {largest:,}, but {source.name} embeds the ids 0 to {known - 1:,}; use the "
-            "tokenizer of this very model"
-        )
+    _check_data(found, base, source, batch=asked.batch_size * processes)
     if first and not (source.folder / RECORDS / "plan.json").is_file():
         logger.info("%s was not pruned by amprune; it is trained as it is", source.name)
     request = {
@@ -128,6 +118,21 @@ def recover(
         record = finish(asked, trained, folder)
         shutil.rmtree(training)
     return RecoveredModel(folder, log, record, epochs)
+
+
+def _check_data(found: TrainingData, base: Checkpoint, source: Source, *, batch: int) -> None:
+    """Refuses fewer samples than a batch, and tokens that the model does not know."""
+    if len(found.training) < batch:
+        raise RecoveryError(
+            f"{found.name} leaves {len(found.training)} samples to train on, fewer than a batch of {batch}; give more "
+            "samples or a smaller --batch-size"
+        )
+    largest = max(max(sample["input_ids"]) for sample in (*found.training, *found.validation))
+    if largest >= (known := int(make_config(base.config, where=source.name).vocab_size)):
+        raise RecoveryError(
+            f"{found.name} holds token id {largest:,}, but {source.name} embeds the ids 0 to {known - 1:,}; use the "
+            "tokenizer of this very model"
+        )
 
 
 def _other_sources(teacher: Source | None, asked: RecoverySettings) -> Iterator[Path]:
