@@ -240,3 +240,13 @@ def test_half_a_character_in_a_record_is_refused(text: str, tmp_path: Path) -> N
         read_object(tmp_path / "plan.json")
     (tmp_path / "plan.json").write_text('{"name": "\\ud83e\\udd8a"}', encoding="utf-8")  # both halves
     assert read_object(tmp_path / "plan.json") == {"name": "\U0001f98a"}
+
+
+@pytest.mark.parametrize("length", ['"long"', "[1]"])
+def test_a_tokenizer_that_fails_on_any_text_is_named(length: str, made: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(made / "dense", tmp_path / "model")
+    content = json.loads((model / "tokenizer_config.json").read_text(encoding="utf-8"))
+    content["model_max_length"] = json.loads(length)
+    (model / "tokenizer_config.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(AmpruneError, match=r"the tokenizer in \S+ cannot be loaded"):
+        load_tokenizer(model)

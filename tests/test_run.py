@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import amprune.pipeline
 import amprune.recovery.run
+import amprune.report.write
 from amprune import CheckpointError, PlanError, RecoveryError, prune, run
 from amprune.evaluation.records import Evaluation
 

@@ -12,14 +12,18 @@ import pytest
 import typer
 from rich.console import Console
 from tiny_models import find, make_model
+from tiny_plans import fake_scores
 from tiny_tokenizer import make_tokenizer
 from typer.testing import CliRunner
 
-from amprune import ImportanceScores
+from amprune import ImportanceScores, make_plan
 from amprune.cli import display, options
+from amprune.cli.display import ranges, show_plan
 from amprune.cli.options import app
 from amprune.errors import CheckpointError
-from amprune.scoring.catalogue import CRITERIA
+from amprune.scoring.catalogue import CRITERIA, find_criterion
+from amprune.search.planning import settled
+from amprune.settings import PruneSettings, with_preset
 
 COMMANDS = ("inspect", "score", "plan", "apply", "verify", "prune", "demo")
 
@@ -362,3 +366,29 @@ def test_names_in_files_neither_move_nor_colour_the_terminal(where: str, capsys:
             logging.getLogger("amprune").warning("%s", name)
         assert capsys.readouterr().err == f"{shown}\n"
         logging.getLogger().handlers[:] = []
+
+
+def test_what_is_removed_is_told_in_shares_of_the_dense_model(capsys: pytest.CaptureFixture[str]) -> None:
+    show_plan(plan := make_plan(fake_scores("llama-gqa"), ratio=0.2, only="neurons"), "Plan")
+    told = " ".join(capsys.readouterr().out.split())
+    before, after = plan.shape_before, plan.shape_after
+    assert f"{1 - after.parameters / before.parameters:.2%}" in told
+    assert f"{1 - after.intermediate_size / before.intermediate_size:.2%}" in told
+    assert f"{after.intermediate_size / before.intermediate_size:.2%}" not in told
+
+
+def test_numbers_that_follow_each_other_are_told_as_ranges() -> None:
+    assert ranges((0, 1, 2, 3, 6)) == "0-3, 6"
+    assert ranges((0, 2, 4)) == "0, 2, 4"
+    assert ranges(()) == ""
+
+
+def test_best_draws_as_much_text_as_the_documents_say() -> None:
+    assert with_preset(PruneSettings()).tokens == 32_768
+
+
+def test_a_split_is_measured_for_the_least_important_units_alone() -> None:
+    rule = find_criterion("activation-l2")
+    assert settled(PruneSettings(ratio=0.2), rule).allocate
+    assert not settled(PruneSettings(ratio=0.2, order="random"), rule).allocate
+    assert settled(PruneSettings(ratio=0.2, order="random", allocate=True), rule).allocate

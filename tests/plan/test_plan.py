@@ -696,7 +696,10 @@ def test_what_wraps_a_model_is_taken_off_and_what_is_none_refused(tmp_path: Path
     tiny = find("llama-gqa")
     model = make_model(tiny)
     plan = make_plan(score(save_model(tiny, tmp_path / "model"), calibration=CALIBRATION, preset="paper"), ratio=0.2)
-    expected = prune_model(model, plan).state_dict()
+    model.generation_config.max_new_tokens = 77
+    pruned = prune_model(model, plan)
+    assert pruned.generation_config.max_new_tokens == 77
+    expected = pruned.state_dict()
     for wrapped in (torch.compile(model), torch.nn.DataParallel(model), torch.compile(torch.nn.DataParallel(model))):
         found = prune_model(wrapped, plan).state_dict()  # type: ignore[arg-type]
         assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -203,11 +203,13 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
             # Asked to trust, it would read the configuration by the model's own code, unless it is given one.
             known = (folder / "config.json").is_file() and trust_remote_code
             stock = {"config": AutoConfig.from_pretrained(folder, trust_remote_code=False)} if known else {}
-            return AutoTokenizer.from_pretrained(
+            found: Any = AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=trust_remote_code, local_files_only=True, **stock
             )
+            found("A")
     except Exception as error:  # tokenizers raise many types
         raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {error}") from error
+    return found
 
 
 def weight_count(weight: torch.Tensor) -> int:
