@@ -250,3 +250,11 @@ def test_a_tokenizer_that_fails_on_any_text_is_named(length: str, made: Path, tm
     (model / "tokenizer_config.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(AmpruneError, match=r"the tokenizer in \S+ cannot be loaded"):
         load_tokenizer(model)
+
+
+@pytest.mark.parametrize("command", [("inspect", "x" * 5000), ("report", "x" * 5000), ("plan", "x" * 5000, "-o", "p")])
+def test_a_name_that_no_file_can_have_is_told_shortly(command: tuple[str, ...], tmp_path: Path) -> None:
+    said = refused(*command, *(("--ratio", 0.2) if command[0] == "plan" else ()))
+    assert "File name too long" in said
+    assert "unexpected" not in said
+    assert len(said) < 400 or command[0] == "plan"  # whose own error names the file

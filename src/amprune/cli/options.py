@@ -148,9 +148,16 @@ def reported(
     except Exception as error:
         if debug:
             raise
-        kind = type(error).__name__
-        stderr.print(f"amprune: unexpected {kind}: {error} (--debug shows where)", style="bold red")
+        told = _of_the_disk(error) if isinstance(error, OSError) else f"unexpected {type(error).__name__}: {error}"
+        stderr.print(f"amprune: {told} (--debug shows where)", style="bold red", soft_wrap=True)
         raise typer.Exit(1) from None
+
+
+def _of_the_disk(error: OSError) -> str:
+    """Says what the system refused: a name that no file can have, a disk that fails."""
+    place = str(error.filename or "")
+    shown = f"{place[:80]}... ({len(place):,} letters)" if len(place) > 200 else place
+    return f"{shown}{': ' if shown else ''}{error.strerror or error}"
 
 
 class _Printable(logging.Formatter):
