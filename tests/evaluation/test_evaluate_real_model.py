@@ -66,10 +66,14 @@ def test_perplexity_of_the_first_windows(computing: PreTrainedModel, tokenizer: 
         with torch.no_grad():
             losses.append(float(computing(window[None], labels=window[None]).loss))
     asked = EvaluationSettings(sequence_length=length, windows=3)
-    (found,) = measure_perplexity(Loaded(computing, tokenizer), text=text, asked=asked)
+    found, per_byte = measure_perplexity(Loaded(computing, tokenizer), text=text, asked=asked)
     assert found.items == pytest.approx(losses, rel=1e-4)
     assert found.value == pytest.approx(math.exp(statistics.fmean(losses)), rel=1e-4)
     assert 15 < found.value < 35
+    words = tokenizer.decode(windows[:, 1:].flatten())  # of English some four letters a token
+    size = found.data["bytes"]
+    assert size == pytest.approx(len(words.encode()), rel=0.01)
+    assert per_byte.value == pytest.approx(sum(losses) * (length - 1) / math.log(2) / size, rel=1e-4)
 
 
 def test_accuracies_are_those_of_the_harness(computing: PreTrainedModel, tokenizer: Any) -> None:
