@@ -5,7 +5,6 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -273,14 +272,12 @@ def identical(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def digest(tensor: torch.Tensor) -> str:
     """Hashes the bytes of a tensor."""
-    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+    return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()
 
 
 def digests(checkpoint: Checkpoint) -> dict[str, str]:
-    """Hashes every tensor, some of them at a time."""
-    names = list(checkpoint)
-    with ThreadPoolExecutor(4) as pool:
-        return dict(zip(names, pool.map(lambda name: digest(checkpoint[name]), names), strict=True))
+    """Hashes every tensor, one at a time, so that the largest alone is in memory."""
+    return {name: digest(checkpoint[name]) for name in checkpoint}
 
 
 def _names(dtypes: Iterable[torch.dtype]) -> str:
