@@ -272,7 +272,7 @@ def identical(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def digest(tensor: torch.Tensor) -> str:
     """Hashes the bytes of a tensor."""
-    return hashlib.sha256(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())).hexdigest()
+    return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 def digests(checkpoint: Checkpoint) -> dict[str, str]:
