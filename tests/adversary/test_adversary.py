@@ -149,13 +149,6 @@ def stopped_at(step: int) -> Callable[[str, int], Any]:
     return progress
 
 
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    process = Zygote()
-    yield process
-    process.close()
-
-
 def state(place: Path) -> dict[str, str]:
     """Says what every path below a folder is, without reading what never ends."""
     found = {}

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,13 +61,6 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(pruned / "amprune" / "scores.safetensors", place / "scores.safetensors")
     recover(pruned, place / "recovered", data=str(place / "chats.jsonl"), device="cpu", max_steps=1)
     return place
-
-
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    process = Zygote()
-    yield process
-    process.close()
 
 
 def fresh(good: Path, name: str, place: Path) -> Path:

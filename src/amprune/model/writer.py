@@ -246,8 +246,8 @@ def _remove_stale(folder: Path, *, killed: bool) -> None:
     """Removes what a killed run left; anything else under that name is the user's."""
     if not os.path.lexists(folder):
         return
-    ours = folder.is_dir() and not folder.is_symlink() and (killed or not any(folder.iterdir()))
-    if not ours or not ((folder / RECORDS).is_dir() or not any(folder.iterdir())):
+    is_folder = folder.is_dir() and not folder.is_symlink()
+    if not is_folder or (any(folder.iterdir()) and not (killed and (folder / RECORDS).is_dir())):
         raise CheckpointError(f"{folder} is in the way and was not made by amprune; move it and run again")
     logger.info("removing %s, left by an interrupted run", folder)
     shutil.rmtree(folder)

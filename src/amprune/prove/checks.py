@@ -1,6 +1,5 @@
 """Every check of an output, and the report of them."""
 
-import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -25,7 +24,7 @@ from amprune.model.recovered import RECORD, is_recovered, read_recovery
 from amprune.model.writer import LOADED, RECORDS, WEIGHT_SUFFIXES
 from amprune.plan.artefact import PruningPlan, check_plan
 from amprune.prove.comparison import check_loading, compare, finite, hold, probe_logits
-from amprune.records import read_object, sha256
+from amprune.records import read_object, sha256, short
 from amprune.running import Progress, no_progress
 
 VERIFICATION = "verification.json"
@@ -223,7 +222,7 @@ def _check_records(records: Path) -> str:
     """Holds what tells how the output was made to the hashes that were taken when it was proven."""
     known = read_object(records / VERIFICATION).get("records", {})
     if not isinstance(known, dict):
-        raise VerificationError(f"{records / VERIFICATION} has no hashes of records, but {json.dumps(known)[:40]}")
+        raise VerificationError(f"{records / VERIFICATION} has no hashes of records, but {short(known)}")
     for name, expected in known.items():
         file = records / Path(name).name
         if not file.is_file() or sha256(file) != expected:

@@ -99,7 +99,8 @@ def _encode(
         raise CalibrationError(f"{where}: the tokenizer refuses this sample: {error}") from error
     if found.add_special_tokens and tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
         ids = [*ids, tokenizer.eos_token_id]
-    prompt, ids = prompt + len(whole := started(ids, start)) - len(ids), whole
+    whole = started(ids, start)
+    prompt, ids = prompt + len(whole) - len(ids), whole
     prompt = max(1, prompt)  # nothing predicts the first token
     labels = [IGNORED] * prompt + ids[prompt:]
     return {"input_ids": ids[:max_length], "labels": labels[:max_length]}, len(ids) > max_length

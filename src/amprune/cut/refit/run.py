@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +80,7 @@ def reconstruct(
     has there. The ridge is chosen on held-out tokens, an eighth; where none lowers their error, a projection stays.
 
     Samples are joined and cut into rows of up to 512 tokens, each behind a start token where the tokenizer begins texts
-    with one; `folder` keeps the refitted tensors until they are
-    written.
+    with one; `folder` keeps the refitted tensors until they are written.
     """
     _check_plan(plan)
     rows = packed(calibration, longest=min(ROW, dense.positions or ROW), eos=_eos(dense))
@@ -100,7 +99,7 @@ def reconstruct(
     bounds = sorted({0, fit // 4, fit // 2, fit, len(rows)})
     parts = [torch.split(rows[first:last], size) for first, last in pairwise(bounds)]
     batches = [batch for part in parts for batch in part]
-    counts = [sum(map(len, parts[: place + 1])) for place in range(len(parts) - 1)]
+    counts = [*accumulate(map(len, parts[:-1]))]
     tensors, layers = _Spilled(folder), []
     for index, layer in enumerate(
         sweep(
