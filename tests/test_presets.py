@@ -187,7 +187,7 @@ def test_a_set_is_split_so_that_an_eighth_is_held_out() -> None:
 
 
 def test_the_presets_differ_where_the_documents_say() -> None:
-    paper, best = PRESETS["paper"], PRESETS["best"]
+    paper, best = PRESETS["paper"].pruning, PRESETS["best"].pruning
     assert (paper.criterion, paper.calibration, paper.samples, paper.max_length) == ("amp", "alpaca", 50, 512)
     assert not paper.allocate
     assert not paper.reconstruct

@@ -21,6 +21,7 @@ Only = Literal["heads", "neurons"]
 HeadsMode = Literal["groups", "within"]
 NeuronMultiple = int | Literal["hardware"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Schedule = Literal["linear", "cosine"]
 Measurement = Literal["perplexity", "zero_shot", "latency", "energy"]
 MEASUREMENTS: tuple[Measurement, ...] = ("perplexity", "zero_shot", "latency", "energy")
 MEASURED_BY: Mapping[str, tuple[str, ...]] = {"zero_shot": ("lm_eval", "scipy"), "energy": ("codecarbon",)}
@@ -259,45 +260,80 @@ class PruneSettings(PlanSettings, ScoreSettings, ApplySettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training(Seeded):
-    """How a pruned model is trained; the defaults are the paper's recipe (section IV-A)."""
+class Training(Preset, Seeded):
+    """How a pruned model is trained; what is None the preset says, or recovery/fitting.py where it depends on a model.
 
-    lora_rank: int = option(8, "Rank of the LoRA adapters.")
-    lora_alpha: float = option(16, "The adapters are scaled by alpha / rank.")
-    lora_dropout: float = option(0.05, "Dropout of the adapters' inputs.")
-    full: bool = option(False, "Train every weight instead of LoRA adapters.")
+    The preset `paper` is the recipe of section IV-A, of whose batch the text says 1 and the released code 16.
+    """
+
+    full: bool | None = option(
+        None, "Train every weight, or LoRA adapters (default: the preset's; best: every weight where that fits)."
+    )
+    lora_rank: int | None = option(None, f"Rank of the LoRA adapters {_PRESET}.")
+    lora_alpha: float | None = option(None, f"The adapters are scaled by alpha / rank {_PRESET}.")
+    lora_dropout: float | None = option(None, f"Dropout of the adapters' inputs {_PRESET}.")
     load_in_4bit: bool = option(
         False, "QLoRA: hold the frozen weights in four bits while training; needs CUDA and bitsandbytes."
     )
-    learning_rate: float = option(3e-4, "Learning rate of AdamW; it falls linearly to 0.")
-    epochs: float = option(2.0, "Passes over the training data.")
+    learning_rate: float | None = option(
+        None, "Peak learning rate of AdamW (default: the preset's; best: by the model's width)."
+    )
+    schedule: Schedule | None = option(
+        None, f"After the warm-up the learning rate falls to 0 (linear) or to a twentieth (cosine) {_PRESET}."
+    )
+    warmup_share: float | None = option(None, f"Share of the steps in which the learning rate rises {_PRESET}.")
+    adam_beta2: float | None = option(None, f"Decay of AdamW's mean of squared gradients {_PRESET}.")
+    tokens: int | None = option(
+        None, "Tokens of text to train on (default: all of a finite set; of self, 200,000 on a CPU, else 2,600,000)."
+    )
+    epochs: float | None = option(None, f"Passes over the training data {_PRESET}.")
     max_steps: int | None = option(None, "Stop after this many optimizer steps, instead of --epochs.")
-    batch_size: int = option(1, "Training samples a forward pass, on each device.")
-    gradient_accumulation: int = option(16, "Forward passes an optimizer step.")
-    """The paper's text says batch size 1, its released code accumulates 16."""
-    max_length: int = option(512, "Tokens kept of each training sample.")
-    packing: bool = option(False, "Fill sequences with several training samples, which then see each other's tokens.")
-    validation_share: float = option(0.02, "Share of the training data held out for the validation loss; 0 for none.")
+    batch_tokens: int | None = option(
+        None, f"Tokens an optimizer step on all devices together, instead of --gradient-accumulation {_PRESET}."
+    )
+    batch_size: int | None = option(
+        None, "Training samples a forward pass, on each device (default: the preset's; best: what fits)."
+    )
+    gradient_accumulation: int | None = option(None, f"Forward passes an optimizer step {_PRESET}.")
+    max_length: int | None = option(None, f"Tokens kept of each training sample {_PRESET}.")
+    packing: bool | None = option(
+        None, f"Fill sequences with several training samples, which then see each other's tokens {_PRESET}."
+    )
+    responses_only: bool | None = option(None, f"Learn responses alone; prompts are read, not learnt {_PRESET}.")
+    validation_share: float | None = option(
+        None, f"Share of the training data held out for validation; 0 for none {_PRESET}."
+    )
+    patience: int | None = option(
+        None, f"Keep the best validated step, and stop after so many validations without a better; 0: keep the last "
+        f"step {_PRESET}.",
+    )  # fmt: skip
     save_steps: int = option(200, "Steps between checkpoints.")
     logging_steps: int = option(10, "Steps between lines of the log.")
-    validation_steps: int | None = option(None, "Steps between validations (default: five in the run).")
+    validation_steps: int | None = option(None, "Steps between validations (default: five in the run; best: ten).")
     temperature: float = option(1.0, "Temperature that softens the distributions of teacher and model.")
-    teacher_weight: float = option(0.5, "Weight of the teacher in the loss; the rest is the data's.")
-    gradient_checkpointing: bool = option(False, "Recompute activations while training: less memory, more time.")
+    teacher_weight: float | None = option(
+        None, f"Weight of the teacher in the loss; the rest is the data's {_PRESET}."
+    )
+    gradient_checkpointing: bool | None = option(
+        None, "Recompute activations while training: less memory, more time (default: best: where needed)."
+    )
+    compile: bool = option(False, "Compile the model by torch.compile; worth it for long trainings.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecoverySettings(Training, Device, Writing, Access):
     """The options of `recover`."""
 
-    data: Text = option(
-        "alpaca",
-        f"Data to train on: alpaca (from the hub), mixed, builtin, or {_FILES}.",
-        type=str,
-    )
+    data: Text = option(None, f"Data to train on: {_SETS} {_PRESET}.", type=str)
     """In Python a list of texts, too."""
     samples: int | None = option(None, "Samples to draw from the training data (default: all).")
-    teacher: PathLike | None = option(None, "Dense model to learn from, beside the data.", type=str, metavar="MODEL")
+    teacher: PathLike | None = option(
+        None, "Dense model to learn from (default: best: the one that PRUNED was made of; paper: none).", type=str,
+        metavar="MODEL",
+    )  # fmt: skip
+    report_to: tuple[str, ...] = option(
+        (), "Also log to tensorboard, wandb or trackio, as the Trainer of transformers does.", recorded=False
+    )
     resume: bool = option(False, "Go on from the last checkpoint of an interrupted training.", recorded=False)
     keep_epochs: bool = option(False, "Write the model of every epoch, too, as OUT.epoch-1 and so on.", recorded=False)
 
@@ -363,7 +399,9 @@ class RunSettings(PruneSettings, RecoverySettings, EvaluationSettings):
     evaluate: bool = option(False, "Measure the dense, the pruned and the recovered model.")
     distil: bool = option(False, "Let the dense model teach.")
     training_samples: int | None = like(RecoverySettings, "samples")
-    training_max_length: int = like(RecoverySettings, "max_length", 512)
+    training_tokens: int | None = like(RecoverySettings, "tokens")
+    training_max_length: int | None = like(RecoverySettings, "max_length")
+    training_batch_tokens: int | None = like(RecoverySettings, "batch_tokens")
     evaluation_batch_size: int = like(EvaluationSettings, "batch_size", 32)
 
 
@@ -484,8 +522,8 @@ class ExperimentSettings(Overwriting):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PresetValues:
-    """What a preset says of the options that were not given."""
+class PruningValues:
+    """What a preset says of the options of pruning that were not given."""
 
     criterion: str
     calibration: str
@@ -497,16 +535,69 @@ class PresetValues:
     neuron_multiple: NeuronMultiple
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainingValues:
+    """What a preset says of the options of training that were not given; None is worked out (recovery/fitting.py)."""
+
+    data: str | tuple[str, ...]
+    full: bool | None
+    lora_rank: int
+    lora_alpha: float
+    lora_dropout: float
+    learning_rate: float | None
+    schedule: Schedule
+    warmup_share: float
+    adam_beta2: float
+    epochs: float
+    batch_tokens: int | None
+    batch_size: int | None
+    gradient_accumulation: int | None
+    max_length: int
+    packing: bool
+    responses_only: bool
+    validation_share: float
+    patience: int
+    teacher_weight: float
+    gradient_checkpointing: bool | None
+
+
+@dataclass(frozen=True)
+class PresetValues:
+    """What a preset says, of the stages that it is for."""
+
+    pruning: PruningValues
+    training: TrainingValues
+
+
 PRESETS: Mapping[str, PresetValues] = {
-    # Algorithm 1 of the paper, arXiv 2504.21174: Eq. 8 and 9 on 50 samples of Alpaca, equal shares, nothing refitted.
     "paper": PresetValues(
-        criterion="amp", calibration="alpaca", samples=50, tokens=None, max_length=512, allocate=False,
-        reconstruct=False, neuron_multiple=1,
+        # Algorithm 1 of the paper, arXiv 2504.21174: Eq. 8 and 9 on 50 samples of Alpaca, equal shares, nothing
+        # refitted.
+        PruningValues(
+            criterion="amp", calibration="alpaca", samples=50, tokens=None, max_length=512, allocate=False,
+            reconstruct=False, neuron_multiple=1,
+        ),
+        # Section IV-A; what is not said there are the defaults of the Trainer. A teacher is no part of the paper.
+        TrainingValues(
+            data="alpaca", full=False, lora_rank=8, lora_alpha=16, lora_dropout=0.05, learning_rate=3e-4,
+            schedule="linear", warmup_share=0.0, adam_beta2=0.999, epochs=2.0, batch_tokens=None, batch_size=1,
+            gradient_accumulation=16, max_length=512, packing=False, responses_only=True, validation_share=0.02,
+            patience=0, teacher_weight=0.5, gradient_checkpointing=False,
+        ),
     ),
-    # What won on held-out text (docs/results.md has the figures), in shapes that hardware likes.
     "best": PresetValues(
-        criterion="activation-l2", calibration="mixed", samples=None, tokens=32_768, max_length=1024, allocate=True,
-        reconstruct=True, neuron_multiple="hardware",
+        # What won on held-out text (docs/results.md has the figures), in shapes that hardware likes.
+        PruningValues(
+            criterion="activation-l2", calibration="mixed", samples=None, tokens=32_768, max_length=1024,
+            allocate=True, reconstruct=True, neuron_multiple="hardware",
+        ),
+        # The dense model teaches every token, and nothing else does (docs/recovery.md has the figures).
+        TrainingValues(
+            data=("mixed", "self"), full=None, lora_rank=64, lora_alpha=64, lora_dropout=0.0, learning_rate=None,
+            schedule="cosine", warmup_share=0.05, adam_beta2=0.95, epochs=1.0, batch_tokens=8192, batch_size=None,
+            gradient_accumulation=None, max_length=512, packing=True, responses_only=False, validation_share=0.05,
+            patience=3, teacher_weight=1.0, gradient_checkpointing=None,
+        ),
     ),
 }  # fmt: skip
 
@@ -517,11 +608,11 @@ def with_preset(settings: _Settings) -> _Settings:
     if name not in PRESETS:
         raise PlanError(f"unknown preset {name!r}; {guess(name, PRESETS)}The presets are {', '.join(PRESETS)}")
     known = {one.name for one in fields(settings)}  # type: ignore[arg-type]
-    open_ = {
-        key: value for key, value in vars(PRESETS[name]).items() if key in known and getattr(settings, key) is None
-    }
-    if "samples" in known and not {"samples", "tokens"} <= open_.keys():  # one by hand settles how much is drawn
-        open_ = {key: value for key, value in open_.items() if key not in ("samples", "tokens")}
+    values = PRESETS[name].training if isinstance(settings, Training) else PRESETS[name].pruning
+    open_ = {key: value for key, value in vars(values).items() if key in known and getattr(settings, key) is None}
+    for one, other in (("samples", "tokens"), ("batch_tokens", "gradient_accumulation")):
+        if not {one, other} <= open_.keys() and one in vars(values):  # one by hand settles the other
+            open_ = {key: value for key, value in open_.items() if key not in (one, other)}
     return replace(settings, **open_)  # type: ignore[type-var]
 
 

@@ -176,8 +176,8 @@ def test_what_is_out_of_reach_of_the_multiple_is_reached_by_a_narrower_one_or_re
 
 
 def test_the_presets_differ_in_their_multiples() -> None:
-    assert PRESETS["paper"].neuron_multiple == 1
-    assert PRESETS["best"].neuron_multiple == "hardware"
+    assert PRESETS["paper"].pruning.neuron_multiple == 1
+    assert PRESETS["best"].pruning.neuron_multiple == "hardware"
 
 
 @pytest.fixture(scope="module")

@@ -154,7 +154,7 @@ def _prune_whole(bench: Bench, cell: Cell, preset: str) -> None:
 
     The ratio is met exactly, as by the criteria beside it: methods are compared under one budget.
     """
-    settings, own = bench.settings, PRESETS[preset]
+    settings, own = bench.settings, PRESETS[preset].pruning
     samples, tokens = None, None
     if settings.preset_samples is not None:
         samples, tokens = min(settings.preset_samples, len(read_records(own.calibration)[1])), own.tokens

@@ -66,7 +66,7 @@ def _own_sets(shown: Shown, cells: Sequence[Cell]) -> list[str]:
     }
     return [
         (
-            f"{preset}: preset of amprune, calibrated on its own {PRESETS[preset].calibration} set"
+            f"{preset}: preset of amprune, calibrated on its own {PRESETS[preset].pruning.calibration} set"
             f"{drawn.get(preset, '')}."
         )
         for preset in dict.fromkeys(cell.preset for cell in cells if cell.preset)
