@@ -13,13 +13,15 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from amprune.recovery.run import RecoveredModel, recover
-from amprune.settings import RecoverySettings
+from amprune.settings import RecoverySettings, with_preset
 from amprune.text.training import Sample, TrainingData, load_training_data
 
 TOKENIZER = make_tokenizer()
-SETTINGS = RecoverySettings(
-    learning_rate=1e-2, lora_dropout=0.0, max_steps=4, gradient_accumulation=2, validation_share=0.0, save_steps=2,
-    logging_steps=1, validation_steps=100,
+SETTINGS = with_preset(
+    RecoverySettings(
+        preset="paper", learning_rate=1e-2, lora_dropout=0.0, max_steps=4, gradient_accumulation=2,
+        validation_share=0.0, save_steps=2, logging_steps=1, validation_steps=100,
+    )
 )  # fmt: skip
 """Few steps, no chance, every step in the log."""
 ANSWERS = (
@@ -59,7 +61,7 @@ def settings(**changes: Any) -> RecoverySettings:
 
 def training_data(source: Any, tokenizer: Any, **options: Any) -> TrainingData:
     """Reads a set as `recover` does with these settings."""
-    return load_training_data(RecoverySettings(data=source, **options), tokenizer)
+    return load_training_data(with_preset(RecoverySettings(preset="paper", data=source, **options)), tokenizer)
 
 
 def train(model: Path, data: Any, out: Path, **changes: Any) -> RecoveredModel:

@@ -11,7 +11,7 @@ cut/refit/run.py refits weights.
 import logging
 import shutil
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -190,7 +190,8 @@ def _write(
             scores.save(records / "scores.safetensors")
         hashes = digests(read_checkpoint(partial))  # by which `push` tells that these are the weights that passed
         told = {file.name: sha256(file) for file in sorted(records.iterdir())}
-        write(records / VERIFICATION, report.to_dict() | {"sha256": hashes, "records": told})
+        where = {"dense": source.again, "sha256": hashes, "records": told}
+        write(records / VERIFICATION, report.to_dict() | where)
         command = "prune" if isinstance(asked, PruneSettings) else "apply"
         write_recipe(records / "recipe.yaml", command, asked)
         write_card(partial, source=source)
@@ -312,7 +313,9 @@ def run(
 
 
 def _recovery(asked: RunSettings) -> RecoverySettings:
-    return replace(part(RecoverySettings, asked), samples=asked.training_samples, max_length=asked.training_max_length)
+    """Returns the options of the training, of which some share their name with those of other stages."""
+    own = {one.name.removeprefix("training_"): one.name for one in fields(asked) if one.name.startswith("training_")}
+    return replace(part(RecoverySettings, asked), **{name: getattr(asked, given) for name, given in own.items()})
 
 
 def _request(model: PathLike, asked: RunSettings) -> dict[str, Any]:

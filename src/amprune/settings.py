@@ -311,9 +311,7 @@ class Training(Preset, Seeded):
     logging_steps: int = option(10, "Steps between lines of the log.")
     validation_steps: int | None = option(None, "Steps between validations (default: five in the run; best: ten).")
     temperature: float = option(1.0, "Temperature that softens the distributions of teacher and model.")
-    teacher_weight: float | None = option(
-        None, f"Weight of the teacher in the loss; the rest is the data's {_PRESET}."
-    )
+    teacher_weight: float | None = option(None, f"Weight of the teacher in the loss; the rest is the data's {_PRESET}.")
     gradient_checkpointing: bool | None = option(
         None, "Recompute activations while training: less memory, more time (default: best: where needed)."
     )

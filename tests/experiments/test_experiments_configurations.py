@@ -11,7 +11,7 @@ from amprune.errors import EvaluationError
 from amprune.experiments.recipes import RECIPES
 from amprune.experiments.run import experiment
 from amprune.experiments.settings import Settings, load_configuration, make_cells, make_settings, shipped
-from amprune.settings import Training
+from amprune.settings import Training, with_preset
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_a_configuration_is_the_paper_s_recipe(name: str, which: str) -> None:
     assert (found.calibration, found.samples, found.seed, found.limit, found.windows) == ("alpaca", 50, 0, None, None)
     if which != "speedup":
         epochs = 4.0 if which == "epochs" else 2.0
-        assert found.recovery == Training(lora_rank=8, learning_rate=3e-4, epochs=epochs, batch_size=1)
+        assert found.recovery == with_preset(Training(preset="paper", epochs=epochs))
         assert found.data == "alpaca"
         assert found.training_samples is None
     assert len(make_cells(RECIPES[which], found)) > 1

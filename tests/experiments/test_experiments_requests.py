@@ -16,7 +16,7 @@ from amprune.experiments.recipes import RECIPES
 from amprune.experiments.results import FORMAT
 from amprune.experiments.run import experiment
 from amprune.experiments.settings import Settings, load_configuration, make_settings
-from amprune.settings import Training
+from amprune.settings import Training, with_preset
 
 
 @pytest.fixture(scope="module")
@@ -163,8 +163,8 @@ def test_defaults_are_those_of_the_recipe() -> None:
     assert "reversed" not in table1.methods
     assert (table1.samples, table1.limit, table1.windows, table1.calibration) == (50, None, None, "alpaca")
     assert figure1.ratios == (0.0901, 0.2102, 0.3003, 0.4002, 0.5106)
-    assert figure1.recovery == Training()
-    assert epochs.recovery == Training(epochs=4.0)
+    assert figure1.recovery == with_preset(Training(preset="paper"))
+    assert epochs.recovery == with_preset(Training(preset="paper", epochs=4.0))
     assert made("figure1", recover=False).recovery is None
     assert {(case.mode, case.batch_size) for case in made("speedup").latency} == {
         ("eager", 1), ("eager", 8), ("compile", 1), ("compile", 8)

@@ -178,8 +178,8 @@ def test_what_was_trained_is_merged_without_training_again(
 
 def command(model: Path, chats: Path, out: Path, *more: object) -> list[str]:
     arguments = [
-        "recover", model, out, "--data", chats, "--max-steps", 40, "--save-steps", 3, "--logging-steps", 2,
-        "--gradient-accumulation", 2, "--validation-share", 0.2, "--device", "cpu", *more,
+        "recover", model, out, "--preset", "paper", "--data", chats, "--max-steps", 40, "--save-steps", 3,
+        "--logging-steps", 2, "--gradient-accumulation", 2, "--validation-share", 0.2, "--device", "cpu", *more,
     ]  # fmt: skip
     return [str(argument) for argument in arguments]
 
@@ -492,7 +492,9 @@ def launched(*arguments: object) -> subprocess.CompletedProcess[str]:
 def test_two_processes_do_what_one_does_that_accumulates_two_batches(model: Path, chats: Path, tmp_path: Path) -> None:
     arguments = ["--data", chats, "--max-steps", 5, "--save-steps", 2, "--logging-steps", 1, "--lora-dropout", 0,
                  "--validation-share", 0.4, "--learning-rate", 0.01]  # fmt: skip
-    process = launched("recover", model, tmp_path / "two", *arguments, "--gradient-accumulation", 1, "--json")
+    process = launched(
+        "recover", model, tmp_path / "two", "--preset", "paper", *arguments, "--gradient-accumulation", 1, "--json"
+    )
     assert process.returncode == 0, process.stderr
     found = json.loads(process.stdout)
     assert (found["processes"], found["steps"], found["out"]) == (2, 5, str(tmp_path / "two"))

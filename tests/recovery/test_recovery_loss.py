@@ -20,10 +20,11 @@ from tiny_recovery import (
     training_data,
     weights,
 )
-from torch.nn.functional import log_softmax, softmax
+from torch.nn.functional import cross_entropy, linear, log_softmax, softmax
 
 from amprune import RecoveryError
-from amprune.recovery.distillation import CHUNK, divergence, teacher_hidden
+from amprune.recovery import distillation
+from amprune.recovery.distillation import Teaching, summed_loss, teacher_hidden
 from amprune.text.training import TrainingData
 
 
@@ -143,6 +144,21 @@ HEADS = {
 }  # fmt: skip
 
 
+CHUNK = 64
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distillation, "CHUNK_BYTES", 4 * 160 * CHUNK)
+
+
+def divergence(logits: torch.Tensor, hidden: torch.Tensor, teacher: Any, temperature: float) -> torch.Tensor:
+    """The loss of a copy, since the gradient takes the place of the logits."""
+    nothing = torch.zeros(len(logits), dtype=torch.long)
+    return summed_loss(logits * 1, nothing, Teaching(teacher, hidden, 1.0, temperature))
+
+
+@pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("head", HEADS)
 def test_the_divergence_and_its_gradient_are_those_of_the_formula(head: str, dtype: torch.dtype) -> None:
@@ -158,7 +174,7 @@ def test_the_divergence_and_its_gradient_are_those_of_the_formula(head: str, dty
         for temperature in (1.0, 2.5):
             student = (2 * torch.randn(tokens, 160, generator=generator)).to(dtype)
             ours, theirs = student.clone().requires_grad_(), student.clone().requires_grad_()
-            found = divergence(ours, hidden[:tokens], teacher, temperature=temperature)
+            found = divergence(ours, hidden[:tokens], teacher, temperature)
             expected = plain_divergence(theirs, wanted[:tokens], temperature)
             found.backward()
             expected.backward()
@@ -172,11 +188,37 @@ def test_the_divergence_and_its_gradient_are_those_of_the_formula(head: str, dty
     assert dict(vars(teacher.get_decoder())) == before
 
 
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("weight", [None, 0.0, 0.3, 1.0])
+def test_the_loss_of_data_and_teacher_and_its_gradient_count_the_tokens_that_count(weight: float | None) -> None:
+    teacher, generator = make_model(HEADS["llama"]).requires_grad_(False), torch.Generator().manual_seed(2)
+    hidden = torch.randn(150, 48, generator=generator)
+    student, targets = torch.randn(150, 160, generator=generator), torch.randint(160, (150,), generator=generator)
+    counted = torch.rand(150, generator=generator) < 0.7
+    ours, theirs = student.clone().requires_grad_(), student.clone().requires_grad_()
+    teaching = None if weight is None else Teaching(teacher, hidden, weight, 2.0)
+    found = 3.0 * summed_loss(ours * 1, targets, teaching, counted)
+    apart = plain_divergence(theirs[counted], teacher.lm_head(hidden)[counted], 2.0)
+    data = cross_entropy(theirs[counted], targets[counted], reduction="sum")
+    expected = 3.0 * (data if weight is None else (1 - weight) * data + weight * apart)
+    found.backward()
+    expected.backward()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    assert ours.grad is not None
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_logits_that_are_read_again_after_the_loss_are_refused_not_wrong() -> None:
+    logits = torch.randn(4, 160, requires_grad=True).tanh()  # whose derivative needs its result
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        summed_loss(logits, torch.zeros(4, dtype=torch.long)).backward()
+
+
 def test_a_student_that_is_its_teacher_diverges_by_nothing() -> None:
     teacher = make_model(HEADS["llama"])
     ids = torch.randint(160, (1, 100), generator=torch.Generator().manual_seed(1))
     logits = teacher(ids).logits[0].detach().requires_grad_()
-    found = divergence(logits, teacher_hidden(teacher, ids, torch.ones_like(ids))[0], teacher, temperature=1.0)
+    found = divergence(logits, teacher_hidden(teacher, ids, torch.ones_like(ids))[0], teacher, 1.0)
     found.backward()
     assert abs(float(found.detach())) < 1e-4
     assert logits.grad is not None
@@ -202,7 +244,7 @@ def test_the_loss_with_a_teacher_is_the_weighted_sum(weight: float, model: Path,
     assert losses(log)[0][1] == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_model_that_teaches_itself_learns_nothing_and_validates_on_the_data(
+def test_a_model_that_alone_teaches_itself_learns_nothing_and_validates_by_the_divergence(
     model: Path, chats: Path, tmp_path: Path
 ) -> None:
     result = train(
@@ -211,7 +253,14 @@ def test_a_model_that_teaches_itself_learns_nothing_and_validates_on_the_data(
     )  # fmt: skip
     assert abs(losses(result.log)[0][1]) < 1e-6
     assert losses(result.log, "grad_norm")[0][1] < 1e-5
+    assert result.record["validation"] == "divergence"
+    assert abs(result.record["validation_before"]) < 1e-6
+
+
+def test_a_model_that_is_taught_in_part_validates_on_the_data(model: Path, chats: Path, tmp_path: Path) -> None:
+    result = train(model, chats, tmp_path / "out", teacher=model, teacher_weight=0.5, max_steps=1, validation_share=0.1)
     held = tokenised(chats, validation_share=0.1).validation
+    assert result.record["validation"] == "loss"
     assert result.record["validation_before"] == pytest.approx(mean_loss(load(model), held), abs=1e-5)
 
 
@@ -256,23 +305,22 @@ def peak(work: Callable[[], object]) -> int:
     return max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
 
 
-def test_a_large_vocabulary_takes_far_less_memory_than_the_plain_formula() -> None:
+def test_a_large_vocabulary_takes_far_less_memory_than_the_plain_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens, vocabulary = 512, 50_000
+    monkeypatch.setattr(distillation, "CHUNK_BYTES", 4 * vocabulary * CHUNK)
     tiny = Tiny("llama", "wide", {**MHA, "vocab_size": vocabulary, "num_hidden_layers": 1})
     teacher = make_model(tiny, dtype=torch.bfloat16).requires_grad_(False)
-    hidden = torch.randn(tokens, 48, dtype=torch.bfloat16)
-    student = torch.zeros(tokens, vocabulary, dtype=torch.bfloat16, requires_grad=True)
+    hidden, targets = torch.randn(tokens, 48, dtype=torch.bfloat16), torch.zeros(tokens, dtype=torch.long)
+    head = torch.zeros(vocabulary, 48, dtype=torch.bfloat16, requires_grad=True)
     results = []
 
     def ours() -> None:
-        student.grad = None
-        found = divergence(student, hidden, teacher, temperature=1.0)
+        found = summed_loss(linear(hidden, head), targets, Teaching(teacher, hidden))
         found.backward()
         results.append(float(found.detach()))
 
     def plain() -> None:
-        student.grad = None
-        found = plain_divergence(student, teacher.lm_head(hidden), 1.0)
+        found = plain_divergence(linear(hidden, head), teacher.lm_head(hidden), 1.0)
         found.backward()
         results.append(float(found.detach()))
 

@@ -325,6 +325,8 @@ def test_epochs_are_measured_into_out_and_removed(model: Path, tmp_path: Path, m
 # The command line.
 
 QUICK = [
+    "--preset",
+    "paper",
     "--max-steps",
     2,
     "--gradient-accumulation",
@@ -367,11 +369,12 @@ def test_the_command_line_passes_every_option_on(model: Path, tmp_path: Path, mo
     }  # fmt: skip
     options = [part for name, value in wanted.items() for part in (f"--{name.replace('_', '-')}", value)]
     flags = ["--full", "--load-in-4bit", "--packing", "--gradient-checkpointing", "--resume", "--overwrite"]
-    code, _, errors = run("recover", model, tmp_path / "out", *options, *flags, "--teacher", "t", "--samples", 29)
+    flags += ["--teacher", "t", "--samples", 29]
+    code, _, errors = run("recover", model, tmp_path / "out", *options, *flags)
     assert code == 0, errors
     (((_, _, found), more),) = calls
     switched = {"full": True, "load_in_4bit": True, "packing": True, "gradient_checkpointing": True}
-    others = {"teacher": "t", "samples": 29, "resume": True, "overwrite": True, "data": "alpaca"}
+    others = {"teacher": "t", "samples": 29, "resume": True, "overwrite": True}
     assert found == RecoverySettings(**wanted, **switched, **others)
     assert more["keep_epochs"] is False
 

@@ -116,7 +116,7 @@ def _epochs(asked: Settings) -> list[Cell]:
     cells = []
     for ratio in asked.ratios:
         cells.append(_pruned("not trained", ratio))
-        for epoch in range(1, int(asked.recovery.epochs) + 1 if asked.recovery else 1):
+        for epoch in range(1, int(asked.recovery.epochs or 0) + 1 if asked.recovery else 1):
             cells.append(_pruned(f"{epoch} epoch{'s' if epoch > 1 else ''}", ratio, asked.recovery, epoch=epoch))
     return cells
 

@@ -12,7 +12,7 @@ from amprune.model.latency import LatencySettings
 from amprune.records import Rule, parse, read_object, resolved
 from amprune.recovery.training import check_training
 from amprune.scoring.catalogue import CRITERIA
-from amprune.settings import TASKS, EvaluationSettings, ExperimentSettings, Training
+from amprune.settings import TASKS, EvaluationSettings, ExperimentSettings, Training, with_preset
 
 _QUICK: Mapping[str, Any] = {"samples": 20, "limit": 40, "windows": 8, "training_samples": 64, "energy_seconds": 2.0}
 _QUICK_TRAINING: Mapping[str, Any] = {"gradient_accumulation": 4}
@@ -98,9 +98,9 @@ def make_settings(recipe: Recipe, given: Mapping[str, Any], *, configured: Mappi
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     settings = Settings(**values, quick=quick)
     if recover:
-        found = Training(**{"epochs": recipe.epochs, "seed": settings.seed, **training})
+        found = with_preset(Training(**{"preset": "paper", "epochs": recipe.epochs, "seed": settings.seed, **training}))
         check_training(found)
-        if recipe.name == "epochs" and (found.max_steps is not None or not float(found.epochs).is_integer()):
+        if recipe.name == "epochs" and (found.max_steps is not None or not float(found.epochs or 0).is_integer()):
             raise EvaluationError(
                 "the experiment epochs measures after every epoch; give whole --epochs and no --max-steps"
             )

@@ -154,13 +154,13 @@ def computing_dtype(dense: Checkpoint, where: Compute) -> torch.dtype:
     """
     kind, streamed = dense.computed_in(where.dtype), where.device_map == "disk"
     on_cpu = streamed or torch.device(device_of(where.device)).type == "cpu"
-    if where.dtype != "auto" or not on_cpu or not _emulated(kind):
+    if where.dtype != "auto" or not on_cpu or not is_emulated(kind):
         return kind
     fits = streamed or 2 * dense.shape.parameters * torch.float32.itemsize <= psutil.virtual_memory().total
     return torch.float32 if fits else kind
 
 
-def _emulated(kind: torch.dtype) -> bool:
+def is_emulated(kind: torch.dtype) -> bool:
     """Tells whether this processor has no units that multiply matrices of a dtype."""
     name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(kind)
     known = name is not None and torch._C._has_mkldnn

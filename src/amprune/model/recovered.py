@@ -5,12 +5,14 @@ import math
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 from amprune.errors import CheckpointError, RecoveryError
 from amprune.model.writer import RECORDS
-from amprune.records import MOST, check_readable, read
+from amprune.records import MOST, check_readable, parse, read, read_object
 
+Validated = Literal["loss", "divergence"]
+"""What was measured on held-out samples: the loss of the data, or the divergence from the teacher."""
 RECORD, LOG = "recovery.json", "training.jsonl"
 _LICENCES = {
     "alpaca": "the original Alpaca data is CC BY-NC 4.0, not for commercial use; its cleaned copy names CC BY 4.0",
@@ -28,7 +30,14 @@ class TrainingData(TypedDict):
     validation: int
 
 
-class TrainingSettings(TypedDict):
+class _LaterSettings(TypedDict, total=False):
+    """What records of before the preset `best` lack."""
+
+    batch_tokens: int | None
+    schedule: str
+
+
+class TrainingSettings(_LaterSettings):
     """How a model was trained, as far as it is told; the record holds all settings."""
 
     full: bool
@@ -39,7 +48,7 @@ class TrainingSettings(TypedDict):
     epochs: float
     max_steps: int | None
     batch_size: int
-    gradient_accumulation: int
+    gradient_accumulation: int | None
     max_length: int
     packing: bool
     temperature: float
@@ -61,6 +70,11 @@ class Recovery:
     after: float | None = field(metadata={"entry": "validation_after"})
     rounding: float
     """What storing the trained weights moved the logits by: a root mean square, in standard deviations."""
+    validation: Validated = "loss"
+    dense: str | None = None
+    """The MODEL that was pruned."""
+    earlier: list[dict[str, Any]] = field(default_factory=list)
+    """The records of the trainings before this one, in their order."""
     sha256: dict[str, str] | None = None
     """Of each tensor that was stored; None of a record that was written before there were any."""
 
@@ -73,6 +87,15 @@ def is_recovered(folder: Path) -> bool:
 def read_recovery(folder: Path) -> Recovery:
     """Reads the record that a recovered checkpoint carries; raises RecoveryError where it is missing or damaged."""
     return read(Recovery, folder / RECORDS / RECORD, error=RecoveryError, remedy=_AGAIN, format=1)
+
+
+def earlier(folder: Path) -> list[dict[str, Any]]:
+    """Returns the records of the trainings that a checkpoint went through, in their order, without hashes."""
+    if not is_recovered(folder):
+        return []
+    read_recovery(folder)
+    record = read_object(folder / RECORDS / RECORD)
+    return [*record.pop("earlier", []), {name: value for name, value in record.items() if name != "sha256"}]
 
 
 @dataclass(frozen=True)
@@ -119,14 +142,13 @@ def _is_number(value: object) -> bool:
 
 
 def training_sentences(recovery: Recovery) -> tuple[str, ...]:
-    """Says how a model was trained, what it did to the validation loss, and what storing the result cost."""
+    """Says how a model was trained, what it did to the validation, and what storing the result cost."""
     said = list(recipe(recovery))
     if recovery.before is not None and recovery.after is not None:
-        held = recovery.data["validation"]
+        held, taught = recovery.data["validation"], recovery.validation == "divergence"
         samples = f"{held:,} sample{'' if held == 1 else 's'} held out"
-        said.append(
-            f"Validation loss: {recovery.before:#.4g} before the training, {recovery.after:#.4g} after it ({samples})."
-        )
+        what = "Divergence from the teacher" if taught else "Validation loss"
+        said.append(f"{what}: {recovery.before:#.4g} before the training, {recovery.after:#.4g} after it ({samples}).")
     amount = f"{recovery.rounding:.1e} of their standard deviation, root mean square" if recovery.rounding else "0"
     if recovery.settings["full"]:
         said.append(f"Rounding the trained weights to the checkpoint's dtype moved the logits by {amount}.")
@@ -139,24 +161,45 @@ def training_sentences(recovery: Recovery) -> tuple[str, ...]:
 
 
 def recipe(recovery: Recovery) -> tuple[str, ...]:
-    """Says how a model was trained, and by whom it was taught."""
+    """Says how a model was trained, how often before, and by whom it was taught."""
     settings, data, teacher = recovery.settings, recovery.data, recovery.teacher
     passes = "" if settings["max_steps"] is not None else f" ({settings['epochs']:g} passes over the data)"
     samples = "packed sequences" if settings["packing"] else "samples"
+    falls = "a twentieth" if settings.get("schedule") == "cosine" else "0"
+    steps = f"{recovery.steps:,} step{'' if recovery.steps == 1 else 's'}"
+    tokens = settings.get("batch_tokens")
+    batch = (
+        f"{settings['batch_size']} x {settings['gradient_accumulation'] or 1} on each device"
+        if tokens is None else f"about {tokens:,} tokens"
+    )  # fmt: skip
     trained = (
-        f"Trained from {recovery.source} by {method(recovery)} on {data['training']:,} {samples} of {data['name']} "
-        f"({data['tokens']:,} tokens, at most {settings['max_length']:,} in one): {recovery.steps:,} steps of "
-        f"{settings['batch_size']} x {settings['gradient_accumulation']} on each device{passes}, at a learning "
-        f"rate of {settings['learning_rate']:g} that falls to 0."
+        f"Trained by {method(recovery)} on {data['training']:,} {samples} of {data['name']} "
+        f"({data['tokens']:,} tokens, at most {settings['max_length']:,} in one): {steps} of "
+        f"{batch}{passes}, at a learning rate of {settings['learning_rate']:g} that falls to {falls}."
     )
-    if teacher is None:
-        return (trained,)
-    if Path(teacher).expanduser().is_absolute():  # where on this machine a model lies is left out: cards are shared
-        teacher = Path(teacher).name
-    return trained, (
-        f"Taught by {teacher}: {100 * settings['teacher_weight']:g} % of the loss is the divergence from its "
-        f"next-token distributions, at a temperature of {settings['temperature']:g}; the rest is that of the data."
-    )
+    said = [*_before(recovery), trained]
+    if teacher is not None:
+        if Path(teacher).expanduser().is_absolute():  # where on this machine a model lies is left out: cards are shared
+            teacher = Path(teacher).name
+        said.append(
+            f"Taught by {teacher}: {100 * settings['teacher_weight']:g} % of the loss is the divergence from its "
+            f"next-token distributions, at a temperature of {settings['temperature']:g}; the rest is that of the data."
+            if settings["teacher_weight"] < 1
+            else f"Taught by {teacher}: the loss is the divergence from its next-token distributions and nothing else."
+        )
+    return tuple(said)
+
+
+def _before(recovery: Recovery) -> list[str]:
+    """Says which trainings came before this one."""
+    told = []
+    for record in recovery.earlier:
+        before = parse(Recovery, record, where="earlier", error=RecoveryError, remedy=_AGAIN, format=1)
+        told.append(
+            f"Before that: {method(before)} on {before.data['training']:,} samples of {before.data['name']}, "
+            f"{before.steps:,} steps."
+        )
+    return told
 
 
 def method(recovery: Recovery) -> str:

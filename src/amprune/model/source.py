@@ -71,6 +71,8 @@ class Source:
     """The hub id, where one is known."""
     license: str | None = None
     """The licence, where it is known without a model card."""
+    again: str = ""
+    """The MODEL that opens it again from any folder: an alias, a hub id or an absolute path."""
 
 
 def open_source(
@@ -88,14 +90,14 @@ def open_source(
             raise CheckpointError(f"{path} is a local folder; --revision is for models of the hub")
         check_no_adapter(path)
         known = _cached_id(path)
-        return Source(path, (path,), known or resolved(path).name, known)
+        return Source(path, (path,), known or resolved(path).name, known, again=str(resolved(path)))
     if path.suffix.lower() == ".gguf" or path.is_file():
         folder = _dequantised(path, dtype)
-        return Source(folder, (path, folder), path.stem, None)
+        return Source(folder, (path, folder), path.stem, None, again=str(resolved(path)))
     if name in ALIASES:
         gguf = _alias_file(name, ALIASES[name])
         folder, alias = _dequantised(gguf, dtype), ALIASES[name]
-        return Source(folder, (gguf, folder), alias.base_model, alias.base_model, alias.license)
+        return Source(folder, (gguf, folder), alias.base_model, alias.base_model, alias.license, name)
     if not _HUB_ID.fullmatch(name):
         raise CheckpointError(
             f"no model {name!r}: it is no folder, no .gguf file, no hub id of the form owner/name and none of the "
@@ -103,7 +105,7 @@ def open_source(
         )
     folder = _download(name, revision, config_only=config_only)
     check_no_adapter(folder)
-    return Source(folder, (folder,), name, name)
+    return Source(folder, (folder,), name, name, again=name)
 
 
 def _cached_id(folder: Path) -> str | None:

@@ -5,17 +5,23 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from amprune.errors import RecoveryError, required
+from amprune.cut.slicing import check_plan_fits
+from amprune.errors import AmpruneError, RecoveryError, required
 from amprune.model.architecture import make_config, quiet_transformers
-from amprune.model.loading import has_tokenizer, load_tokenizer, loaded_model
-from amprune.model.reader import Checkpoint, read_checkpoint
+from amprune.model.loading import has_tokenizer, is_emulated, load_tokenizer, loaded_model
+from amprune.model.reader import Checkpoint, open_model, read_checkpoint
+from amprune.model.recovered import RECORD
 from amprune.model.source import Source
+from amprune.model.writer import RECORDS
+from amprune.plan.artefact import PruningPlan
+from amprune.prove.checks import VERIFICATION
 from amprune.records import read_object
 from amprune.settings import RecoverySettings, Training
 
@@ -28,7 +34,11 @@ def trainable_model(folder: Path, settings: RecoverySettings) -> Iterator[Any]:
     if settings.load_in_4bit:
         yield with_adapters(_in_four_bits(folder), settings)
         return
-    with loaded_model(folder, dtype=_training_dtype(folder, settings), device="cpu") as model:
+    checkpoint = read_checkpoint(folder)
+    kind = training_dtype(checkpoint, settings)
+    if not settings.full and kind != checkpoint.computed_in(settings.dtype):
+        logger.info("training in %s in place of %s", name_of(kind), name_of(checkpoint.computed_in(settings.dtype)))
+    with loaded_model(folder, dtype=name_of(kind), device="cpu") as model:
         model.config.use_cache = False
         if settings.gradient_checkpointing:
             # transformers 5.23 gave the method another name.
@@ -57,24 +67,33 @@ def with_adapters(model: Any, settings: Training) -> Any:
         return get_peft_model(model, config)
 
 
-def _training_dtype(folder: Path, settings: RecoverySettings) -> str:
-    """Full fine-tuning keeps its weights in float32; float16 would overflow, and is never trained in."""
+def training_dtype(checkpoint: Checkpoint, settings: RecoverySettings) -> torch.dtype:
+    """Returns the dtype that weights are held in while a model is trained, or teaches.
+
+    All that are trained are in float32. Others keep theirs, but for float16, which would overflow, and for what the
+    device only emulates.
+    """
     if settings.full:
-        return "float32"
-    dtype = settings.dtype
-    stored = str(read_checkpoint(folder).dtype).removeprefix("torch.") if dtype == "auto" else dtype
-    if stored in ("float16", "bfloat16"):
-        wanted = "bfloat16" if bfloat16_works(settings.device) else "float32"
-        if stored != wanted:
-            logger.info("training in %s in place of %s", wanted, stored)
-        return wanted
-    return "float32" if dtype == "auto" else dtype
+        return torch.float32
+    kind = checkpoint.computed_in(settings.dtype)
+    if kind in (torch.float16, torch.bfloat16):
+        kind = torch.bfloat16 if bfloat16_works(settings.device) or settings.dtype == "bfloat16" else torch.float32
+    return kind if settings.dtype != "auto" or kind == torch.bfloat16 else torch.float32
+
+
+def on_accelerator(device: str | None) -> bool:
+    """Tells whether training is on CUDA."""
+    return torch.cuda.is_available() and not (device or "cuda").startswith("cpu")
+
+
+def processes() -> int:
+    """Returns how many processes train together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def bfloat16_works(device: str | None) -> bool:
-    """Tells whether a device computes in bfloat16; every CPU does."""
-    on_cuda = torch.cuda.is_available() and not (device or "cuda").startswith("cpu")
-    return torch.cuda.is_bf16_supported() if on_cuda else True
+    """Tells whether a device computes in bfloat16 with units of its own."""
+    return torch.cuda.is_bf16_supported() if on_accelerator(device) else not is_emulated(torch.bfloat16)
 
 
 def check_device(settings: RecoverySettings) -> None:
@@ -105,6 +124,39 @@ def _in_four_bits(folder: Path) -> Any:
     return model
 
 
+def find_teacher(settings: RecoverySettings, source: Source) -> tuple[Source | None, Checkpoint | None]:
+    """Finds the dense model that teaches: the one that is named, else of the preset `best` that of the records.
+
+    Raises RecoveryError where there should be one and none is found, or another than the model was pruned from.
+    """
+    if settings.teacher_weight == 0 or (settings.teacher is None and settings.preset != "best"):
+        return None, None
+    if settings.teacher is not None:
+        return open_model(settings.teacher, dtype=settings.dtype)
+    otherwise = "give the dense model by --teacher, or --teacher-weight 0 to learn from the data alone"
+    if (name := dense_of(source)) is None:
+        raise RecoveryError(f"the records of {source.name} do not say which model it was made from; {otherwise}")
+    try:
+        teacher, dense = open_model(name, dtype=settings.dtype)
+    except AmpruneError as error:
+        raise RecoveryError(
+            f"{source.name} was made from {name}, which cannot be opened here: {error}; {otherwise}"
+        ) from error
+    plan = PruningPlan.load(source.folder / RECORDS / "plan.json")
+    check_plan_fits(plan, dense.shape, dense.fingerprint, where=name)
+    logger.info("%s teaches, which %s was made from", name, source.name)
+    return teacher, dense
+
+
+def dense_of(source: Source) -> str | None:
+    """Returns the MODEL that a folder was made from, as its records say."""
+    for record in (VERIFICATION, RECORD):
+        if (file := source.folder / RECORDS / record).is_file():
+            name = read_object(file).get("dense")
+            return name if isinstance(name, str) else None
+    return None
+
+
 def check_teacher(teacher: Source | None, student: Checkpoint, tokenizer: Any) -> None:
     """Refuses a teacher whose distributions are over other tokens, however many they are."""
     if teacher is None:
@@ -129,10 +181,16 @@ def check_teacher(teacher: Source | None, student: Checkpoint, tokenizer: Any) -
 
 
 @contextmanager
-def teaching_model(source: Source | None, *, dtype: str) -> Iterator[PreTrainedModel | None]:
+def teaching_model(source: Source | None, settings: RecoverySettings) -> Iterator[PreTrainedModel | None]:
     """Loads the dense model that teaches, where there is one."""
     if source is None:
         yield None
         return
-    with loaded_model(source.folder, dtype=dtype, device="cpu") as teacher:
+    kind = training_dtype(read_checkpoint(source.folder), replace(settings, full=False))
+    with loaded_model(source.folder, dtype=name_of(kind), device="cpu") as teacher:
         yield teacher.requires_grad_(False)
+
+
+def name_of(kind: torch.dtype) -> str:
+    """Returns what a dtype is called in settings."""
+    return str(kind).removeprefix("torch.")

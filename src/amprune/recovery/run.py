@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -21,18 +22,38 @@ from amprune.errors import RecoveryError
 from amprune.model.architecture import make_config
 from amprune.model.loading import load_tokenizer
 from amprune.model.reader import Checkpoint, digests, open_model, read_checkpoint
-from amprune.model.recovered import LOG, RECORD, read_log
-from amprune.model.source import Source, open_source
+from amprune.model.recovered import LOG, RECORD, earlier, read_log
+from amprune.model.source import Source
 from amprune.model.writer import RECORDS, check_output, parse_size, staged_folder
 from amprune.plan.artefact import PruningPlan
 from amprune.prove.card import write_card
 from amprune.records import alone, write
+from amprune.recovery.fitting import fitted
 from amprune.recovery.merging import write_recovered
-from amprune.recovery.models import check_device, check_teacher, teaching_model, trainable_model
-from amprune.recovery.runs import EPOCHS, begin_run, is_finished, last_checkpoint, nothing_left, steps_done, write_log
-from amprune.recovery.training import check_training, total_steps, train
+from amprune.recovery.models import (
+    check_device,
+    check_teacher,
+    dense_of,
+    find_teacher,
+    on_accelerator,
+    processes,
+    teaching_model,
+    trainable_model,
+)
+from amprune.recovery.runs import (
+    EPOCHS,
+    begin_run,
+    best_checkpoint,
+    is_finished,
+    last_checkpoint,
+    nothing_left,
+    settings_before,
+    steps_done,
+    write_log,
+)
+from amprune.recovery.training import check_training, total_steps, train, validated
 from amprune.running import Progress, no_progress, release_memory
-from amprune.settings import PathLike, RecoverySettings, Training, part, settle, write_recipe
+from amprune.settings import PathLike, RecoverySettings, Training, part, settle, with_preset, write_recipe
 from amprune.text.records import file_of
 from amprune.text.training import TrainingData, load_training_data
 
@@ -78,61 +99,77 @@ def recover(
     check_device(asked)
     parse_size(asked.max_shard_size)
     source, base = open_model(model, revision=asked.revision, dtype=asked.dtype)
-    # Of the processes that `accelerate launch` started, the first writes.
-    first, processes = os.environ.get("RANK", "0") == "0", int(os.environ.get("WORLD_SIZE", "1"))
-    folder = Path(out).expanduser()
-    dense = open_source(asked.teacher, dtype=asked.dtype) if asked.teacher is not None else None
-    source = replace(source, protected=(*source.protected, *_other_sources(dense, asked)))
+    # Of the processes that `torchrun` or `accelerate launch` started, the first writes.
+    first, folder = os.environ.get("RANK", "0") == "0", Path(out).expanduser()
+    training = folder.with_name(f"{folder.name}.training")
+    teacher, dense = find_teacher(with_preset(asked), source)
+    source = replace(source, protected=(*source.protected, *_other_sources(teacher, with_preset(asked))))
     if first:
-        _check_early(folder, source, asked)
+        _check_early(folder, source, with_preset(asked))
     tokenizer = _tokenizer(source, trust_remote_code=asked.trust_remote_code)
-    check_teacher(dense, base, tokenizer)
+    check_teacher(teacher, base, tokenizer)
     watch = progress if first else no_progress
-    length = min(asked.max_length, base.positions or asked.max_length)
-    found = load_training_data(asked, tokenizer, max_length=length, progress=watch)
-    _check_data(found, base, source, batch=asked.batch_size * processes)
+    settled = fitted(with_preset(asked), base, dense, before=settings_before(training) if asked.resume else {})
+    found = load_training_data(
+        settled, tokenizer, max_length=min(settled.max_length or 1, base.positions or sys.maxsize), progress=watch
+    )
+    settled = _check_data(found, base, source, asked, settled)
     if first and not (source.folder / RECORDS / "plan.json").is_file():
         logger.info("%s was not pruned by amprune; it is trained as it is", source.name)
     request = {
-        "model": base.fingerprint, "data": found.to_dict(), "settings": asdict(part(Training, asked)),
-        "dtype": asked.dtype, "teacher": str(asked.teacher) if asked.teacher is not None else None,
-        "keep_epochs": asked.keep_epochs, "processes": processes,
+        "model": base.fingerprint, "data": found.to_dict(), "settings": asdict(part(Training, settled)),
+        "dtype": asked.dtype, "teacher": None if teacher is None else str(asked.teacher or teacher.name),
+        "keep_epochs": asked.keep_epochs, "processes": processes(),
     }  # fmt: skip
-    training = folder.with_name(f"{folder.name}.training")
     lock = training.with_name(f"{training.name}.lock")
     with alone(lock, str(training), error=RecoveryError) if first else nullcontext():
         if first:
             begin_run(training, request, resume=asked.resume, overwrite=asked.overwrite)
-        if processes > 1:  # none looks into the folder of the run before the first has put it in order
-            PartialState(cpu=asked.device is not None and asked.device.startswith("cpu")).wait_for_everyone()
+        if processes() > 1:  # none looks into the folder of the run before the first has put it in order
+            PartialState(cpu=not on_accelerator(asked.device)).wait_for_everyone()
         with nothing_left(training) if first else nullcontext():
-            trained = _trained(source, dense, tokenizer, found, asked, training, progress=watch)
+            trained = _trained(source, teacher, tokenizer, found, settled, training, progress=watch)
         if not first:
             return None
         log = tuple(read_log(training / LOG))
-        finish = partial(_write, source, base, request, log, progress=progress)
+        told = {
+            **request,
+            "validation": validated(settled, taught=teacher is not None),
+            "dense": dense_of(source) or (teacher and teacher.again),
+        }
+        finish = partial(_write, source, base, told, progress=progress)
         kept = sorted((training / EPOCHS).iterdir(), key=steps_done) if asked.keep_epochs else ()
         epochs = tuple(folder.with_name(f"{folder.name}.{epoch.name}") for epoch in kept)
         for epoch, place in zip(kept, epochs, strict=True):
-            finish(replace(asked, overwrite=True), epoch, place)
-        record = finish(asked, trained, folder)
+            until = [entry for entry in log if entry["step"] <= steps_done(epoch)]
+            finish(until, replace(asked, overwrite=True), epoch, place)
+        record = finish(log, asked, trained, folder)
         shutil.rmtree(training)
     return RecoveredModel(folder, log, record, epochs)
 
 
-def _check_data(found: TrainingData, base: Checkpoint, source: Source, *, batch: int) -> None:
-    """Refuses fewer samples than a batch, and tokens that the model does not know."""
-    if len(found.training) < batch:
+def _check_data(
+    found: TrainingData, base: Checkpoint, source: Source, asked: RecoverySettings, settled: RecoverySettings
+) -> RecoverySettings:
+    """Refuses fewer samples than a batch, unless batches were not asked for, and tokens that the model does not know.
+
+    Returns the settings with a batch that there are enough samples for.
+    """
+    known, rows = int(make_config(base.config, where=source.name).vocab_size), settled.batch_size or 1
+    if with_preset(asked).batch_size is None:
+        rows = max(1, min(rows, len(found.training) // processes()))
+    if len(found.training) < (batch := rows * processes()):
         raise RecoveryError(
             f"{found.name} leaves {len(found.training)} samples to train on, fewer than a batch of {batch}; give more "
             "samples or a smaller --batch-size"
         )
     largest = max(max(sample["input_ids"]) for sample in (*found.training, *found.validation))
-    if largest >= (known := int(make_config(base.config, where=source.name).vocab_size)):
+    if largest >= known:
         raise RecoveryError(
             f"{found.name} holds token id {largest:,}, but {source.name} embeds the ids 0 to {known - 1:,}; use the "
             "tokenizer of this very model"
         )
+    return replace(settled, batch_size=rows)
 
 
 def _other_sources(teacher: Source | None, asked: RecoverySettings) -> Iterator[Path]:
@@ -146,7 +183,7 @@ def _check_early(folder: Path, source: Source, asked: RecoverySettings) -> None:
     if (plan := source.folder / RECORDS / "plan.json").is_file():
         PruningPlan.load(plan)
     check_output(folder, overwrite=asked.overwrite, protected=source.protected)
-    for number in range(1, math.ceil(asked.epochs) + 1 if asked.keep_epochs else 1):
+    for number in range(1, math.ceil(asked.epochs or 1) + 1 if asked.keep_epochs else 1):
         place = folder.with_name(f"{folder.name}.epoch-{number}")
         check_output(place, overwrite=asked.overwrite or asked.resume, protected=source.protected)
 
@@ -165,14 +202,14 @@ def _trained(
     source: Source, dense: Source | None, tokenizer: Any, data: TrainingData, settings: RecoverySettings,
     training: Path, *, progress: Progress,
 ) -> Path:  # fmt: skip
-    """Trains, unless an interrupted run had come to its end; returns the checkpoint of the last step."""
-    start = last_checkpoint(training)
+    """Trains, unless an interrupted run had come to its end; returns the checkpoint of the last or the best step."""
+    start, chosen = last_checkpoint(training), bool(settings.patience and data.validation)
     if start is not None and is_finished(start):
-        return start
+        return best_checkpoint(training, chosen=chosen) or start
     transformers.set_seed(settings.seed)
     with (
         trainable_model(source.folder, settings) as model,
-        teaching_model(dense, dtype=settings.dtype) as teacher,
+        teaching_model(dense, settings) as teacher,
         progress("Training", total_steps(data, settings)) as advance,
     ):
         advance(steps_done(start) if start is not None else 0)
@@ -180,7 +217,7 @@ def _trained(
             model, tokenizer, data, settings, training, teacher=teacher, resume_from=start, advance=advance
         ).accelerator.wait_for_everyone()
     release_memory()
-    if (end := last_checkpoint(training)) is None:
+    if (end := best_checkpoint(training, chosen=chosen)) is None:
         raise RecoveryError(f"{training} holds no checkpoint although the training ended; is the disk sound?")
     return end
 
@@ -194,8 +231,7 @@ def _write(
     Returns the record.
     """
     steps = steps_done(trained)
-    log = [entry for entry in log if entry["step"] <= steps]
-    losses = [entry["validation_loss"] for entry in log if "validation_loss" in entry]
+    losses = [one["validation_loss"] for one in log if one["step"] <= steps and "validation_loss" in one]
     with staged_folder(place, overwrite=settings.overwrite, protected=source.protected) as staged:
         rounding = write_recovered(base, trained, staged, max_shard_size=settings.max_shard_size, progress=progress)
         base.check_unchanged()
@@ -203,7 +239,7 @@ def _write(
         record = {
             "format": 1, "recovered_from": source.name, **request, "steps": steps,
             "validation_before": losses[0] if losses else None, "validation_after": losses[-1] if losses else None,
-            "rounding": rounding, "sha256": digests(stored),
+            "rounding": rounding, "earlier": earlier(source.folder), "sha256": digests(stored),
             "versions": {"amprune": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
         }  # fmt: skip
         before, records = source.folder / RECORDS, staged / RECORDS

@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 EPOCHS = "epochs"
 _REQUEST = "request.json"
 _HASHES = "sha256.json"
+_STATE = "trainer_state.json"
 _OWN = re.compile(r"checkpoint-\d+|epochs|training\.jsonl|\..+\.partial")
 
 
@@ -109,6 +110,30 @@ def nothing_left(folder: Path) -> Iterator[None]:
         raise
 
 
+def settings_before(folder: Path) -> Mapping[str, Any]:
+    """Returns the settings of an interrupted run, in which all was settled; none where there is no such run."""
+    try:
+        found = read_object(folder / _REQUEST)["settings"]
+    except (CheckpointError, KeyError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def best_checkpoint(folder: Path, *, chosen: bool) -> Path | None:
+    """Returns the checkpoint that a finished run is about: the best validated where it was `chosen`, or the last."""
+    last = last_checkpoint(folder)
+    if last is None or not chosen:
+        return last
+    step = read_object(last / _STATE).get("best_global_step")
+    best = folder / f"checkpoint-{step}"
+    if step is None or _state(best) is None:
+        return last
+    if (damaged := _damaged(best)) is not None:
+        logger.warning("%s, the best, is damaged (%s); the last is taken", best, damaged)
+        return last
+    return best
+
+
 def last_checkpoint(folder: Path) -> Path | None:
     """Returns the newest whole checkpoint of a run; the Trainer writes its state file last."""
     found = {path: state for path in folder.glob("checkpoint-*") if (state := _state(path)) is not None}
@@ -118,7 +143,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 def _state(checkpoint: Path) -> tuple[int, int] | None:
     """Reads the steps that were done and those that were to do; None where the checkpoint is not whole."""
     try:
-        state = read_object(checkpoint / "trainer_state.json")
+        state = read_object(checkpoint / _STATE)
         return int(state["global_step"]), int(state["max_steps"])
     except (CheckpointError, ValueError, KeyError, TypeError, OverflowError):
         return None
