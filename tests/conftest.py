@@ -36,8 +36,8 @@ NOT_QUICK = {
     "process": ("across_versions", "energy", "evaluate_gguf", "llama_cpp", "memory", "serving_vllm_server"),
     "training": (
         "experiments", "experiments_configurations", "experiments_contents", "experiments_requests",
-        "experiments_resume", "recovery_adapters", "recovery_interrupted", "recovery_loss", "recovery_run",
-        "recovery_samples", "run",
+        "experiments_resume", "recovery_adapters", "recovery_best", "recovery_interrupted", "recovery_loss",
+        "recovery_run", "recovery_samples", "run",
     ),
     "slow": ("zero_shot",),
 }  # fmt: skip

@@ -51,7 +51,7 @@ from amprune.settings import (
     write_recipe,
 )
 from amprune.text.calibration import CalibrationSet, draw
-from amprune.text.records import file_of
+from amprune.text.sources import check_sources, files_of
 
 if TYPE_CHECKING:
     from amprune.evaluation.records import Evaluation
@@ -100,13 +100,13 @@ def prune(
     if asked.target is not None:
         parse_target(asked.target)
     source, dense = open_model(model, revision=asked.revision, dtype=asked.dtype)
-    source = replace(source, protected=(*source.protected, *file_of(asked.calibration)))
+    source = replace(source, protected=(*source.protected, *files_of(asked.calibration)))
     check_output(Path(out).expanduser(), overwrite=asked.overwrite, protected=source.protected)
     parse_size(asked.max_shard_size)
     check_plannable(dense, asked, rule)
     samples = None
     if rule.calibrated or asked.allocate or asked.reconstruct:
-        samples = draw(dense, asked, trust_remote_code=asked.trust_remote_code)
+        samples = draw(dense, asked, trust_remote_code=asked.trust_remote_code, progress=progress)
     fit, held_out = samples.split() if samples is not None and asked.allocate else (samples, None)
     scores = score_criteria(dense, [rule], fit, asked, seed=asked.seed, progress=progress)[rule.name]
     plan = plan_for(dense, scores, asked, fit=fit, held_out=held_out, progress=progress)
@@ -149,7 +149,7 @@ def apply_plan(
     if not isinstance(plan, PruningPlan):
         plan = PruningPlan.load(plan)
     source, dense = open_model(model, revision=given.revision, dtype=given.dtype)
-    source = replace(source, protected=(*source.protected, *file_of(given.calibration)))
+    source = replace(source, protected=(*source.protected, *files_of(given.calibration)))
     check_output(Path(out).expanduser(), overwrite=given.overwrite, protected=source.protected)
     check_plan_fits(plan, dense.shape, dense.fingerprint, where=str(model))
     refitted = plan.refitted if given.reconstruct is None else given.reconstruct
@@ -157,7 +157,7 @@ def apply_plan(
     plan = replace(plan, refitted=refitted or refit is not None, compensated=compensated)
     asked = replace(with_preset(given), reconstruct=plan.refitted)
     if plan.refitted and refit is None:
-        refit = draw(dense, asked, trust_remote_code=asked.trust_remote_code)
+        refit = draw(dense, asked, trust_remote_code=asked.trust_remote_code, progress=progress)
     return _write(source, dense, plan, Path(out), asked, scores=scores, refit_on=refit, progress=progress)
 
 
@@ -272,14 +272,13 @@ def run(
     from amprune.recovery.run import recover
     from amprune.recovery.training import check_training
     from amprune.report.write import write_report
-    from amprune.text.records import read_records
 
     measured = replace(part(EvaluationSettings, asked), batch_size=asked.evaluation_batch_size)
     if asked.evaluate:  # what can fail is tried before the pruning
         jobs_of(measured, latency_cases(measured))
     if asked.recover:
         check_training(_recovery(asked))
-        read_records(asked.data, option="--data")
+        check_sources(with_preset(_recovery(asked)).data, "--data")
     pruned = folder.with_name(f"{folder.name}.pruned") if asked.recover else folder
     file = folder.with_name(f"{folder.name}.run.json")
     with alone(file.with_name(f"{file.name}.lock"), f"OUT {folder}"), ExitStack() as stack:

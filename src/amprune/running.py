@@ -64,6 +64,13 @@ def free_memory(device: str | torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Tells whether a device had too little memory for what was asked of it."""
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    return bool(should_reduce_batch_size(error))
+
+
 def binary(count: int) -> str:
     """Writes a number of bytes in GiB, MiB or KiB."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20)):

@@ -30,7 +30,7 @@ TASKS = ("winogrande", "piqa", "arc_easy", "arc_challenge", "hellaswag")
 """Those of the paper."""
 
 Text = Annotated[Any, Rule("text or a list of texts", lambda value: isinstance(value, str | list | None))]
-"""In a recipe; in Python a value that only code can make, too."""
+"""The name of a set, or in a recipe a list of such. In Python several names are a tuple; a list is one of texts."""
 
 _Settings = TypeVar("_Settings")
 
@@ -38,8 +38,9 @@ _Settings = TypeVar("_Settings")
 def option(default: Any, help: str, *flags: str, **more: Any) -> Any:
     """Declares an option: its default, a sentence that stands alone, and flags where they are not its own name.
 
-    `metavar` names its value in the help, `many` says that the flag is repeated instead of holding commas, and
-    `recorded=False` keeps it out of recipes: another value of it makes the same bytes.
+    `metavar` names its value in the help, `many` says that the flag is repeated instead of holding commas, `several`
+    that it may be given once or again, and `recorded=False` keeps it out of recipes: another value of it makes the same
+    bytes.
     """
     return field(default=default, metadata={"help": help, "flags": flags, **more})
 
@@ -135,7 +136,10 @@ class Seeded:
 # What is asked of a plan, and the text that it is measured on.
 
 _FILES = "a .json, .jsonl, .csv, .parquet or .txt file"
-_SETS = f"alpaca (from the hub), mixed, builtin, or {_FILES}"
+_SETS = (
+    f"alpaca (from the hub), mixed, builtin, self (what the dense model writes), hub:OWNER/SET, or {_FILES}; "
+    "repeatable, with weights as in self:0.5"
+)
 _PRESET = "(default: the preset's)"
 
 
@@ -154,7 +158,7 @@ class Preset:
 class Drawing(Seeded):
     """Which text a model is scored and refitted on, and how much of it."""
 
-    calibration: Text = option(None, f"Calibration set: {_SETS} {_PRESET}.", type=str)
+    calibration: Text = option(None, f"Calibration set: {_SETS} {_PRESET}.", type=str, several=True)
     """In Python a list of texts, or token ids as a `CalibrationSet`, too."""
     samples: int | None = option(None, "Calibration samples, drawn at random (default: 50, or by --tokens).")
     tokens: int | None = option(None, "Draw calibration samples until there are as many tokens.")
@@ -322,7 +326,7 @@ class Training(Preset, Seeded):
 class RecoverySettings(Training, Device, Writing, Access):
     """The options of `recover`."""
 
-    data: Text = option(None, f"Data to train on: {_SETS} {_PRESET}.", type=str)
+    data: Text = option(None, f"Data to train on: {_SETS} {_PRESET}.", type=str, several=True)
     """In Python a list of texts, too."""
     samples: int | None = option(None, "Samples to draw from the training data (default: all).")
     teacher: PathLike | None = option(
@@ -334,6 +338,15 @@ class RecoverySettings(Training, Device, Writing, Access):
     )
     resume: bool = option(False, "Go on from the last checkpoint of an interrupted training.", recorded=False)
     keep_epochs: bool = option(False, "Write the model of every epoch, too, as OUT.epoch-1 and so on.", recorded=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WritingTextSettings(Seeded, Device, Overwriting, Access):
+    """The options of `write-text`."""
+
+    tokens: str = option("200k", "Tokens to write, such as 200k or 1M.")
+    max_length: int | None = option(None, "Most tokens of a text (default: 256 on a CPU, else 512).")
+    batch_size: int | None = option(None, "Texts written at a time (default: 64 on a CPU, else 256).")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -501,7 +514,7 @@ class ExperimentSettings(Overwriting):
     epochs: float | None = like(Training, "epochs")
     max_steps: int | None = like(Training, "max_steps")
     gradient_accumulation: int | None = like(Training, "gradient_accumulation")
-    data: str | None = like(RecoverySettings, "data")
+    data: str | None = option(None, "Data to train on: alpaca, mixed, builtin or a file (default: alpaca).")
     training_samples: int | None = like(RecoverySettings, "samples")
     latency_batch: tuple[int, ...] | None = like(EvaluationSettings, "latency_batch")
     prompt_tokens: tuple[int, ...] | None = like(EvaluationSettings, "prompt_tokens")
@@ -632,7 +645,10 @@ def read_recipe(kind: type[_Settings], path: PathLike) -> _Settings:
             f"{path} has the unknown option {unknown!r}; {guess(str(unknown), known)}The options are "
             f"{', '.join(sorted(known))}"
         )
-    return parse(kind, content, where=str(path), error=RecipeError, remedy="correct it, or leave it out")
+    read = parse(kind, content, where=str(path), error=RecipeError, remedy="correct it, or leave it out")
+    several = [one.name for one in fields(kind) if one.metadata.get("several")]  # type: ignore[arg-type]
+    lists = {name: tuple(value) for name in several if isinstance(value := getattr(read, name), list)}
+    return replace(read, **lists)  # type: ignore[type-var]
 
 
 def write_recipe(path: Path, command: str, settings: Any) -> None:
@@ -646,6 +662,9 @@ def write_recipe(path: Path, command: str, settings: Any) -> None:
             continue
         if isinstance(value, os.PathLike):
             value = os.fspath(value)
+        if isinstance(value, list) and one.metadata.get("several"):  # of texts; in a recipe it would be one of names
+            notes.append(f"# {one.name} was given in Python, as {type(value).__name__}\n")
+            continue
         if isinstance(value, tuple):
             value = [os.fspath(item) if isinstance(item, os.PathLike) else item for item in value]
         if isinstance(value, str | int | float | list | None):

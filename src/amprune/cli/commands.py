@@ -1,6 +1,6 @@
 """Every command, in the order of the data's way, which `amprune --help` lists them in."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +27,7 @@ from amprune.settings import (
     RunSettings,
     ScoreSettings,
     VerifySettings,
+    WritingTextSettings,
     part,
 )
 
@@ -81,10 +82,10 @@ def score_command(
     from amprune import score
     from amprune.model.source import open_source
     from amprune.model.writer import check_target
-    from amprune.text.records import file_of
+    from amprune.text.sources import files_of
 
     source = open_source(model, revision=settings.revision, dtype=settings.dtype)
-    check_target(output, [*source.protected, *file_of(settings.calibration)])
+    check_target(output, [*source.protected, *files_of(settings.calibration)])
     scores = score(model, settings, progress=progress)
     scores.save(output)
     summary = {
@@ -110,10 +111,10 @@ def plan_command(
     from amprune.model.source import open_source
     from amprune.model.writer import check_target
     from amprune.search.planning import plan_scores
-    from amprune.text.records import file_of
+    from amprune.text.sources import files_of
 
     sources = () if model is None else open_source(model, revision=settings.revision, dtype=settings.dtype).protected
-    check_target(output, [scores, *sources, *file_of(settings.calibration)])
+    check_target(output, [scores, *sources, *files_of(settings.calibration)])
     if target_parameters is not None:
         settings = replace(settings, target=f"params={target_parameters}")
     plan = plan_scores(scores, settings, model=model, progress=progress)
@@ -167,6 +168,17 @@ def recover_command(model: Model, out: Out, settings: RecoverCommandSettings) ->
     if settings.evaluate_each_epoch:
         measure_epochs(model, result, settings, progress=progress)
     return {"out": str(result.folder), **result.record}, lambda: display.show_recovery(result)
+
+
+@command("write-text", kept=lambda output: output.with_name(f"{output.name}.partial"))
+def write_text_command(
+    model: Model, output: Annotated[Path, _written("File of JSON lines to write.")], settings: WritingTextSettings
+) -> Result:
+    """Let a model write text itself, to calibrate and train on; the same command goes on where it was interrupted."""
+    from amprune import write_text
+
+    found = write_text(model, output, settings, progress=progress)
+    return {"output": str(output), **asdict(found)}, lambda: display.show_written(found, output)
 
 
 @command("evaluate", recipe=True, kept=lambda output: output)

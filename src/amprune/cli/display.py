@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from amprune.serve.gguf.run import ExportedGguf
     from amprune.serve.hub.run import PushedModel
     from amprune.serve.quantize.run import QuantizedModel
+    from amprune.text.own import Written
 
 _UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 _ENDLESS = re.compile(r"\S{1000,}")
@@ -263,10 +264,20 @@ def show_recovery(result: "RecoveredModel") -> None:
     record = result.record
     stdout.print(f"Recovered model in {result.folder}, {record['steps']} steps on {record['data']['name']}")
     if record["validation_before"] is not None:
-        stdout.print(f"Validation loss {record['validation_before']:.4f} -> {record['validation_after']:.4f}")
+        what = "Divergence from the teacher" if record["validation"] == "divergence" else "Validation loss"
+        stdout.print(f"{what} {record['validation_before']:.4f} -> {record['validation_after']:.4f}")
+    merged = "" if record["settings"]["full"] else "Merged: logits equal those of the model with its adapter; "
     stdout.print(
-        f"Merged: logits equal those of the model with its adapter; rounding to the checkpoint's dtype moves them by "
+        f"{merged}{'R' if not merged else 'r'}ounding to the checkpoint's dtype moves the logits by "
         f"{record['rounding']:.1e} of their standard deviation"
+    )
+
+
+def show_written(found: "Written", output: Path) -> None:
+    """Says how much text a model wrote, how fast, and what was left out."""
+    stdout.print(
+        f"{found.tokens:,} tokens in {found.texts:,} texts in {output}, {found.tokens / max(found.seconds, 1e-9):,.0f} "
+        f"tokens a second; left out: {found.loops:,} loops, {found.empty:,} empty ({found.dropped:.1%})"
     )
 
 

@@ -20,6 +20,7 @@ from amprune.recovery.distillation import CHUNK_BYTES
 from amprune.recovery.models import on_accelerator, training_dtype
 from amprune.running import binary, free_memory
 from amprune.settings import RecoverySettings
+from amprune.text.sources import parse_sources
 
 logger = logging.getLogger(__name__)
 
@@ -92,11 +93,11 @@ def activations(shape: ModelShape, *, adapters: bool) -> int:
 
     Of a gated block: the inputs of two norms in float32 and their outputs, queries, keys and values before and after
     their rotation, the attention's output, four of the width of the MLP, two sums. Adapters keep float32 copies of
-    their inputs.
+    the inputs of seven layers, which count double.
     """
     heads = (2 * shape.num_attention_heads + 4 * shape.num_key_value_heads) * shape.head_dim
     own = 10 * shape.hidden_size + heads + shape.num_attention_heads * shape.head_dim + 4 * shape.intermediate_size
-    return 2 * own if adapters else own
+    return own + 2 * (6 * shape.hidden_size + shape.intermediate_size) if adapters else own
 
 
 def adapter_parameters(shape: ModelShape, rank: int) -> int:
@@ -125,7 +126,16 @@ def fitted(
     return replace(
         settings, full=full, batch_size=rows, gradient_checkpointing=checkpointing,
         learning_rate=float(f"{rate:.2g}") if settings.learning_rate is None else settings.learning_rate,
+        tokens=_tokens(settings),
     )  # fmt: skip
+
+
+def _tokens(settings: RecoverySettings) -> int | None:
+    """Returns how much text is wanted, where there are sources without an end."""
+    if settings.tokens is not None or settings.samples is not None:
+        return settings.tokens
+    endless = any(one.endless for one in parse_sources(settings.data, "--data"))
+    return (TOKENS if on_accelerator(settings.device) else TOKENS_ON_CPU) if endless else None
 
 
 def _what_fits(settings: RecoverySettings, base: Checkpoint, dense: Checkpoint | None) -> tuple[bool, int, bool]:

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from amprune.cut.slicing import check_plan_fits
-from amprune.errors import AmpruneError, RecoveryError, required
+from amprune.errors import AmpruneError, PlanError, RecoveryError, required
 from amprune.model.architecture import make_config, quiet_transformers
 from amprune.model.loading import has_tokenizer, is_emulated, load_tokenizer, loaded_model
 from amprune.model.reader import Checkpoint, open_model, read_checkpoint
@@ -136,14 +136,16 @@ def find_teacher(settings: RecoverySettings, source: Source) -> tuple[Source | N
     otherwise = "give the dense model by --teacher, or --teacher-weight 0 to learn from the data alone"
     if (name := dense_of(source)) is None:
         raise RecoveryError(f"the records of {source.name} do not say which model it was made from; {otherwise}")
+    plan = PruningPlan.load(source.folder / RECORDS / "plan.json")
     try:
         teacher, dense = open_model(name, dtype=settings.dtype)
+        check_plan_fits(plan, dense.shape, dense.fingerprint, where=name)
+    except PlanError as error:
+        raise RecoveryError(f"{name} is no longer the model that {source.name} was made from; {otherwise}") from error
     except AmpruneError as error:
         raise RecoveryError(
             f"{source.name} was made from {name}, which cannot be opened here: {error}; {otherwise}"
         ) from error
-    plan = PruningPlan.load(source.folder / RECORDS / "plan.json")
-    check_plan_fits(plan, dense.shape, dense.fingerprint, where=name)
     logger.info("%s teaches, which %s was made from", name, source.name)
     return teacher, dense
 

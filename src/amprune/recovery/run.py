@@ -53,8 +53,9 @@ from amprune.recovery.runs import (
 )
 from amprune.recovery.training import check_training, total_steps, train, validated
 from amprune.running import Progress, no_progress, release_memory
-from amprune.settings import PathLike, RecoverySettings, Training, part, settle, with_preset, write_recipe
-from amprune.text.records import file_of
+from amprune.settings import Compute, PathLike, RecoverySettings, Training, part, settle, with_preset, write_recipe
+from amprune.text.own import Author
+from amprune.text.sources import files_of
 from amprune.text.training import TrainingData, load_training_data
 
 logger = logging.getLogger(__name__)
@@ -110,9 +111,13 @@ def recover(
     check_teacher(teacher, base, tokenizer)
     watch = progress if first else no_progress
     settled = fitted(with_preset(asked), base, dense, before=settings_before(training) if asked.resume else {})
-    found = load_training_data(
-        settled, tokenizer, max_length=min(settled.max_length or 1, base.positions or sys.maxsize), progress=watch
+    author = (
+        None
+        if dense is None
+        else Author(dense, Compute(device=asked.device, dtype=asked.dtype), asked.seed, progress=watch)
     )
+    length = min(settled.max_length or 1, base.positions or sys.maxsize)
+    found = load_training_data(settled, tokenizer, max_length=length, author=author, progress=watch)
     settled = _check_data(found, base, source, asked, settled)
     if first and not (source.folder / RECORDS / "plan.json").is_file():
         logger.info("%s was not pruned by amprune; it is trained as it is", source.name)
@@ -175,7 +180,7 @@ def _check_data(
 def _other_sources(teacher: Source | None, asked: RecoverySettings) -> Iterator[Path]:
     """Yields what is read beside the model, which no output may replace either."""
     yield from () if teacher is None else teacher.protected
-    yield from file_of(asked.data)
+    yield from files_of(asked.data)
 
 
 def _check_early(folder: Path, source: Source, asked: RecoverySettings) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from safetensors import SafetensorError
 from transformers import (
     DataCollatorForSeq2Seq,
@@ -32,7 +31,7 @@ from amprune.model.recovered import LOG, Validated, read_log
 from amprune.recovery.distillation import Teaching, summed_loss, teacher_hidden
 from amprune.recovery.models import bfloat16_works, on_accelerator, processes
 from amprune.recovery.runs import EPOCHS, last_checkpoint, mark_whole, steps_done, where_to_go_on, write_log
-from amprune.running import Advance, release_memory
+from amprune.running import Advance, is_out_of_memory, release_memory
 from amprune.settings import RecoverySettings, Training, with_preset
 from amprune.text.training import IGNORED, TrainingData
 
@@ -155,7 +154,8 @@ def _arguments(settings: RecoverySettings, folder: Path, data: TrainingData, *, 
         # A Trainer that evaluates before it trains takes the model as it is then, and never averages gradients.
         eval_on_start=anew and bool(data.validation),
         eval_steps=settings.validation_steps or max(1, steps // (10 if settings.patience else 5)),
-        prediction_loss_only=True, bf16=bool(settings.full) and bfloat16_works(settings.device),
+        prediction_loss_only=True,
+        bf16=bool(settings.full) and settings.dtype != "float32" and bfloat16_works(settings.device),
         use_cpu=not accelerated, torch_compile=settings.compile,
         seed=settings.seed, data_seed=settings.seed, dataloader_pin_memory=accelerated,
         remove_unused_columns=False, label_names=["labels"], ddp_find_unused_parameters=False,
@@ -224,7 +224,7 @@ class _Recovery(Trainer):
             try:
                 return super().training_step(model, inputs, num_items_in_batch)
             except Exception as error:
-                if not should_reduce_batch_size(error) or self.accelerator.num_processes > 1:
+                if not is_out_of_memory(error) or self.accelerator.num_processes > 1:
                     raise
                 if rows == 1:
                     self._too_large(error)

@@ -1,26 +1,31 @@
 """Calibration sets: named, seeded, hashed samples of token ids.
 
 `alpaca` is the set of the paper, from the hub; `mixed` (instructions, encyclopaedic and web text, code, dialogue) and
-`builtin` (its instructions alone) ship with the package; a path is the user's own text.
+`builtin` (its instructions alone) ship with the package; `self` is what the model writes; a path is the user's own.
 """
 
 import hashlib
 import json
 import logging
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from amprune.errors import CalibrationError, ScoresError
 from amprune.model.loading import load_tokenizer
 from amprune.model.reader import Checkpoint, open_model
-from amprune.settings import ApplySettings, Drawing, PathLike, part, settle, with_preset
+from amprune.running import Progress, no_progress
+from amprune.settings import ApplySettings, Compute, Drawing, PathLike, part, settle, with_preset
+from amprune.text.files import Record
+from amprune.text.own import LENGTH, Author
 from amprune.text.records import read_records, render
+from amprune.text.sources import TextSource, gather, names_of, parse_sources, stream
 from amprune.text.tokens import start_token, started
 
 logger = logging.getLogger(__name__)
 
+_OPTION = "--calibration"
 SAMPLES = 50
 """As many as the paper draws."""
 HELD_OUT = 8
@@ -69,14 +74,16 @@ class CalibrationSet:
 
 
 def load_calibration(
-    source: PathLike | Sequence[str], tokenizer: Any, settings: Drawing | None = None, **options: Any
-) -> CalibrationSet:
+    source: PathLike | Sequence[str], tokenizer: Any, settings: Drawing | None = None, *, author: Author | None = None,
+    **options: Any,
+) -> CalibrationSet:  # fmt: skip
     """Draws a seeded random sample of a set and tokenises it.
 
     Args:
-        source: `alpaca`, `mixed`, `builtin`, a file or folder of records, or a sequence of texts.
+        source: what `--calibration` names (sources.py), a tuple of several, or a list of texts.
         tokenizer: the model's own, as transformers loads it.
         settings: how much is drawn; without samples and tokens it is 50 samples, of at most 512 tokens each.
+        author: who writes the texts of `self`.
         options: of `Drawing`, such as `samples=20`.
 
     Raises:
@@ -87,21 +94,56 @@ def load_calibration(
     for name, value in (("samples", samples), ("tokens", tokens), ("max_length", max_length)):
         if value is not None and value < 1:
             raise CalibrationError(f"{name} is {value}, expected at least 1")
-    if samples is None and tokens is None:
-        samples = SAMPLES
+    start, sources = start_token(tokenizer), parse_sources(source, _OPTION)
+
+    def encoded(name: str, records: Iterable[Record]) -> Iterator[tuple[int, ...]]:
+        return (_encode(one, tokenizer, f"{name}, {at}", asked.prompts_only, max_length, start) for at, one in records)
+
+    if len(sources) > 1 or any(one.endless for one in sources):
+        name, kept = names_of(sources), _of_several(sources, asked, author, encoded)
+    else:
+        name, drawn = _of_one(source if not sources else sources[0].name, asked)
+        kept = tuple(encoded(name, drawn) if tokens is None else _until(encoded(name, drawn), tokens))
+        if tokens is not None and (came := sum(map(len, kept))) < tokens:
+            logger.warning("%s holds %s of the %s tokens that were asked for", name, f"{came:,}", f"{tokens:,}")
+    return CalibrationSet(name, kept, asked.seed, max_length, asked.prompts_only, start)
+
+
+def _of_one(source: PathLike | Sequence[str], asked: Drawing) -> tuple[str, list[Record]]:
+    """Draws from one set that has an end, all of it where tokens are counted."""
+    samples = SAMPLES if asked.samples is None and asked.tokens is None else asked.samples
     name, records = read_records(source)
     if samples is not None and len(records) < samples:
         smaller = f"--samples {len(records)} or " if records else ""
         raise CalibrationError(
             f"{name} holds {len(records)} samples, but {samples} were asked for; give {smaller}a larger set"
         )
-    drawn = random.Random(asked.seed).sample(records, len(records) if samples is None else samples)
-    start = start_token(tokenizer)
-    encoded = (
-        _encode(record, tokenizer, f"{name}, {place}", asked.prompts_only, max_length, start) for place, record in drawn
-    )
-    kept = tuple(encoded if tokens is None else _until(encoded, tokens))
-    return CalibrationSet(name, kept, asked.seed, max_length, asked.prompts_only, start)
+    return name, random.Random(asked.seed).sample(records, len(records) if samples is None else samples)
+
+
+def _of_several(
+    sources: Sequence[TextSource], asked: Drawing, author: Author | None,
+    encoded: Callable[[str, Iterable[Record]], Iterator[tuple[int, ...]]],
+) -> tuple[tuple[int, ...], ...]:  # fmt: skip
+    """Draws from several sources by their weights, and mixes what was drawn."""
+    samples = SAMPLES if asked.samples is None and asked.tokens is None else asked.samples
+    length = 1 if samples is None else asked.max_length or LENGTH
+
+    def draw(one: TextSource, share: float) -> Iterator[tuple[int, ...]]:
+        return encoded(one.name, stream(one, asked.seed, author, share * length, _OPTION))
+
+    wanted, size, what = (samples, _one, "samples") if samples is not None else (asked.tokens, len, "tokens")
+    kept = [sample for items in gather(sources, wanted, draw, size, what) for sample in items]
+    if samples is not None and len(kept) < samples:
+        raise CalibrationError(
+            f"{names_of(sources)} hold {len(kept)} samples, but {samples} were asked for; give a larger set"
+        )
+    random.Random(asked.seed).shuffle(kept)
+    return tuple(kept)
+
+
+def _one(sample: tuple[int, ...]) -> int:
+    return 1
 
 
 def _until(samples: Iterable[tuple[int, ...]], tokens: int) -> Iterator[tuple[int, ...]]:
@@ -113,8 +155,13 @@ def _until(samples: Iterable[tuple[int, ...]], tokens: int) -> Iterator[tuple[in
             return
 
 
-def draw(dense: Checkpoint, settings: Drawing, *, trust_remote_code: bool = False) -> CalibrationSet:
-    """Draws a set for a model, by its own tokenizer and no longer than its positions; a set stays as it is."""
+def draw(
+    dense: Checkpoint, settings: Drawing, *, trust_remote_code: bool = False, progress: Progress = no_progress
+) -> CalibrationSet:
+    """Draws a set for a model, by its own tokenizer and no longer than its positions; a set stays as it is.
+
+    Of `self` it writes the text, computing as the settings say, where they do.
+    """
     positions, source = dense.positions, settings.calibration
     if isinstance(source, CalibrationSet):
         longest = max(map(len, source.samples), default=0)
@@ -130,7 +177,9 @@ def draw(dense: Checkpoint, settings: Drawing, *, trust_remote_code: bool = Fals
         )
         settings = replace(settings, max_length=positions)
     tokenizer = load_tokenizer(dense.folder, trust_remote_code=trust_remote_code)
-    return load_calibration(source, tokenizer, part(Drawing, settings))
+    where = Compute(**{one.name: getattr(settings, one.name) for one in fields(Compute) if hasattr(settings, one.name)})
+    author = Author(dense, where, settings.seed, trust_remote_code=trust_remote_code, progress=progress)
+    return load_calibration(source, tokenizer, part(Drawing, settings), author=author)
 
 
 def draw_calibration(

@@ -47,10 +47,11 @@ def read_records(
     return name, [one for one in records if not isinstance(text := one[1].get("text"), str) or text.strip()]
 
 
-def file_of(source: object) -> tuple[Path, ...]:
+def file_of_one(source: object) -> tuple[Path, ...]:
     """Returns the file that a set is read from, where it is one."""
-    named = isinstance(source, str | os.PathLike) and source != "alpaca" and source not in _SHIPPED
-    return (Path(str(source)).expanduser(),) if named else ()
+    text = os.fspath(source) if isinstance(source, str | os.PathLike) else "alpaca"
+    named = text not in ("alpaca", "self", *_SHIPPED) and not text.startswith("hub:")
+    return (Path(text).expanduser(),) if named else ()
 
 
 def _alpaca(option: str) -> Iterable[Record]:
