@@ -92,7 +92,13 @@ def test_python_s_keywords_are_checked() -> None:
 
 def test_a_preset_settles_what_was_not_given() -> None:
     best = with_preset(PruneSettings(ratio=0.2))
-    assert {name: getattr(best, name) for name in vars(PRESETS["best"])} == vars(PRESETS["best"])
+    assert {name: getattr(best, name) for name in vars(PRESETS["best"].pruning)} == vars(PRESETS["best"].pruning)
+    trained = with_preset(RecoverySettings())
+    settled = vars(PRESETS["best"].training)
+    assert {name: getattr(trained, name) for name in settled} == settled
+    assert with_preset(RecoverySettings(preset="paper")).data == "alpaca"
+    by_hand = with_preset(RecoverySettings(gradient_accumulation=3))
+    assert (by_hand.gradient_accumulation, by_hand.batch_tokens) == (3, None)
     paper = with_preset(PruneSettings(ratio=0.2, preset="paper", tokens=100, reconstruct=True))
     assert (paper.samples, paper.tokens, paper.reconstruct, paper.allocate) == (None, 100, True, False)
     with pytest.raises(PlanError, match="unknown preset 'papper'; did you mean paper"):
@@ -101,7 +107,13 @@ def test_a_preset_settles_what_was_not_given() -> None:
 
 def test_run_takes_every_option_of_its_stages() -> None:
     names = {one.name for one in fields(RunSettings)}
-    renamed = {"samples", "max_length", "batch_size"}  # of the calibration; those of other stages have a prefix
+    renamed = {
+        "samples",
+        "max_length",
+        "batch_size",
+        "tokens",
+        "batch_tokens",
+    }  # of the calibration; those of other stages have a prefix
     for kind in (PruneSettings, RecoverySettings, EvaluationSettings):
         assert {one.name for one in fields(kind)} <= names | renamed | {"resume"}
     assert {"training_samples", "training_max_length", "evaluation_batch_size", "samples", "max_length"} <= names

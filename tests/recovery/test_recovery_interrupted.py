@@ -263,7 +263,7 @@ def test_a_checkpoint_that_was_being_written_is_left_out(
 OTHER: dict[str, tuple[dict[str, Any], str]] = {
     "setting": ({"learning_rate": 0.5}, "settings.learning_rate"),
     "two settings": ({"lora_rank": 2, "packing": False, "lora_alpha": 2}, "settings.lora_alpha, settings.lora_rank"),
-    "samples": ({"samples": 5}, "data.tokens, data.training"),
+    "samples": ({"samples": 5}, "data.sources, data.tokens, data.training"),
     "teacher": ({"teacher": True}, "teacher"),
     "dtype": ({"dtype": "bfloat16"}, "dtype"),
     "epochs kept": ({"keep_epochs": True}, "keep_epochs"),

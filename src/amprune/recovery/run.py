@@ -111,13 +111,8 @@ def recover(
     check_teacher(teacher, base, tokenizer)
     watch = progress if first else no_progress
     settled = fitted(with_preset(asked), base, dense, before=settings_before(training) if asked.resume else {})
-    author = (
-        None
-        if dense is None
-        else Author(dense, Compute(device=asked.device, dtype=asked.dtype), asked.seed, progress=watch)
-    )
-    length = min(settled.max_length or 1, base.positions or sys.maxsize)
-    found = load_training_data(settled, tokenizer, max_length=length, author=author, progress=watch)
+    with PartialState(cpu=not on_accelerator(asked.device)).main_process_first() if processes() > 1 else nullcontext():
+        found = _data(settled, tokenizer, base, dense, progress=watch)
     settled = _check_data(found, base, source, asked, settled)
     if first and not (source.folder / RECORDS / "plan.json").is_file():
         logger.info("%s was not pruned by amprune; it is trained as it is", source.name)
@@ -136,21 +131,36 @@ def recover(
             trained = _trained(source, teacher, tokenizer, found, settled, training, progress=watch)
         if not first:
             return None
-        log = tuple(read_log(training / LOG))
-        told = {
-            **request,
-            "validation": validated(settled, taught=teacher is not None),
-            "dense": dense_of(source) or (teacher and teacher.again),
-        }
-        finish = partial(_write, source, base, told, progress=progress)
-        kept = sorted((training / EPOCHS).iterdir(), key=steps_done) if asked.keep_epochs else ()
-        epochs = tuple(folder.with_name(f"{folder.name}.{epoch.name}") for epoch in kept)
-        for epoch, place in zip(kept, epochs, strict=True):
-            until = [entry for entry in log if entry["step"] <= steps_done(epoch)]
-            finish(until, replace(asked, overwrite=True), epoch, place)
-        record = finish(log, asked, trained, folder)
+        of_what = dense_of(source) or (teacher and teacher.again)
+        told = {**request, "validation": validated(settled, taught=teacher is not None), "dense": of_what}
+        result = _finished(source, base, told, asked, trained, folder, training, progress=progress)
         shutil.rmtree(training)
-    return RecoveredModel(folder, log, record, epochs)
+    return result
+
+
+def _finished(
+    source: Source, base: Checkpoint, told: Mapping[str, Any], asked: RecoverySettings, trained: Path, folder: Path,
+    training: Path, *, progress: Progress,
+) -> RecoveredModel:  # fmt: skip
+    """Writes the models of all epochs that are kept, and OUT."""
+    log = tuple(read_log(training / LOG))
+    finish = partial(_write, source, base, told, progress=progress)
+    kept = sorted((training / EPOCHS).iterdir(), key=steps_done) if asked.keep_epochs else ()
+    epochs = tuple(folder.with_name(f"{folder.name}.{epoch.name}") for epoch in kept)
+    for epoch, place in zip(kept, epochs, strict=True):
+        until = [entry for entry in log if entry["step"] <= steps_done(epoch)]
+        finish(until, replace(asked, overwrite=True), epoch, place)
+    return RecoveredModel(folder, log, finish(log, asked, trained, folder), epochs)
+
+
+def _data(
+    settings: RecoverySettings, tokenizer: Any, base: Checkpoint, dense: Checkpoint | None, *, progress: Progress
+) -> TrainingData:
+    """Reads what is trained on; text of its own the dense model writes, where it is asked for."""
+    where = Compute(device=settings.device, dtype=settings.dtype)
+    author = None if dense is None else Author(dense, where, settings.seed, progress=progress)
+    length = min(settings.max_length or 1, base.positions or sys.maxsize)
+    return load_training_data(settings, tokenizer, max_length=length, author=author, progress=progress)
 
 
 def _check_data(

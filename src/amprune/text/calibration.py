@@ -134,10 +134,8 @@ def _of_several(
 
     wanted, size, what = (samples, _one, "samples") if samples is not None else (asked.tokens, len, "tokens")
     kept = [sample for items in gather(sources, wanted, draw, size, what) for sample in items]
-    if samples is not None and len(kept) < samples:
-        raise CalibrationError(
-            f"{names_of(sources)} hold {len(kept)} samples, but {samples} were asked for; give a larger set"
-        )
+    if not kept:
+        raise CalibrationError(f"{names_of(sources)}: not one sample came; give another set")
     random.Random(asked.seed).shuffle(kept)
     return tuple(kept)
 

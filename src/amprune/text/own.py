@@ -7,12 +7,13 @@ chat begins with the user's turn, which the model writes as well, as in Magpie (
 
 import hashlib
 import inspect
+import itertools
 import json
 import logging
 import re
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -42,6 +43,8 @@ _PACKED = 0.2
 """A text that zlib packs to less than this share of its bytes is a loop; prose comes to about a half."""
 _DROPPED, _BATCHES = 0.9, 4
 """Where so many of the texts of so many batches are dropped, the model does not write."""
+WriteBatch = Callable[[int], list[dict[str, Any]]]
+"""Writes the batch of a number."""
 _MARK = "\x02text\x03"
 
 
@@ -110,8 +113,7 @@ class Author:
         """Yields texts, those of earlier runs first, which are kept in the cache; `tokens` are wanted, about."""
         name = hashlib.sha256(json.dumps(self.request(), sort_keys=True).encode()).hexdigest()[:16]
         file = cache_folder() / "own-text" / f"{name}.jsonl"
-        with alone(file.with_name(f"{name}.lock"), str(file), error=CalibrationError):
-            yield from written(file, self, tokens)
+        yield from written(file, self, tokens)
 
 
 def write_text(
@@ -148,41 +150,54 @@ def write_text(
     if file.exists() and not asked.overwrite:
         raise CalibrationError(f"{file} exists; choose another file, or give --overwrite")
     partial = file.with_name(f"{file.name}.partial")
-    with alone(file.with_name(f"{file.name}.lock"), str(file), error=CalibrationError):
-        count = 0
-        for _, text in written(partial, author, tokens):
-            if (count := count + int(text["tokens"])) >= tokens:
-                break
-        found = _read(partial, author)
-        partial.replace(file)
-        _record_of(partial).replace(record)
+    count = 0
+    for _, text in written(partial, author, tokens):
+        if (count := count + int(text["tokens"])) >= tokens:
+            break
+    found = _read(partial, author)
+    partial.replace(file)
+    _record_of(partial).replace(record)
     return found
 
 
 def written(file: Path, author: Author, tokens: float) -> Iterator[Record]:
     """Yields the texts of a file, and then those that are written behind them, batch by batch, without an end."""
-    so_far, number = _read(file, author), 0
-    if so_far.bytes:
+    so_far, numbers = _read(file, author), itertools.count(1)
+    for text in _texts(file, 0, so_far.bytes):
+        yield f"text {next(numbers)}", text
+    with alone(file.with_name(f"{file.name}.lock"), str(file), error=CalibrationError):
+        there, so_far = so_far.bytes, _read(file, author)
+        for text in _texts(file, there, so_far.bytes):  # of another run meanwhile
+            yield f"text {next(numbers)}", text
+        left = max(0.0, tokens - so_far.tokens)
+        logger.info("%s tokens of own text are written, and kept in %s", f"{left:,.0f}", file)
+        with _writer(author) as write_batch, author.progress("Writing", round(min(left, 1e12))) as advance:
+            while True:
+                for text in _next_batch(file, write_batch, so_far):
+                    advance(text["tokens"])
+                    yield f"text {next(numbers)}", text
+
+
+def _texts(file: Path, start: int, end: int) -> Iterator[dict[str, Any]]:
+    """Yields the texts of a part of a file."""
+    if end > start:
         with file.open("rb") as lines:
-            for line in lines.read(so_far.bytes).decode("utf-8").splitlines():
-                number += 1
-                yield f"text {number}", json.loads(line)
-    left = max(0.0, tokens - so_far.tokens)
-    logger.info("%s tokens of own text are written first, and kept in %s", f"{left:,.0f}", file)
-    with _writer(author) as write_batch, author.progress("Writing", round(min(left, 1e12))) as advance:
-        while True:
-            start = time.perf_counter()
-            batch = write_batch(so_far.batches)
-            kept = [text for text in batch if not _is_empty(text) and not _is_loop(text)]
-            so_far.empty += sum(map(_is_empty, batch))
-            so_far.loops += sum(_is_loop(text) and not _is_empty(text) for text in batch)
-            so_far.seconds += time.perf_counter() - start
-            _append(file, kept, so_far)
-            advance(sum(text["tokens"] for text in kept))
-            _check(so_far, file)
-            for text in kept:
-                number += 1
-                yield f"text {number}", text
+            lines.seek(start)
+            content = lines.read(end - start).decode("utf-8")
+        yield from map(json.loads, filter(None, content.split("\n")))
+
+
+def _next_batch(file: Path, write_batch: WriteBatch, so_far: Written) -> list[dict[str, Any]]:
+    """Writes a batch behind the others, and returns those of its texts that are kept."""
+    start = time.perf_counter()
+    batch = write_batch(so_far.batches)
+    kept = [text for text in batch if not _is_empty(text) and not _is_loop(text)]
+    so_far.empty += sum(map(_is_empty, batch))
+    so_far.loops += sum(_is_loop(text) and not _is_empty(text) for text in batch)
+    so_far.seconds += time.perf_counter() - start
+    _append(file, kept, so_far)
+    _check(so_far, file)
+    return kept
 
 
 def _append(file: Path, texts: Sequence[dict[str, Any]], so_far: Written) -> None:
@@ -257,7 +272,7 @@ class _Openings:
 
 
 @contextmanager
-def _writer(author: Author) -> Iterator[Any]:
+def _writer(author: Author) -> Iterator[WriteBatch]:
     """Yields a function that writes the batch of a number: even ones plain text, odd ones chats."""
     tokenizer = load_tokenizer(author.dense.folder, trust_remote_code=author.trust_remote_code)
     dtype = str(computing_dtype(author.dense, author.where)).removeprefix("torch.")

@@ -2,6 +2,7 @@
 
 import logging
 import random
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -72,7 +73,14 @@ def load_training_data(
         progress: told how many samples were tokenised.
     """
     length = max_length or settings.max_length or 1
-    reader = _Reader(tokenizer, length, bool(settings.responses_only), bool(settings.packing), start_token(tokenizer))
+    whole = settings.packing and not settings.responses_only  # a long text fills several rows
+    reader = _Reader(
+        tokenizer,
+        sys.maxsize if whole else length,
+        bool(settings.responses_only),
+        bool(settings.packing),
+        start_token(tokenizer),
+    )
     sources = parse_sources(settings.data, _OPTION)
     if len(sources) > 1 or settings.tokens is not None or any(one.endless for one in sources):
         found = _of_several(sources or (TextSource("texts"),), settings, reader, author)
@@ -135,7 +143,9 @@ def _of_several(
             _, records = read_records(settings.data, option=_OPTION)
             drawn: Iterable[Record] = random.Random(settings.seed).sample(records, len(records))
         else:
-            drawn = stream(one, settings.seed, author, share * (reader.length if settings.samples else 1), _OPTION)
+            drawn = stream(
+                one, settings.seed, author, share * ((settings.max_length or 1) if settings.samples else 1), _OPTION
+            )
         for where, record in drawn:
             yield from reader.read(record, f"{one.name}, {where}")
 
