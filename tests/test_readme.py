@@ -142,9 +142,11 @@ def test_multiples_are_kept(folder: Path) -> None:
 
 @pytest.mark.real_model
 def test_the_demo_shows_both_answers(folder: Path) -> None:
-    command = [sys.executable, "-m", "amprune", "demo", "--ratio", "0.1"]
-    shown = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
-    assert "Verified" in shown
-    assert "dense:" in shown
-    assert "pruned:" in shown
-    assert "forest" in shown.split("pruned:")[1]
+    command = [sys.executable, "-m", "amprune", "demo", "--json"]
+    shown = json.loads(subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout)
+    assert shown["verification"]["passed"]
+    for model in (shown["dense"], shown["pruned"]):
+        capital, forest = model["answers"]
+        assert "Paris" in capital
+        assert "forest" in forest
+    assert 1.02 < shown["pruned"]["perplexity"] / shown["dense"]["perplexity"] < 1.6

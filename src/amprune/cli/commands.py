@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from amprune.cli import display
-from amprune.cli.display import plan_summary, progress, result_summary, show_result, stderr, stdout
+from amprune.cli.display import plan_summary, progress, result_summary, show_result, stderr
 from amprune.cli.options import Model, Out, Result, command
 from amprune.errors import required
 from amprune.settings import (
@@ -39,21 +39,21 @@ def _written(help: str) -> Any:
 @command("demo")
 def demo_command(
     out: Annotated[Path, typer.Option(help="Folder to write, replaced when it exists.")] = Path("demo-smollm2-135m"),
-    ratio: Annotated[float, typer.Option(help="Share of all parameters to remove.")] = 0.2,
+    ratio: Annotated[float, typer.Option(help="Share of all parameters to remove.")] = 0.1,
 ) -> Result:
-    """Prune SmolLM2-135M and let the dense and the pruned model answer a question."""
+    """Prune SmolLM2-135M, and show the dense and the pruned model side by side: their answers, their perplexity."""
     from amprune import prune
-    from amprune.cli.demo import MODEL, QUESTION, TOKENS, answers
+    from amprune.cli.demo import MODEL, QUESTIONS, TOKENS, shown
 
     result = prune(MODEL, out, ratio=ratio, tokens=TOKENS, overwrite=True, progress=progress)
-    dense, pruned = answers(out, progress=progress)
+    dense, pruned = shown(out, progress=progress)
 
     def show() -> None:
         show_result(result)
-        stdout.print(f"\nQ: {QUESTION}\n\ndense:  {dense}\n\npruned: {pruned}\n")
-        stdout.print("The pruned model was not trained after pruning; that is what a recovery stage is for.")
+        display.show_side_by_side(QUESTIONS, dense, pruned)
 
-    return {**result_summary(result), "question": QUESTION, "dense_answer": dense, "pruned_answer": pruned}, show
+    both = {"dense": asdict(dense), "pruned": asdict(pruned)}
+    return {**result_summary(result), "questions": QUESTIONS, **both}, show
 
 
 @command("inspect")

@@ -13,6 +13,7 @@ from rich.segment import Segment
 from amprune.running import Advance
 
 if TYPE_CHECKING:
+    from amprune.cli.demo import Shown
     from amprune.cut.inspection import Inspection
     from amprune.evaluation.records import Evaluation
     from amprune.experiments.run import ExperimentFiles
@@ -165,6 +166,17 @@ def show_result(result: "PrunedModel") -> None:
     show_allocation(result.plan)
     show_plan(result.plan, f"Pruned model in {result.folder}", (result.bytes_before, result.bytes_after))
     show_verification(result.verification)
+
+
+def show_side_by_side(questions: Sequence[str], dense: "Shown", pruned: "Shown") -> None:
+    """Prints what the two models of the demonstration do."""
+    rows = [(question, *both) for question, *both in zip(questions, dense.answers, pruned.answers, strict=True)]
+    rows.append(("Perplexity on texts that ship", f"{dense.perplexity:.1f}", f"{pruned.perplexity:.1f}"))
+    _show("Side by side", ("", "dense", "pruned"), rows, words=3)
+    stdout.print(
+        "The pruned model was not trained; `amprune recover` brings back more of it (docs/recovery.md). Answers are "
+        "greedy; the texts are of the calibration set `mixed`, but not among those that it was pruned on."
+    )
 
 
 def show_allocation(plan: "PruningPlan") -> None:
