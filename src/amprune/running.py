@@ -64,6 +64,16 @@ def free_memory(device: str | torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Tells whether an error says that memory ran out, on any device."""
+    import torch
+
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        words in text for words in ("out of memory", "can't allocate memory", "not enough memory")
+    )
+
+
 def binary(count: int) -> str:
     """Writes a number of bytes in GiB, MiB or KiB."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20)):

@@ -29,8 +29,13 @@ MEASURED_BY: Mapping[str, tuple[str, ...]] = {"zero_shot": ("lm_eval", "scipy"),
 TASKS = ("winogrande", "piqa", "arc_easy", "arc_challenge", "hellaswag")
 """Those of the paper."""
 
-Text = Annotated[Any, Rule("text or a list of texts", lambda value: isinstance(value, str | list | None))]
-"""In a recipe; in Python a value that only code can make, too."""
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str | None) or (isinstance(value, list) and all(isinstance(one, str) for one in value))
+
+
+Text = Annotated[Any, Rule("text or a list of texts", _is_text)]
+"""One source of text, or a tuple of several, which a recipe has as a list; in Python what only code can make, too."""
 
 _Settings = TypeVar("_Settings")
 
@@ -136,6 +141,10 @@ class Seeded:
 
 _FILES = "a .json, .jsonl, .csv, .parquet or .txt file"
 _SETS = f"alpaca (from the hub), mixed, builtin, or {_FILES}"
+_SOURCES = (
+    f"alpaca (from the hub), mixed, builtin, self (what the dense model writes), hub:OWNER/SET, or {_FILES}; "
+    "repeatable, each with its :WEIGHT"
+)
 _PRESET = "(default: the preset's)"
 
 
@@ -154,7 +163,7 @@ class Preset:
 class Drawing(Seeded):
     """Which text a model is scored and refitted on, and how much of it."""
 
-    calibration: Text = option(None, f"Calibration set: {_SETS} {_PRESET}.", type=str)
+    calibration: Text = option(None, f"Calibration set: {_SOURCES} {_PRESET}.", type=list[str])
     """In Python a list of texts, or token ids as a `CalibrationSet`, too."""
     samples: int | None = option(None, "Calibration samples, drawn at random (default: 50, or by --tokens).")
     tokens: int | None = option(None, "Draw calibration samples until there are as many tokens.")
@@ -311,9 +320,7 @@ class Training(Preset, Seeded):
     logging_steps: int = option(10, "Steps between lines of the log.")
     validation_steps: int | None = option(None, "Steps between validations (default: five in the run; best: ten).")
     temperature: float = option(1.0, "Temperature that softens the distributions of teacher and model.")
-    teacher_weight: float | None = option(
-        None, f"Weight of the teacher in the loss; the rest is the data's {_PRESET}."
-    )
+    teacher_weight: float | None = option(None, f"Weight of the teacher in the loss; the rest is the data's {_PRESET}.")
     gradient_checkpointing: bool | None = option(
         None, "Recompute activations while training: less memory, more time (default: best: where needed)."
     )
@@ -324,7 +331,7 @@ class Training(Preset, Seeded):
 class RecoverySettings(Training, Device, Writing, Access):
     """The options of `recover`."""
 
-    data: Text = option(None, f"Data to train on: {_SETS} {_PRESET}.", type=str)
+    data: Text = option(None, f"Data to train on: {_SOURCES} {_PRESET}.", type=list[str])
     """In Python a list of texts, too."""
     samples: int | None = option(None, "Samples to draw from the training data (default: all).")
     teacher: PathLike | None = option(
@@ -403,6 +410,19 @@ class RunSettings(PruneSettings, RecoverySettings, EvaluationSettings):
     training_max_length: int | None = like(RecoverySettings, "max_length")
     training_batch_tokens: int | None = like(RecoverySettings, "batch_tokens")
     evaluation_batch_size: int = like(EvaluationSettings, "batch_size", 32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WritingTextSettings(Seeded, Device, Overwriting, Access):
+    """The options of `write_text`."""
+
+    tokens: int | str = option(
+        "1M", "Tokens to write, such as 200k or 1M; the last batch is written to its end.", type=str
+    )
+    max_length: int = option(512, "Tokens of a text at most.")
+    batch_size: int | None = option(
+        None, "Texts that are written at a time; other texts with another (default: 32 on a CPU, else 256)."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -503,7 +523,7 @@ class ExperimentSettings(Overwriting):
     epochs: float | None = like(Training, "epochs")
     max_steps: int | None = like(Training, "max_steps")
     gradient_accumulation: int | None = like(Training, "gradient_accumulation")
-    data: str | None = like(RecoverySettings, "data")
+    data: str | None = option(None, f"Data to train on: {_SETS} {_PRESET}.")
     training_samples: int | None = like(RecoverySettings, "samples")
     latency_batch: tuple[int, ...] | None = like(EvaluationSettings, "latency_batch")
     prompt_tokens: tuple[int, ...] | None = like(EvaluationSettings, "prompt_tokens")
@@ -634,7 +654,9 @@ def read_recipe(kind: type[_Settings], path: PathLike) -> _Settings:
             f"{path} has the unknown option {unknown!r}; {guess(str(unknown), known)}The options are "
             f"{', '.join(sorted(known))}"
         )
-    return parse(kind, content, where=str(path), error=RecipeError, remedy="correct it, or leave it out")
+    found = parse(kind, content, where=str(path), error=RecipeError, remedy="correct it, or leave it out")
+    several = {name: tuple(value) for name, value in vars(found).items() if isinstance(value, list)}
+    return replace(found, **several)  # type: ignore[type-var]
 
 
 def write_recipe(path: Path, command: str, settings: Any) -> None:
@@ -648,9 +670,10 @@ def write_recipe(path: Path, command: str, settings: Any) -> None:
             continue
         if isinstance(value, os.PathLike):
             value = os.fspath(value)
-        if isinstance(value, tuple):
+        several = isinstance(value, tuple)
+        if several:
             value = [os.fspath(item) if isinstance(item, os.PathLike) else item for item in value]
-        if isinstance(value, str | int | float | list | None):
+        if several or isinstance(value, str | int | float | None):
             values[one.name] = value
         else:
             notes.append(f"# {one.name} was given in Python, as {type(value).__name__}\n")

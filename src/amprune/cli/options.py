@@ -201,7 +201,9 @@ def _item(hint: Any) -> Any:
 
 def _value(option: inspect.Parameter, hint: Any, value: Any) -> Any:
     """Reads the values of an option that holds several: `1,8`, or the flag given again and again."""
-    if (item := _item(hint)) is None or value is None:
+    if (item := _item(hint)) is None and isinstance(value, list):
+        return value[0] if len(value) == 1 else tuple(value)
+    if item is None or value is None:
         return value
     several = isinstance(value, list)
     if several and item not in _NUMBERS:  # a path may hold a comma

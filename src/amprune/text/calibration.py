@@ -1,7 +1,7 @@
 """Calibration sets: named, seeded, hashed samples of token ids.
 
 `alpaca` is the set of the paper, from the hub; `mixed` (instructions, encyclopaedic and web text, code, dialogue) and
-`builtin` (its instructions alone) ship with the package; a path is the user's own text.
+`builtin` (its instructions alone) ship with the package; `self` the model writes; a path is the user's own text.
 """
 
 import hashlib
@@ -10,13 +10,19 @@ import logging
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from amprune.errors import CalibrationError, ScoresError
 from amprune.model.loading import load_tokenizer
 from amprune.model.reader import Checkpoint, open_model
-from amprune.settings import ApplySettings, Drawing, PathLike, part, settle, with_preset
-from amprune.text.records import read_records, render
+from amprune.running import Progress, no_progress
+from amprune.settings import ApplySettings, Compute, Drawing, PathLike, part, settle, with_preset
+from amprune.text.drawing import Own, draw_text, mixed
+from amprune.text.files import Record
+from amprune.text.own import own_records
+from amprune.text.records import render
+from amprune.text.sources import Amount
 from amprune.text.tokens import start_token, started
 
 logger = logging.getLogger(__name__)
@@ -69,38 +75,57 @@ class CalibrationSet:
 
 
 def load_calibration(
-    source: PathLike | Sequence[str], tokenizer: Any, settings: Drawing | None = None, **options: Any
-) -> CalibrationSet:
-    """Draws a seeded random sample of a set and tokenises it.
+    source: PathLike | tuple[PathLike, ...] | Sequence[str], tokenizer: Any, settings: Drawing | None = None,
+    **options: Any,
+) -> CalibrationSet:  # fmt: skip
+    """Draws a seeded random sample of a set, or of several by their weights, and tokenises it.
 
     Args:
-        source: `alpaca`, `mixed`, `builtin`, a file or folder of records, or a sequence of texts.
+        source: `alpaca`, `mixed`, `builtin`, `hub:OWNER/SET`, a file or folder of records; a tuple of several of these,
+            each with `:WEIGHT` behind it where they do not count alike; or a list of texts. `self`, which the model
+            writes, only `draw_calibration` has.
         tokenizer: the model's own, as transformers loads it.
         settings: how much is drawn; without samples and tokens it is 50 samples, of at most 512 tokens each.
         options: of `Drawing`, such as `samples=20`.
 
     Raises:
-        CalibrationError: the set cannot be read, is malformed, or holds fewer samples.
+        CalibrationError: a set cannot be read, is malformed, or holds fewer samples.
     """
-    asked = settle(Drawing, settings, options)
+    return _drawn(source, tokenizer, settle(Drawing, settings, options), _no_author)
+
+
+def _no_author(asked: Amount) -> Iterable[Record]:
+    raise CalibrationError("self is text that a model writes, and only its tokenizer is given; use draw_calibration")
+
+
+def _drawn(source: Any, tokenizer: Any, asked: Drawing, own: Own) -> CalibrationSet:
     samples, tokens, max_length = asked.samples, asked.tokens, 512 if asked.max_length is None else asked.max_length
     for name, value in (("samples", samples), ("tokens", tokens), ("max_length", max_length)):
         if value is not None and value < 1:
             raise CalibrationError(f"{name} is {value}, expected at least 1")
     if samples is None and tokens is None:
         samples = SAMPLES
-    name, records = read_records(source)
-    if samples is not None and len(records) < samples:
-        smaller = f"--samples {len(records)} or " if records else ""
-        raise CalibrationError(
-            f"{name} holds {len(records)} samples, but {samples} were asked for; give {smaller}a larger set"
-        )
-    drawn = random.Random(asked.seed).sample(records, len(records) if samples is None else samples)
-    start = start_token(tokenizer)
-    encoded = (
-        _encode(record, tokenizer, f"{name}, {place}", asked.prompts_only, max_length, start) for place, record in drawn
-    )
-    kept = tuple(encoded if tokens is None else _until(encoded, tokens))
+    start, several = start_token(tokenizer), isinstance(source, tuple) and len(source) > 1
+
+    def pick(name: str, records: Sequence[Record], count: int | None) -> Sequence[Record]:
+        if count is not None and len(records) < count and not several:
+            smaller = f"--samples {len(records)} or " if records else ""
+            raise CalibrationError(
+                f"{name} holds {len(records)} samples, but {count} were asked for; give {smaller}a larger set"
+            )
+        most = len(records) if count is None else min(count, len(records))
+        return random.Random(asked.seed).sample(records, most)
+
+    def encode(record: Record, name: str) -> tuple[tuple[int, ...], int]:
+        place, content = record
+        ids = _encode(content, tokenizer, f"{name}, {place}", asked.prompts_only, max_length, start)
+        return ids, len(ids)
+
+    found = draw_text(
+        source, Amount(samples, tokens), encode, pick, own, seed=asked.seed, option="--calibration"
+    )  # fmt: skip
+    name = ", ".join(one.source.shown for one in found)
+    kept = tuple(mixed([one.samples for one in found], asked.seed))
     return CalibrationSet(name, kept, asked.seed, max_length, asked.prompts_only, start)
 
 
@@ -113,8 +138,13 @@ def _until(samples: Iterable[tuple[int, ...]], tokens: int) -> Iterator[tuple[in
             return
 
 
-def draw(dense: Checkpoint, settings: Drawing, *, trust_remote_code: bool = False) -> CalibrationSet:
-    """Draws a set for a model, by its own tokenizer and no longer than its positions; a set stays as it is."""
+def draw(
+    dense: Checkpoint, settings: Drawing, *, trust_remote_code: bool = False, progress: Progress = no_progress
+) -> CalibrationSet:
+    """Draws a set for a model, by its own tokenizer and no longer than its positions; a set stays as it is.
+
+    The source `self` the model writes, on the device of the settings where they name one.
+    """
     positions, source = dense.positions, settings.calibration
     if isinstance(source, CalibrationSet):
         longest = max(map(len, source.samples), default=0)
@@ -130,12 +160,14 @@ def draw(dense: Checkpoint, settings: Drawing, *, trust_remote_code: bool = Fals
         )
         settings = replace(settings, max_length=positions)
     tokenizer = load_tokenizer(dense.folder, trust_remote_code=trust_remote_code)
-    return load_calibration(source, tokenizer, part(Drawing, settings))
+    where = part(Compute, settings) if isinstance(settings, Compute) else Compute()
+    own = partial(own_records, dense, tokenizer, seed=settings.seed, where=where, progress=progress)
+    return _drawn(source, tokenizer, part(Drawing, settings), own)
 
 
 def draw_calibration(
     model: PathLike,
-    calibration: PathLike | Sequence[str] | None = None,
+    calibration: PathLike | tuple[PathLike, ...] | Sequence[str] | None = None,
     settings: ApplySettings | None = None,
     **options: Any,
 ) -> CalibrationSet:
@@ -143,7 +175,7 @@ def draw_calibration(
 
     Args:
         model: a Hugging Face folder, a `.gguf` file, an alias or a hub id, whose tokenizer is used.
-        calibration: `alpaca`, `mixed`, `builtin`, a file, or a list of texts; None is the preset's.
+        calibration: as of `load_calibration`, or `self`, which the model writes; None is the preset's.
         settings: how much is drawn; what is left open, the preset says.
         options: of `ApplySettings`, such as `samples=50`.
 
