@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from amprune.recovery.run import RecoveredModel, recover
-from amprune.settings import RecoverySettings
+from amprune.settings import RecoverySettings, with_preset
 from amprune.text.training import Sample, TrainingData, load_training_data
 
 TOKENIZER = make_tokenizer()
@@ -59,7 +59,8 @@ def settings(**changes: Any) -> RecoverySettings:
 
 def training_data(source: Any, tokenizer: Any, **options: Any) -> TrainingData:
     """Reads a set as `recover` does with these settings."""
-    return load_training_data(RecoverySettings(data=source, **options), tokenizer)
+    settled = with_preset(RecoverySettings(preset="paper", data=source, **options))
+    return load_training_data(settled, tokenizer)
 
 
 def train(model: Path, data: Any, out: Path, **changes: Any) -> RecoveredModel:

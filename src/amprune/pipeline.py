@@ -106,7 +106,7 @@ def prune(
     check_plannable(dense, asked, rule)
     samples = None
     if rule.calibrated or asked.allocate or asked.reconstruct:
-        samples = draw(dense, asked, trust_remote_code=asked.trust_remote_code)
+        samples = draw(dense, asked, trust_remote_code=asked.trust_remote_code, progress=progress)
     fit, held_out = samples.split() if samples is not None and asked.allocate else (samples, None)
     scores = score_criteria(dense, [rule], fit, asked, seed=asked.seed, progress=progress)[rule.name]
     plan = plan_for(dense, scores, asked, fit=fit, held_out=held_out, progress=progress)
@@ -157,7 +157,7 @@ def apply_plan(
     plan = replace(plan, refitted=refitted or refit is not None, compensated=compensated)
     asked = replace(with_preset(given), reconstruct=plan.refitted)
     if plan.refitted and refit is None:
-        refit = draw(dense, asked, trust_remote_code=asked.trust_remote_code)
+        refit = draw(dense, asked, trust_remote_code=asked.trust_remote_code, progress=progress)
     return _write(source, dense, plan, Path(out), asked, scores=scores, refit_on=refit, progress=progress)
 
 
@@ -271,14 +271,14 @@ def run(
     from amprune.recovery.run import recover
     from amprune.recovery.training import check_training
     from amprune.report.write import write_report
-    from amprune.text.records import read_records
+    from amprune.text.drawing import check_sources
 
     measured = replace(part(EvaluationSettings, asked), batch_size=asked.evaluation_batch_size)
     if asked.evaluate:  # what can fail is tried before the pruning
         jobs_of(measured, latency_cases(measured))
     if asked.recover:
         check_training(_recovery(asked))
-        read_records(asked.data, option="--data")
+        check_sources(with_preset(_recovery(asked)).data, "--data")
     pruned = folder.with_name(f"{folder.name}.pruned") if asked.recover else folder
     file = folder.with_name(f"{folder.name}.run.json")
     with alone(file.with_name(f"{file.name}.lock"), f"OUT {folder}"), ExitStack() as stack:

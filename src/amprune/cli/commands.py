@@ -27,6 +27,7 @@ from amprune.settings import (
     RunSettings,
     ScoreSettings,
     VerifySettings,
+    WritingTextSettings,
     part,
 )
 
@@ -150,6 +151,17 @@ def verify_command(
 
     report = verify(out, dense=dense, settings=settings, progress=progress)
     return report.to_dict(), lambda: display.show_verification(report), report.require
+
+
+@command("write-text", kept=lambda output: output.with_name(f"{output.name}.partial"))
+def write_text_command(
+    model: Model, output: Annotated[Path, _written("File to write, .jsonl.")], settings: WritingTextSettings
+) -> Result:
+    """Let a model write text of its own, for --data and --calibration; the same command goes on where it stopped."""
+    from amprune import write_text
+
+    written = write_text(model, output, settings, progress=progress)
+    return {"out": str(output), **written.to_dict()}, lambda: display.show_written(written, output)
 
 
 @command("recover", recipe=True, kept=lambda out: out.with_name(f"{out.name}.training"), again="--resume")

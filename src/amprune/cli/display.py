@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from amprune.serve.gguf.run import ExportedGguf
     from amprune.serve.hub.run import PushedModel
     from amprune.serve.quantize.run import QuantizedModel
+    from amprune.text.own import WrittenText
 
 _UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 _ENDLESS = re.compile(r"\S{1000,}")
@@ -119,6 +120,15 @@ def show_scores(scores: "ImportanceScores", output: Path) -> None:
     what = units if scores.blocks is None else f"{shape.num_layers} blocks"
     where = f" on {used['samples']} samples ({used['tokens']:,} tokens) of {used['name']}" if used else ""
     stdout.print(f"Scored {what} by {scores.criterion}{where}\nScores in {output}")
+
+
+def show_written(written: "WrittenText", output: Path) -> None:
+    """Says how much text a model wrote, how fast, and what was dropped of it."""
+    stdout.print(
+        f"Wrote {written.tokens:,} tokens in {written.texts:,} texts, {written.chats:,} of them chats, "
+        f"{written.tokens_per_second:,.0f} tokens/s\nDropped: {written.dropped(written.empty):.1%} of all texts as "
+        f"empty, {written.dropped(written.loops):.1%} as loops\nText in {output}"
+    )
 
 
 def show_plan(plan: "PruningPlan", title: str, sizes: tuple[int, int] | None = None) -> None:

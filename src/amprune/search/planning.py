@@ -53,7 +53,7 @@ def plan_scores(
         raise PlanError(f"the scores are of another model than {model}; score it, and plan from these scores")
     fit = held_out = None
     if asked.allocate or asked.reconstruct:
-        fit = draw(dense, asked, trust_remote_code=asked.trust_remote_code)
+        fit = draw(dense, asked, trust_remote_code=asked.trust_remote_code, progress=progress)
     if fit is not None and asked.allocate:
         fit, held_out = fit.split()
         if scores.calibration and scores.calibration.get("sha256") != fit.sha256:

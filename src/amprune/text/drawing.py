@@ -52,11 +52,13 @@ def draw_text(
 ) -> list[Drawn[Sample]]:  # fmt: skip
     """Draws samples of one source or several.
 
-    The sources are taken in their order. Each is asked for its part of what is still wanted, by its weight against those
-    from it on, so that what a source lacks is asked of those after it. Where no amount is wanted, a finite source gives
-    all that it has, and one that has no end `endless` tokens.
+    The sources are taken in their order. Each is asked for its part of what is still wanted, by its weight against
+    those from it on, so that what a source lacks is asked of those after it. Where no amount is wanted, a finite source
+    gives all that it has, and one that has no end `endless` tokens.
     """
     sources = sources_of(value, option)
+    if amount == Amount() and len({source.weight for source in sources}) > 1:
+        logger.warning("weights of sources count only where samples or tokens are asked for; all of each is taken")
     left, found = amount, list[Drawn[Sample]]()
     for source, part in zip(sources, shares(sources), strict=True):
         asked = left.share(part)

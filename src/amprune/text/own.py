@@ -1,6 +1,6 @@
 """Text that the dense model writes itself, as a file that is written batch by batch and gone on with.
 
-A batch is made by its number and the seed alone, so that it can be made again: a longer set begins with the shorter one.
+A batch is made by its number and the seed alone, so that it can be made again: a longer set begins with the shorter.
 Beside the file lies a record of what it holds, renewed after every batch; what stands in the file beyond it is half a
 batch of a process that was killed.
 """

@@ -1,5 +1,6 @@
 """How a model writes: batches of texts from nothing, token by token, half of them plain and half chats with itself."""
 
+import inspect
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -99,8 +100,8 @@ def _separator(tokenizer: Any) -> int:
         if found is not None:
             return int(found)
     raise CalibrationError(
-        "the tokenizer has neither a start nor an end token, from which a text could begin; give another source of text "
-        "than self"
+        "the tokenizer has neither a start nor an end token, from which a text could begin; give another source of "
+        "text than self"
     )
 
 
@@ -122,7 +123,7 @@ def _around_the_user(tokenizer: Any) -> tuple[str, str]:
 def sample_batch(
     model: Any, openings: Openings, count: int, length: int, seed: int, advance: Advance
 ) -> list[Row]:  # fmt: skip
-    """Writes texts of at most `length` tokens at temperature 1 from the whole vocabulary; the same seed, the same texts.
+    """Writes texts of at most `length` tokens at temperature 1 from the whole vocabulary; the same for a seed.
 
     Plain texts and chats take turns. Every row begins with its first token alone, and the rest of its opening is put in
     the place of what is drawn, so that no row is padded. `advance` is told the tokens as they come.
@@ -132,9 +133,11 @@ def sample_batch(
     rows = [_row(openings, "chat" if openings.chat and number % 2 else "plain") for number in range(count)]
     active, tokens = rows, [row.ids[0] for row in rows]
     cache = DynamicCache(config=model.config)
-    for _ in range(length - 1):
+    kept: Any = {_cache_name(model): cache, "use_cache": True}
+    for place in range(1, length):
         current = torch.tensor(tokens, device=device)[:, None]
-        found = model(input_ids=current, past_key_values=cache, use_cache=True)
+        seen = torch.ones(len(active), place, dtype=torch.long, device=device)
+        found = model(input_ids=current, attention_mask=seen, **kept)
         logits = found.logits[:, -1].to(device, torch.float32)
         if not bool(logits.isfinite().all()):
             raise CalibrationError(
@@ -143,14 +146,19 @@ def sample_batch(
             )
         drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator).flatten().tolist()
         tokens = [row.take(token, openings) for row, token in zip(active, drawn, strict=True)]
-        going = [place for place, row in enumerate(active) if not row.ended]
+        going = [number for number, row in enumerate(active) if not row.ended]
         advance(len(going))
         if not going:
             break
         if _ENDED * (len(active) - len(going)) > len(active):
             cache.batch_select_indices(torch.tensor(going))
-            active, tokens = [active[place] for place in going], [tokens[place] for place in going]
+            active, tokens = [active[number] for number in going], [tokens[number] for number in going]
     return rows
+
+
+def _cache_name(model: Any) -> str:
+    """Returns what a model calls its cache of keys and values: transformers renames it."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _row(openings: Openings, kind: Kind) -> Row:

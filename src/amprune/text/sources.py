@@ -57,10 +57,9 @@ class Amount:
     tokens: int | None = None
 
     def share(self, part: float) -> "Amount":
-        """Returns a part of it, each number rounded up, so that a source that is asked at all is asked for something."""
-        return Amount(
-            *(None if value is None else math.ceil(value * part - 1e-9) for value in (self.samples, self.tokens))
-        )
+        """Returns a part of it; numbers are rounded up, so that a source of any weight is asked for something."""
+        wanted = (self.samples, self.tokens)
+        return Amount(*(None if value is None else math.ceil(value * part - 1e-9) for value in wanted))
 
     def less(self, samples: int, tokens: int) -> "Amount":
         """Returns what is left of it."""
