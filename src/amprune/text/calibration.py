@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 SAMPLES = 50
 """As many as the paper draws."""
+MAX_LENGTH = 512
 HELD_OUT = 8
 """One sample in so many is held out, where something is chosen by what others do not fit."""
 
@@ -99,7 +100,11 @@ def _no_author(asked: Amount) -> Iterable[Record]:
 
 
 def _drawn(source: Any, tokenizer: Any, asked: Drawing, own: Own) -> CalibrationSet:
-    samples, tokens, max_length = asked.samples, asked.tokens, 512 if asked.max_length is None else asked.max_length
+    samples, tokens, max_length = (
+        asked.samples,
+        asked.tokens,
+        MAX_LENGTH if asked.max_length is None else asked.max_length,
+    )
     for name, value in (("samples", samples), ("tokens", tokens), ("max_length", max_length)):
         if value is not None and value < 1:
             raise CalibrationError(f"{name} is {value}, expected at least 1")
@@ -161,7 +166,10 @@ def draw(
         settings = replace(settings, max_length=positions)
     tokenizer = load_tokenizer(dense.folder, trust_remote_code=trust_remote_code)
     where = part(Compute, settings) if isinstance(settings, Compute) else Compute()
-    own = partial(own_records, dense, tokenizer, seed=settings.seed, where=where, progress=progress)
+    own = partial(
+        own_records, dense, tokenizer, seed=settings.seed, where=where, max_length=settings.max_length or MAX_LENGTH,
+        progress=progress,
+    )  # fmt: skip
     return _drawn(source, tokenizer, part(Drawing, settings), own)
 
 

@@ -161,10 +161,16 @@ def write_text(
 
 
 def own_records(
-    dense: Checkpoint, tokenizer: Any, amount: Amount, *, seed: int, where: Compute, progress: Progress = no_progress
-) -> list[Record]:
-    """Returns so much text of a model's own, from the cache, after writing there what it lacks."""
-    author = _author(dense, tokenizer, WritingTextSettings(seed=seed), where, dense.folder.name)
+    dense: Checkpoint, tokenizer: Any, amount: Amount, *, seed: int, where: Compute, max_length: int,
+    progress: Progress = no_progress,
+) -> list[Record]:  # fmt: skip
+    """Returns so much text of a model's own, from the cache, after writing there what it lacks.
+
+    Texts are no longer than `max_length`, at which the reader would cut them.
+    """
+    asked = WritingTextSettings(seed=seed)
+    asked = replace(asked, max_length=min(asked.max_length, max_length))
+    author = _author(dense, tokenizer, asked, where, dense.folder.name)
     key = hashlib.sha256(json.dumps(author.request(), sort_keys=True).encode()).hexdigest()
     file = cache_folder() / "own-text" / f"{key[:32]}.jsonl"
     so_far = _so_far(file, author)
@@ -222,11 +228,11 @@ def _extended(
     )
     rows = author.rows
     with loaded_model(author.dense, dtype=author.dtype, **place) as model, progress("Writing text", wanted) as advance:
-        told = _telling(advance, wanted, file)
+        told = _telling(advance, wanted, rows * author.length, file)
         while not amount.met_by(so_far.texts, so_far.tokens):
             start = time.perf_counter()
             batch, rows = _batch(model, author, so_far.batches, rows, told)
-            kept = [{**text_of(row, author.tokenizer, author.openings), "batch": so_far.batches} for row in batch[0]]
+            kept = [_text(row, author, so_far.batches) for row in batch[0]]
             so_far = _kept(file, so_far, kept, *batch[1:], time.perf_counter() - start)
             _check_worth(so_far)
     if so_far.empty + so_far.loops:
@@ -258,6 +264,12 @@ def _batch(
     full = [(row, words) for row, words in said if len(row.written) >= _SHORTEST and words.strip()]
     kept = [row for row, words in full if not is_loop(words)]
     return (kept, len(said) - len(full), len(full) - len(kept)), rows
+
+
+def _text(row: Row, author: _Author, batch: int) -> dict[str, Any]:
+    """Returns a text as its line has it; the tokenizer may read more tokens than the model wrote, which are cut."""
+    found = text_of(row, author.tokenizer, author.openings)
+    return {**found, "tokens": min(found["tokens"], author.length), "batch": batch}
 
 
 def is_loop(words: str) -> bool:
@@ -297,19 +309,19 @@ def _check_worth(so_far: WrittenText) -> None:
         )
 
 
-def _telling(advance: Advance, wanted: int, file: Path) -> Advance:
-    """Passes on how far it is; says once, after the first tokens, how long it will take."""
-    start, done, told = time.perf_counter(), 0, False
+def _telling(advance: Advance, wanted: int, batch: int, file: Path) -> Advance:
+    """Passes on how far it is; says once, when a third of the first batch is written, how long it will take."""
+    start, done, told, whole = time.perf_counter(), 0, False, -(-wanted // batch) * batch
 
     def step(tokens: int) -> None:
         nonlocal done, told
         advance(tokens)
         done += tokens
-        if not told and 2 * done >= min(1_000, wanted):
-            told, seconds = True, wanted * (time.perf_counter() - start) / done
+        if not told and 3 * done >= batch:
+            told, seconds = True, whole * (time.perf_counter() - start) / done
             time_left = f"{seconds / 60:.0f} minutes" if seconds > 90 else f"{seconds:.0f} seconds"
-            logger.info("the model writes %s tokens of its own text, which takes about %s; they are kept in %s",
-                        f"{wanted:,}", time_left, file)  # fmt: skip
+            logger.info("the model writes about %s tokens of its own text, which takes about %s; they are kept in %s",
+                        f"{whole:,}", time_left, file)  # fmt: skip
 
     return step
 

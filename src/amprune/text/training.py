@@ -98,7 +98,9 @@ def load_training_data(
         if author is None:
             raise RecoveryError("self is text that the dense model writes; give it by --teacher")
         where = Compute(device=settings.device, dtype=settings.dtype)
-        return own_records(author, tokenizer, asked, seed=settings.seed, where=where, progress=progress)
+        return own_records(
+            author, tokenizer, asked, seed=settings.seed, where=where, max_length=length, progress=progress
+        )
 
     found = draw_text(
         settings.data, Amount(settings.samples, settings.tokens), reader.encode, pick, own, seed=settings.seed,
