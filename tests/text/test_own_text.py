@@ -217,7 +217,7 @@ def test_a_file_of_written_text_is_an_ordinary_set_with_a_record(model: Path, tm
     assert record["bytes"] == out.stat().st_size
     assert record["dropped"].keys() == {"empty", "loops"}
     assert sorted(file.name for file in tmp_path.iterdir()) == ["self.jsonl", "self.jsonl.json"]
-    drawn = load_calibration(out, TOKENIZER, samples=len(found))
+    drawn = load_calibration(out, TOKENIZER, samples=len(found), max_length=60)
     assert drawn.tokens == written.tokens
     assert all(sample[0] == BOS and sample[1] != BOS for sample in drawn.samples)
     with pytest.raises(CheckpointError, match=r"self\.jsonl exists; .*--overwrite"):
@@ -328,7 +328,7 @@ def test_own_text_is_kept_extended_and_read_from_its_beginning(model: Path, cach
     assert file.stat().st_mtime_ns == state
     assert len(own_records(dense, TOKENIZER, Amount(samples=3), seed=0, where=where, max_length=60)) == 3
     file.write_bytes(content[:10])
-    with pytest.raises(CheckpointError, match="is missing or shorter than .* says; remove it"):
+    with pytest.raises(CheckpointError, match=r"is missing or shorter than .* says; remove it"):
         written(100)
 
 
