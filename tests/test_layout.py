@@ -71,7 +71,7 @@ def test_importing_the_pipeline_loads_only_what_pruning_needs() -> None:
 def test_every_public_name_resolves_and_is_documented() -> None:
     for name in amprune.__all__:
         assert getattr(amprune, name).__doc__
-    assert len(amprune.__all__) == 51
+    assert len(amprune.__all__) == 52
     with pytest.raises(AttributeError, match="nonsense"):
         amprune.nonsense  # noqa: B018
 

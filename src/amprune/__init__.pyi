@@ -50,6 +50,7 @@ from .settings import RunSettings as RunSettings
 from .text.calibration import CalibrationSet as CalibrationSet
 from .text.calibration import draw_calibration as draw_calibration
 from .text.calibration import load_calibration as load_calibration
+from .text.own import WrittenText as WrittenText
 from .text.own import write_text as write_text
 
 __version__: str

@@ -51,7 +51,7 @@ from amprune.settings import (
     write_recipe,
 )
 from amprune.text.calibration import CalibrationSet, draw
-from amprune.text.sources import check_sources, files_of
+from amprune.text.records import file_of
 
 if TYPE_CHECKING:
     from amprune.evaluation.records import Evaluation
@@ -100,7 +100,7 @@ def prune(
     if asked.target is not None:
         parse_target(asked.target)
     source, dense = open_model(model, revision=asked.revision, dtype=asked.dtype)
-    source = replace(source, protected=(*source.protected, *files_of(asked.calibration)))
+    source = replace(source, protected=(*source.protected, *file_of(asked.calibration)))
     check_output(Path(out).expanduser(), overwrite=asked.overwrite, protected=source.protected)
     parse_size(asked.max_shard_size)
     check_plannable(dense, asked, rule)
@@ -149,7 +149,7 @@ def apply_plan(
     if not isinstance(plan, PruningPlan):
         plan = PruningPlan.load(plan)
     source, dense = open_model(model, revision=given.revision, dtype=given.dtype)
-    source = replace(source, protected=(*source.protected, *files_of(given.calibration)))
+    source = replace(source, protected=(*source.protected, *file_of(given.calibration)))
     check_output(Path(out).expanduser(), overwrite=given.overwrite, protected=source.protected)
     check_plan_fits(plan, dense.shape, dense.fingerprint, where=str(model))
     refitted = plan.refitted if given.reconstruct is None else given.reconstruct
@@ -272,6 +272,7 @@ def run(
     from amprune.recovery.run import recover
     from amprune.recovery.training import check_training
     from amprune.report.write import write_report
+    from amprune.text.drawing import check_sources
 
     measured = replace(part(EvaluationSettings, asked), batch_size=asked.evaluation_batch_size)
     if asked.evaluate:  # what can fail is tried before the pruning

@@ -64,11 +64,14 @@ def free_memory(device: str | torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Tells whether a device had too little memory for what was asked of it."""
-    from accelerate.utils.memory import should_reduce_batch_size
+def out_of_memory(error: BaseException) -> bool:
+    """Tells whether an error says that memory ran out, on any device."""
+    import torch
 
-    return bool(should_reduce_batch_size(error))
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        words in text for words in ("out of memory", "can't allocate memory", "not enough memory")
+    )
 
 
 def binary(count: int) -> str:

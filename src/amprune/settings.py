@@ -29,8 +29,13 @@ MEASURED_BY: Mapping[str, tuple[str, ...]] = {"zero_shot": ("lm_eval", "scipy"),
 TASKS = ("winogrande", "piqa", "arc_easy", "arc_challenge", "hellaswag")
 """Those of the paper."""
 
-Text = Annotated[Any, Rule("text or a list of texts", lambda value: isinstance(value, str | list | None))]
-"""The name of a set, or in a recipe a list of such. In Python several names are a tuple; a list is one of texts."""
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str | None) or (isinstance(value, list) and all(isinstance(one, str) for one in value))
+
+
+Text = Annotated[Any, Rule("text or a list of texts", _is_text)]
+"""One source of text, or a tuple of several, which a recipe has as a list; in Python what only code can make, too."""
 
 _Settings = TypeVar("_Settings")
 
@@ -38,9 +43,8 @@ _Settings = TypeVar("_Settings")
 def option(default: Any, help: str, *flags: str, **more: Any) -> Any:
     """Declares an option: its default, a sentence that stands alone, and flags where they are not its own name.
 
-    `metavar` names its value in the help, `many` says that the flag is repeated instead of holding commas, `several`
-    that it may be given once or again, and `recorded=False` keeps it out of recipes: another value of it makes the same
-    bytes.
+    `metavar` names its value in the help, `many` says that the flag is repeated instead of holding commas, and
+    `recorded=False` keeps it out of recipes: another value of it makes the same bytes.
     """
     return field(default=default, metadata={"help": help, "flags": flags, **more})
 
@@ -136,9 +140,10 @@ class Seeded:
 # What is asked of a plan, and the text that it is measured on.
 
 _FILES = "a .json, .jsonl, .csv, .parquet or .txt file"
-_SETS = (
+_SETS = f"alpaca (from the hub), mixed, builtin, or {_FILES}"
+_SOURCES = (
     f"alpaca (from the hub), mixed, builtin, self (what the dense model writes), hub:OWNER/SET, or {_FILES}; "
-    "repeatable, with weights as in self:0.5"
+    "repeatable, each with its :WEIGHT"
 )
 _PRESET = "(default: the preset's)"
 
@@ -158,7 +163,7 @@ class Preset:
 class Drawing(Seeded):
     """Which text a model is scored and refitted on, and how much of it."""
 
-    calibration: Text = option(None, f"Calibration set: {_SETS} {_PRESET}.", type=str, several=True)
+    calibration: Text = option(None, f"Calibration set: {_SOURCES} {_PRESET}.", type=list[str])
     """In Python a list of texts, or token ids as a `CalibrationSet`, too."""
     samples: int | None = option(None, "Calibration samples, drawn at random (default: 50, or by --tokens).")
     tokens: int | None = option(None, "Draw calibration samples until there are as many tokens.")
@@ -326,7 +331,7 @@ class Training(Preset, Seeded):
 class RecoverySettings(Training, Device, Writing, Access):
     """The options of `recover`."""
 
-    data: Text = option(None, f"Data to train on: {_SETS} {_PRESET}.", type=str, several=True)
+    data: Text = option(None, f"Data to train on: {_SOURCES} {_PRESET}.", type=list[str])
     """In Python a list of texts, too."""
     samples: int | None = option(None, "Samples to draw from the training data (default: all).")
     teacher: PathLike | None = option(
@@ -342,11 +347,15 @@ class RecoverySettings(Training, Device, Writing, Access):
 
 @dataclass(frozen=True, kw_only=True)
 class WritingTextSettings(Seeded, Device, Overwriting, Access):
-    """The options of `write-text`."""
+    """The options of `write_text`."""
 
-    tokens: str = option("200k", "Tokens to write, such as 200k or 1M.")
-    max_length: int | None = option(None, "Most tokens of a text (default: 256 on a CPU, else 512).")
-    batch_size: int | None = option(None, "Texts written at a time (default: 64 on a CPU, else 256).")
+    tokens: int | str = option(
+        "200k", "Tokens to write, such as 200k or 1M; the last batch is written to its end.", type=str
+    )
+    max_length: int | None = option(None, "Tokens of a text at most (default: 256 on a CPU, else 512).")
+    batch_size: int | None = option(
+        None, "Texts that are written at a time; other texts with another (default: 64 on a CPU, else by its memory)."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -645,10 +654,9 @@ def read_recipe(kind: type[_Settings], path: PathLike) -> _Settings:
             f"{path} has the unknown option {unknown!r}; {guess(str(unknown), known)}The options are "
             f"{', '.join(sorted(known))}"
         )
-    read = parse(kind, content, where=str(path), error=RecipeError, remedy="correct it, or leave it out")
-    several = [one.name for one in fields(kind) if one.metadata.get("several")]  # type: ignore[arg-type]
-    lists = {name: tuple(value) for name in several if isinstance(value := getattr(read, name), list)}
-    return replace(read, **lists)  # type: ignore[type-var]
+    found = parse(kind, content, where=str(path), error=RecipeError, remedy="correct it, or leave it out")
+    several = {name: tuple(value) for name, value in vars(found).items() if isinstance(value, list)}
+    return replace(found, **several)  # type: ignore[type-var]
 
 
 def write_recipe(path: Path, command: str, settings: Any) -> None:
@@ -662,12 +670,10 @@ def write_recipe(path: Path, command: str, settings: Any) -> None:
             continue
         if isinstance(value, os.PathLike):
             value = os.fspath(value)
-        if isinstance(value, list) and one.metadata.get("several"):  # of texts; in a recipe it would be one of names
-            notes.append(f"# {one.name} was given in Python, as {type(value).__name__}\n")
-            continue
-        if isinstance(value, tuple):
+        several = isinstance(value, tuple)
+        if several:
             value = [os.fspath(item) if isinstance(item, os.PathLike) else item for item in value]
-        if isinstance(value, str | int | float | list | None):
+        if several or isinstance(value, str | int | float | None):
             values[one.name] = value
         else:
             notes.append(f"# {one.name} was given in Python, as {type(value).__name__}\n")

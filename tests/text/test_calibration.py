@@ -299,7 +299,7 @@ BAD_FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "unknown suffix": (_file("set.tsv", b"text\none\n"), r"set\.tsv: unknown type of file; expected one of \.json, "),
     "missing file": (
         lambda folder: folder / "set.jsonl",
-        r"no calibration set '.*set\.jsonl': give alpaca, mixed, builtin or",
+        r"no calibration set '.*set\.jsonl': give alpaca, mixed, builtin, self, hub:OWNER/SET or the path",
     ),
     "folder": (lambda folder: folder, r"is a folder, and none that the library datasets saved"),
     "Latin 1": (_file("set.txt", "Café".encode("latin-1")), r"set\.txt cannot be read as UTF-8 text"),

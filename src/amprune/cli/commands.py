@@ -9,9 +9,7 @@ import typer
 from amprune.cli import display
 from amprune.cli.display import plan_summary, progress, result_summary, show_result, stderr
 from amprune.cli.options import Model, Out, Result, command
-from amprune.errors import required
 from amprune.settings import (
-    MEASURED_BY,
     ApplySettings,
     EvaluationSettings,
     ExperimentSettings,
@@ -21,14 +19,11 @@ from amprune.settings import (
     PruneSettings,
     PushSettings,
     QuantizeSettings,
-    RecoverCommandSettings,
-    RecoverySettings,
     ReportSettings,
     RunSettings,
     ScoreSettings,
     VerifySettings,
     WritingTextSettings,
-    part,
 )
 
 
@@ -82,10 +77,10 @@ def score_command(
     from amprune import score
     from amprune.model.source import open_source
     from amprune.model.writer import check_target
-    from amprune.text.sources import files_of
+    from amprune.text.records import file_of
 
     source = open_source(model, revision=settings.revision, dtype=settings.dtype)
-    check_target(output, [*source.protected, *files_of(settings.calibration)])
+    check_target(output, [*source.protected, *file_of(settings.calibration)])
     scores = score(model, settings, progress=progress)
     scores.save(output)
     summary = {
@@ -111,10 +106,10 @@ def plan_command(
     from amprune.model.source import open_source
     from amprune.model.writer import check_target
     from amprune.search.planning import plan_scores
-    from amprune.text.sources import files_of
+    from amprune.text.records import file_of
 
     sources = () if model is None else open_source(model, revision=settings.revision, dtype=settings.dtype).protected
-    check_target(output, [scores, *sources, *files_of(settings.calibration)])
+    check_target(output, [scores, *sources, *file_of(settings.calibration)])
     if target_parameters is not None:
         settings = replace(settings, target=f"params={target_parameters}")
     plan = plan_scores(scores, settings, model=model, progress=progress)
@@ -153,32 +148,15 @@ def verify_command(
     return report.to_dict(), lambda: display.show_verification(report), report.require
 
 
-@command("recover", recipe=True, kept=lambda out: out.with_name(f"{out.name}.training"), again="--resume")
-def recover_command(model: Model, out: Out, settings: RecoverCommandSettings) -> Result | None:
-    """Bring a pruned model back by LoRA fine-tuning, and write it as an ordinary checkpoint."""
-    from amprune import recover
-    from amprune.pipeline import measure_epochs
-
-    if settings.evaluate_each_epoch:
-        required("--evaluate-each-epoch", *MEASURED_BY["zero_shot"])
-    keep = settings.keep_epochs or settings.evaluate_each_epoch
-    result = recover(model, out, part(RecoverySettings, settings), keep_epochs=keep, progress=progress)
-    if result is None:  # one of the processes that do not write
-        return None
-    if settings.evaluate_each_epoch:
-        measure_epochs(model, result, settings, progress=progress)
-    return {"out": str(result.folder), **result.record}, lambda: display.show_recovery(result)
-
-
 @command("write-text", kept=lambda output: output.with_name(f"{output.name}.partial"))
 def write_text_command(
-    model: Model, output: Annotated[Path, _written("File of JSON lines to write.")], settings: WritingTextSettings
+    model: Model, output: Annotated[Path, _written("File to write, .jsonl.")], settings: WritingTextSettings
 ) -> Result:
-    """Let a model write text itself, to calibrate and train on; the same command goes on where it was interrupted."""
+    """Let a model write text of its own, for --data and --calibration; the same command goes on where it stopped."""
     from amprune import write_text
 
-    found = write_text(model, output, settings, progress=progress)
-    return {"output": str(output), **asdict(found)}, lambda: display.show_written(found, output)
+    written = write_text(model, output, settings, progress=progress)
+    return {"out": str(output), **written.to_dict()}, lambda: display.show_written(written, output)
 
 
 @command("evaluate", recipe=True, kept=lambda output: output)

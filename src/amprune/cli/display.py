@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from amprune.serve.gguf.run import ExportedGguf
     from amprune.serve.hub.run import PushedModel
     from amprune.serve.quantize.run import QuantizedModel
-    from amprune.text.own import Written
+    from amprune.text.own import WrittenText
 
 _UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 _ENDLESS = re.compile(r"\S{1000,}")
@@ -285,11 +285,12 @@ def show_recovery(result: "RecoveredModel") -> None:
     )
 
 
-def show_written(found: "Written", output: Path) -> None:
-    """Says how much text a model wrote, how fast, and what was left out."""
+def show_written(written: "WrittenText", output: Path) -> None:
+    """Says how much text a model wrote, how fast, and what was dropped of it."""
     stdout.print(
-        f"{found.tokens:,} tokens in {found.texts:,} texts in {output}, {found.tokens / max(found.seconds, 1e-9):,.0f} "
-        f"tokens a second; left out: {found.loops:,} loops, {found.empty:,} empty ({found.dropped:.1%})"
+        f"Wrote {written.tokens:,} tokens in {written.texts:,} texts, {written.chats:,} of them chats, "
+        f"{written.tokens_per_second:,.0f} tokens/s\nDropped: {written.dropped(written.empty):.1%} of all texts as "
+        f"empty, {written.dropped(written.loops):.1%} as loops\nText in {output}"
     )
 
 

@@ -179,8 +179,6 @@ def _option(one: Field[Any], hint: Any) -> inspect.Parameter:
     kind, item = more.get("type") or _without_none(hint), _item(hint)
     if item is not None:
         kind, default = (list[str], None) if more.get("many") else (str, default and ",".join(map(str, default)))
-    if more.get("several"):
-        kind = list[str]
     flags = more["flags"] or ((f"--{one.name.replace('_', '-')}",) if kind is bool and default is False else ())
     if default is None:
         kind = kind | None
@@ -202,10 +200,12 @@ def _item(hint: Any) -> Any:
 
 
 def _value(option: inspect.Parameter, hint: Any, value: Any) -> Any:
-    """Reads the values of an option that holds several: `1,8`, or the flag given again; one may stand alone."""
+    """Reads the values of an option that holds several: `1,8`, or the flag given again and again."""
+    if (item := _item(hint)) is None and isinstance(value, list):
+        return value[0] if len(value) == 1 else tuple(value)
+    if item is None or value is None:
+        return value
     several = isinstance(value, list)
-    if (item := _item(hint)) is None or value is None:
-        return (value[0] if len(value) == 1 else tuple(value)) if several else value
     if several and item not in _NUMBERS:  # a path may hold a comma
         return tuple(value)
     texts = value if several else [value]

@@ -13,7 +13,7 @@ from amprune.evaluation.identity import Subject
 from amprune.evaluation.records import Record
 from amprune.model.architecture import PreTrainedModel
 from amprune.model.gguf_file import GgufFile
-from amprune.running import Progress, no_progress, release_memory
+from amprune.running import Progress, no_progress, out_of_memory, release_memory
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -99,11 +99,3 @@ def memory_told(what: str) -> Iterator[None]:
             f"{what}: memory runs out at a batch of one ({reason(error)}); use a shorter --sequence-length, a smaller "
             "--dtype, or --device-map auto"
         ) from None
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Tells whether an error says that memory ran out, on any device."""
-    text = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        words in text for words in ("out of memory", "can't allocate memory", "not enough memory")
-    )

@@ -18,7 +18,7 @@ from amprune.errors import EvaluationError, required
 from amprune.evaluation.energy import energy_jobs
 from amprune.evaluation.identity import Subject, open_subjects
 from amprune.evaluation.latency import latency_jobs
-from amprune.evaluation.measurement import Job, Loaded, nan_refused, out_of_memory
+from amprune.evaluation.measurement import Job, Loaded, nan_refused
 from amprune.evaluation.perplexity import perplexity_jobs
 from amprune.evaluation.records import Evaluation, Record
 from amprune.evaluation.size import size_records
@@ -29,7 +29,7 @@ from amprune.model.llama_cpp import llama_cpp_model
 from amprune.model.loading import device_of, load_tokenizer, loaded_model
 from amprune.model.writer import check_target
 from amprune.records import alone, go_on
-from amprune.running import Advance, Progress, no_progress
+from amprune.running import Advance, Progress, no_progress, out_of_memory
 from amprune.settings import MEASURED_BY, MEASUREMENTS, EvaluationSettings, Measurement, PathLike, settle
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,6 @@ from typing import Any
 from amprune.cut.refit.record import RECORD
 from amprune.errors import AmpruneError, EvaluationError, ScoresError, reason
 from amprune.evaluation.identity import content_hash
-from amprune.evaluation.measurement import out_of_memory
 from amprune.evaluation.records import Evaluation
 from amprune.evaluation.run import evaluate
 from amprune.experiments.recipes import Cell
@@ -23,7 +22,7 @@ from amprune.plan.artefact import PruningPlan
 from amprune.plan.make import make_plan
 from amprune.records import read_object, replaced
 from amprune.recovery.run import recover
-from amprune.running import Progress, release_memory
+from amprune.running import Progress, out_of_memory, release_memory
 from amprune.scoring.catalogue import CRITERIA, Criterion
 from amprune.scoring.run import score_criteria
 from amprune.scoring.scores import ImportanceScores

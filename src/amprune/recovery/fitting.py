@@ -134,7 +134,7 @@ def _tokens(settings: RecoverySettings) -> int | None:
     """Returns how much text is wanted, where there are sources without an end."""
     if settings.tokens is not None or settings.samples is not None:
         return settings.tokens
-    endless = any(one.endless for one in parse_sources(settings.data, "--data"))
+    endless = any(one.is_endless for one in parse_sources(settings.data, "--data"))
     return (TOKENS if on_accelerator(settings.device) else TOKENS_ON_CPU) if endless else None
 
 

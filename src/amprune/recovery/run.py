@@ -53,9 +53,8 @@ from amprune.recovery.runs import (
 )
 from amprune.recovery.training import check_training, total_steps, train, validated
 from amprune.running import Progress, no_progress, release_memory
-from amprune.settings import Compute, PathLike, RecoverySettings, Training, part, settle, with_preset, write_recipe
-from amprune.text.own import Author
-from amprune.text.sources import files_of
+from amprune.settings import PathLike, RecoverySettings, Training, part, settle, with_preset, write_recipe
+from amprune.text.records import file_of
 from amprune.text.training import TrainingData, load_training_data
 
 logger = logging.getLogger(__name__)
@@ -157,10 +156,8 @@ def _data(
     settings: RecoverySettings, tokenizer: Any, base: Checkpoint, dense: Checkpoint | None, *, progress: Progress
 ) -> TrainingData:
     """Reads what is trained on; text of its own the dense model writes, where it is asked for."""
-    where = Compute(device=settings.device, dtype=settings.dtype)
-    author = None if dense is None else Author(dense, where, settings.seed, progress=progress)
     length = min(settings.max_length or 1, base.positions or sys.maxsize)
-    return load_training_data(settings, tokenizer, max_length=length, author=author, progress=progress)
+    return load_training_data(settings, tokenizer, max_length=length, author=dense, progress=progress)
 
 
 def _check_data(
@@ -190,7 +187,7 @@ def _check_data(
 def _other_sources(teacher: Source | None, asked: RecoverySettings) -> Iterator[Path]:
     """Yields what is read beside the model, which no output may replace either."""
     yield from () if teacher is None else teacher.protected
-    yield from files_of(asked.data)
+    yield from file_of(asked.data)
 
 
 def _check_early(folder: Path, source: Source, asked: RecoverySettings) -> None:

@@ -31,7 +31,7 @@ from amprune.model.recovered import LOG, Validated, read_log
 from amprune.recovery.distillation import Teaching, summed_loss, teacher_hidden
 from amprune.recovery.models import bfloat16_works, on_accelerator, processes
 from amprune.recovery.runs import EPOCHS, last_checkpoint, mark_whole, steps_done, where_to_go_on, write_log
-from amprune.running import Advance, is_out_of_memory, release_memory
+from amprune.running import Advance, out_of_memory, release_memory
 from amprune.settings import RecoverySettings, Training, with_preset
 from amprune.text.training import IGNORED, TrainingData
 
@@ -224,7 +224,7 @@ class _Recovery(Trainer):
             try:
                 return super().training_step(model, inputs, num_items_in_batch)
             except Exception as error:
-                if not is_out_of_memory(error) or self.accelerator.num_processes > 1:
+                if not out_of_memory(error) or self.accelerator.num_processes > 1:
                     raise
                 if rows == 1:
                     self._too_large(error)

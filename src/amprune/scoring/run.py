@@ -44,9 +44,9 @@ def score(
     asked = with_preset(settle(ScoreSettings, settings, options))
     rule = find_criterion(str(asked.criterion))
     _, dense = open_model(model, revision=asked.revision, dtype=asked.dtype)
-    samples = (
-        draw(dense, asked, trust_remote_code=asked.trust_remote_code, progress=progress) if rule.calibrated else None
-    )
+    samples = None
+    if rule.calibrated:
+        samples = draw(dense, asked, trust_remote_code=asked.trust_remote_code, progress=progress)
     if samples is not None and asked.allocate and not rule.depth:
         samples, _ = samples.split()
     return score_criteria(dense, [rule], samples, asked, seed=asked.seed, progress=progress)[rule.name]

@@ -1,15 +1,16 @@
 """Calibration sets: named, seeded, hashed samples of token ids.
 
 `alpaca` is the set of the paper, from the hub; `mixed` (instructions, encyclopaedic and web text, code, dialogue) and
-`builtin` (its instructions alone) ship with the package; `self` is what the model writes; a path is the user's own.
+`builtin` (its instructions alone) ship with the package; `self` the model writes; a path is the user's own text.
 """
 
 import hashlib
 import json
 import logging
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from amprune.errors import CalibrationError, ScoresError
@@ -17,17 +18,18 @@ from amprune.model.loading import load_tokenizer
 from amprune.model.reader import Checkpoint, open_model
 from amprune.running import Progress, no_progress
 from amprune.settings import ApplySettings, Compute, Drawing, PathLike, part, settle, with_preset
+from amprune.text.drawing import Own, draw_text, mixed
 from amprune.text.files import Record
-from amprune.text.own import LENGTH, Author
-from amprune.text.records import read_records, render
-from amprune.text.sources import TextSource, gather, names_of, parse_sources, stream
+from amprune.text.own import own_records
+from amprune.text.records import render
+from amprune.text.sources import Amount
 from amprune.text.tokens import start_token, started
 
 logger = logging.getLogger(__name__)
 
-_OPTION = "--calibration"
 SAMPLES = 50
 """As many as the paper draws."""
+MAX_LENGTH = 512
 HELD_OUT = 8
 """One sample in so many is held out, where something is chosen by what others do not fit."""
 
@@ -74,74 +76,62 @@ class CalibrationSet:
 
 
 def load_calibration(
-    source: PathLike | Sequence[str], tokenizer: Any, settings: Drawing | None = None, *, author: Author | None = None,
+    source: PathLike | tuple[PathLike, ...] | Sequence[str], tokenizer: Any, settings: Drawing | None = None,
     **options: Any,
 ) -> CalibrationSet:  # fmt: skip
-    """Draws a seeded random sample of a set and tokenises it.
+    """Draws a seeded random sample of a set, or of several by their weights, and tokenises it.
 
     Args:
-        source: what `--calibration` names (sources.py), a tuple of several, or a list of texts.
+        source: `alpaca`, `mixed`, `builtin`, `hub:OWNER/SET`, a file or folder of records; a tuple of several of these,
+            each with `:WEIGHT` behind it where they do not count alike; or a list of texts. `self`, which the model
+            writes, only `draw_calibration` has.
         tokenizer: the model's own, as transformers loads it.
         settings: how much is drawn; without samples and tokens it is 50 samples, of at most 512 tokens each.
-        author: who writes the texts of `self`.
         options: of `Drawing`, such as `samples=20`.
 
     Raises:
-        CalibrationError: the set cannot be read, is malformed, or holds fewer samples.
+        CalibrationError: a set cannot be read, is malformed, or holds fewer samples.
     """
-    asked = settle(Drawing, settings, options)
-    samples, tokens, max_length = asked.samples, asked.tokens, 512 if asked.max_length is None else asked.max_length
+    return _drawn(source, tokenizer, settle(Drawing, settings, options), _no_author)
+
+
+def _no_author(asked: Amount) -> Iterable[Record]:
+    raise CalibrationError("self is text that a model writes, and only its tokenizer is given; use draw_calibration")
+
+
+def _drawn(source: Any, tokenizer: Any, asked: Drawing, own: Own) -> CalibrationSet:
+    samples, tokens, max_length = (
+        asked.samples,
+        asked.tokens,
+        MAX_LENGTH if asked.max_length is None else asked.max_length,
+    )
     for name, value in (("samples", samples), ("tokens", tokens), ("max_length", max_length)):
         if value is not None and value < 1:
             raise CalibrationError(f"{name} is {value}, expected at least 1")
-    start, sources = start_token(tokenizer), parse_sources(source, _OPTION)
+    if samples is None and tokens is None:
+        samples = SAMPLES
+    start, several = start_token(tokenizer), isinstance(source, tuple) and len(source) > 1
 
-    def encoded(name: str, records: Iterable[Record]) -> Iterator[tuple[int, ...]]:
-        return (_encode(one, tokenizer, f"{name}, {at}", asked.prompts_only, max_length, start) for at, one in records)
+    def pick(name: str, records: Sequence[Record], count: int | None) -> Sequence[Record]:
+        if count is not None and len(records) < count and not several:
+            smaller = f"--samples {len(records)} or " if records else ""
+            raise CalibrationError(
+                f"{name} holds {len(records)} samples, but {count} were asked for; give {smaller}a larger set"
+            )
+        most = len(records) if count is None else min(count, len(records))
+        return random.Random(asked.seed).sample(records, most)
 
-    if len(sources) > 1 or any(one.endless for one in sources):
-        name, kept = names_of(sources), _of_several(sources, asked, author, encoded)
-    else:
-        name, drawn = _of_one(source if not sources else sources[0].name, asked)
-        kept = tuple(encoded(name, drawn) if tokens is None else _until(encoded(name, drawn), tokens))
-        if tokens is not None and (came := sum(map(len, kept))) < tokens:
-            logger.warning("%s holds %s of the %s tokens that were asked for", name, f"{came:,}", f"{tokens:,}")
+    def encode(record: Record, name: str) -> tuple[tuple[int, ...], int]:
+        place, content = record
+        ids = _encode(content, tokenizer, f"{name}, {place}", asked.prompts_only, max_length, start)
+        return ids, len(ids)
+
+    found = draw_text(
+        source, Amount(samples, tokens), encode, pick, own, seed=asked.seed, option="--calibration"
+    )  # fmt: skip
+    name = ", ".join(one.source.shown for one in found)
+    kept = tuple(mixed([one.samples for one in found], asked.seed))
     return CalibrationSet(name, kept, asked.seed, max_length, asked.prompts_only, start)
-
-
-def _of_one(source: PathLike | Sequence[str], asked: Drawing) -> tuple[str, list[Record]]:
-    """Draws from one set that has an end, all of it where tokens are counted."""
-    samples = SAMPLES if asked.samples is None and asked.tokens is None else asked.samples
-    name, records = read_records(source)
-    if samples is not None and len(records) < samples:
-        smaller = f"--samples {len(records)} or " if records else ""
-        raise CalibrationError(
-            f"{name} holds {len(records)} samples, but {samples} were asked for; give {smaller}a larger set"
-        )
-    return name, random.Random(asked.seed).sample(records, len(records) if samples is None else samples)
-
-
-def _of_several(
-    sources: Sequence[TextSource], asked: Drawing, author: Author | None,
-    encoded: Callable[[str, Iterable[Record]], Iterator[tuple[int, ...]]],
-) -> tuple[tuple[int, ...], ...]:  # fmt: skip
-    """Draws from several sources by their weights, and mixes what was drawn."""
-    samples = SAMPLES if asked.samples is None and asked.tokens is None else asked.samples
-    length = 1 if samples is None else asked.max_length or LENGTH
-
-    def draw(one: TextSource, share: float) -> Iterator[tuple[int, ...]]:
-        return encoded(one.name, stream(one, asked.seed, author, share * length, _OPTION))
-
-    wanted, size, what = (samples, _one, "samples") if samples is not None else (asked.tokens, len, "tokens")
-    kept = [sample for items in gather(sources, wanted, draw, size, what) for sample in items]
-    if not kept:
-        raise CalibrationError(f"{names_of(sources)}: not one sample came; give another set")
-    random.Random(asked.seed).shuffle(kept)
-    return tuple(kept)
-
-
-def _one(sample: tuple[int, ...]) -> int:
-    return 1
 
 
 def _until(samples: Iterable[tuple[int, ...]], tokens: int) -> Iterator[tuple[int, ...]]:
@@ -158,7 +148,7 @@ def draw(
 ) -> CalibrationSet:
     """Draws a set for a model, by its own tokenizer and no longer than its positions; a set stays as it is.
 
-    Of `self` it writes the text, computing as the settings say, where they do.
+    The source `self` the model writes, on the device of the settings where they name one.
     """
     positions, source = dense.positions, settings.calibration
     if isinstance(source, CalibrationSet):
@@ -175,14 +165,17 @@ def draw(
         )
         settings = replace(settings, max_length=positions)
     tokenizer = load_tokenizer(dense.folder, trust_remote_code=trust_remote_code)
-    where = Compute(**{one.name: getattr(settings, one.name) for one in fields(Compute) if hasattr(settings, one.name)})
-    author = Author(dense, where, settings.seed, trust_remote_code=trust_remote_code, progress=progress)
-    return load_calibration(source, tokenizer, part(Drawing, settings), author=author)
+    where = part(Compute, settings) if isinstance(settings, Compute) else Compute()
+    own = partial(
+        own_records, dense, tokenizer, seed=settings.seed, where=where, max_length=settings.max_length or MAX_LENGTH,
+        progress=progress,
+    )  # fmt: skip
+    return _drawn(source, tokenizer, part(Drawing, settings), own)
 
 
 def draw_calibration(
     model: PathLike,
-    calibration: PathLike | Sequence[str] | None = None,
+    calibration: PathLike | tuple[PathLike, ...] | Sequence[str] | None = None,
     settings: ApplySettings | None = None,
     **options: Any,
 ) -> CalibrationSet:
@@ -190,7 +183,7 @@ def draw_calibration(
 
     Args:
         model: a Hugging Face folder, a `.gguf` file, an alias or a hub id, whose tokenizer is used.
-        calibration: `alpaca`, `mixed`, `builtin`, a file, or a list of texts; None is the preset's.
+        calibration: as of `load_calibration`, or `self`, which the model writes; None is the preset's.
         settings: how much is drawn; what is left open, the preset says.
         options: of `ApplySettings`, such as `samples=50`.
 

@@ -29,7 +29,8 @@ def read_file(source: str | os.PathLike[str], option: str) -> list[Record]:
         records = _saved(path)
     elif not path.is_file():
         raise CalibrationError(
-            f"no {option.lstrip('-')} set {str(source)!r}: give alpaca, mixed, builtin or the path of a {kinds} file"
+            f"no {option.lstrip('-')} set {str(source)!r}: give alpaca, mixed, builtin, self, hub:OWNER/SET or the "
+            f"path of a {kinds} file"
         )
     else:
         packed = path.suffix.lower() == ".gz"

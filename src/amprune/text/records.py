@@ -10,6 +10,7 @@ from typing import Any
 from amprune.errors import CalibrationError, reason
 from amprune.running import in_time
 from amprune.text.files import Record, json_lines, read_file
+from amprune.text.sources import parse_sources
 
 ALPACA_DATASET = "yahma/alpaca-cleaned"
 _SHIPPED = {"builtin": ("builtin.jsonl",), "mixed": ("builtin.jsonl", "mixed.jsonl")}
@@ -44,14 +45,17 @@ def read_records(
         records = [record for file, text in files for record in json_lines(text, file)]
     else:
         name, records = Path(source).name, read_file(source, option)
-    return name, [one for one in records if not isinstance(text := one[1].get("text"), str) or text.strip()]
+    return name, [one for one in records if not is_blank(one[1])]
 
 
-def file_of_one(source: object) -> tuple[Path, ...]:
-    """Returns the file that a set is read from, where it is one."""
-    text = os.fspath(source) if isinstance(source, str | os.PathLike) else "alpaca"
-    named = text not in ("alpaca", "self", *_SHIPPED) and not text.startswith("hub:")
-    return (Path(text).expanduser(),) if named else ()
+def is_blank(record: Mapping[str, Any]) -> bool:
+    """Tells whether a record is a text without a letter."""
+    return isinstance(text := record.get("text"), str) and not text.strip()
+
+
+def file_of(value: object) -> tuple[Path, ...]:
+    """Returns the files that the sources of an option are read from, of those that are files."""
+    return tuple(file for source in parse_sources(value, "the text") for file in source.files)
 
 
 def _alpaca(option: str) -> Iterable[Record]:

@@ -1,33 +1,47 @@
-"""Instructions with responses as token ids and labels: the loss is on the response alone."""
+"""Text as token ids and labels: the loss is on the responses alone, or on every token."""
 
 import logging
 import random
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from amprune.errors import CalibrationError, RecoveryError
+from amprune.model.reader import Checkpoint
 from amprune.running import Progress, no_progress
-from amprune.settings import RecoverySettings
+from amprune.settings import Compute, RecoverySettings
+from amprune.text.drawing import Drawn, draw_text, mixed
 from amprune.text.files import Record
-from amprune.text.own import Author
-from amprune.text.records import read_records, render
-from amprune.text.sources import TextSource, gather, names_of, parse_sources, stream
+from amprune.text.own import own_records
+from amprune.text.records import render
+from amprune.text.sources import Amount
 from amprune.text.tokens import spans, start_token, started
 
 logger = logging.getLogger(__name__)
 IGNORED = -100
 """The label of a token that no loss is taken on."""
 
-_OPTION = "--data"
-_MOST_HELD_OUT = 64
-"""Rows; more cost time and tell little more."""
-_SHORTEST_ROW = 8
-"""Tokens of what is left for the last row."""
-
 Sample = dict[str, list[int]]
 """`input_ids` and `labels`, equally long."""
+
+
+ENDLESS_TOKENS = 200_000
+"""Taken of a source that has no end where no number is asked for."""
+_HELD_OUT_ROWS = 64
+"""More full rows than that tell nothing more about a loss."""
+_SHORTEST_ROW = 8
+
+
+@dataclass(frozen=True)
+class UsedSource:
+    """What a source of text gave, before it was split and packed."""
+
+    name: str
+    weight: float
+    samples: int
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -40,161 +54,127 @@ class TrainingData:
     truncated: int
     """Samples that were longer than the length."""
     skipped: int
-    """Samples with no response token left."""
-    sources: tuple[dict[str, Any], ...] = ()
-    """Of each set its name and weight, and the samples and tokens that came of it."""
+    """Samples with no token left to learn."""
+    sources: tuple[UsedSource, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Returns what a record keeps."""
         tokens = sum(len(sample["input_ids"]) for sample in self.training)
         return {
             "name": self.name, "training": len(self.training), "tokens": tokens, "validation": len(self.validation),
-            "truncated": self.truncated, "skipped": self.skipped, "sources": list(self.sources),
+            "truncated": self.truncated, "skipped": self.skipped, "sources": [asdict(one) for one in self.sources],
         }  # fmt: skip
 
 
 def load_training_data(
-    settings: RecoverySettings, tokenizer: Any, *, max_length: int | None = None, author: Author | None = None,
-    progress: Progress = no_progress,
+    settings: RecoverySettings, tokenizer: Any, *, max_length: int | None = None, author: Checkpoint | None = None,
+    endless_tokens: int = ENDLESS_TOKENS, progress: Progress = no_progress,
 ) -> TrainingData:  # fmt: skip
-    """Reads, draws, tokenises and splits one set or several.
+    """Reads, draws, tokenises and splits a set, or several by their weights.
 
     Prompt and response are one text when they are tokenised, with an end-of-sequence token after it, so that no second
-    start token stands in the middle. Labels are the tokens of the response; of plain text, and where not responses
-    alone are learnt, all.
-
-    Of each set at least one sample is held out for validation, unless the share is 0.
+    start token stands in the middle. Labels are the tokens of the response, or with `responses_only` off all but the
+    first; of plain text they always are.
 
     Args:
-        settings: with the values of their preset.
-        tokenizer: the model's.
+        settings: those that the preset has settled.
+        tokenizer: the model's own.
         max_length: counts instead of the settings' where the model has fewer positions.
-        author: who writes the texts of `self`.
-        progress: told how many samples were tokenised.
+        author: the dense model, which writes the source `self`.
+        endless_tokens: taken of `self` and of sets of the hub where neither samples nor tokens are asked for.
+        progress: told how far it is.
+
+    At least one sample of each source is held out for validation, unless the share is 0.
     """
-    length = max_length or settings.max_length or 1
-    whole = settings.packing and not settings.responses_only  # a long text fills several rows
-    reader = _Reader(
-        tokenizer,
-        sys.maxsize if whole else length,
-        bool(settings.responses_only),
-        bool(settings.packing),
-        start_token(tokenizer),
-    )
-    sources = parse_sources(settings.data, _OPTION)
-    if len(sources) > 1 or settings.tokens is not None or any(one.endless for one in sources):
-        found = _of_several(sources or (TextSource("texts"),), settings, reader, author)
-    else:
-        found = [_of_one(settings, reader, progress)]
-    name = names_of(sources) if sources else "texts"
-    reader.say(name)
-    training: list[Sample] = []
-    validation: list[Sample] = []
-    for kept in found:
-        held = _held_out(len(kept), settings.validation_share or 0)
-        validation += kept[:held]
-        training += kept[held:]
-    if not training:
-        raise RecoveryError(
-            f"{name} leaves {sum(map(len, found))} samples with a response within {length} tokens; training needs one, "
-            "and one more for the validation loss: give more samples or a larger --max-length"
+    length = max_length or settings.max_length or 0
+    whole = settings.packing and not settings.responses_only  # then a long text goes on in the next row
+    most = sys.maxsize if whole else length
+    reader = _Reader(tokenizer, start_token(tokenizer), most, bool(settings.responses_only), bool(settings.packing))
+    several = isinstance(settings.data, tuple) and len(settings.data) > 1
+
+    def pick(name: str, records: Sequence[Record], count: int | None) -> Sequence[Record]:
+        if settings.samples is not None and not several and not 1 <= settings.samples <= len(records):
+            raise RecoveryError(f"{name} holds {len(records)} samples, but --samples {settings.samples} were asked for")
+        return random.Random(settings.seed).sample(records, len(records))[:count]
+
+    def own(asked: Amount) -> Iterable[Record]:
+        if author is None:
+            raise RecoveryError("self is text that the dense model writes; give it by --teacher")
+        where = Compute(device=settings.device, dtype=settings.dtype)
+        return own_records(
+            author, tokenizer, asked, seed=settings.seed, where=where, max_length=length, progress=progress
         )
-    if len(found) > 1:
-        random.Random(settings.seed).shuffle(training)
+
+    found = draw_text(
+        settings.data, Amount(settings.samples, settings.tokens), reader.encode, pick, own, seed=settings.seed,
+        option="--data", endless=endless_tokens, progress=progress,
+    )  # fmt: skip
+    reader.tell()
+    name = ", ".join(one.source.shown for one in found)
+    training, validation = _split(found, settings, length, name)
     if settings.packing:
         training = _packed(training, length, reader.start)
-        if not settings.responses_only:
-            validation = _packed(validation, length, reader.start)[:_MOST_HELD_OUT]
-    told = tuple(
-        {"name": names_of([source]), "weight": source.weight, "samples": len(kept), "tokens": sum(map(_tokens, kept))}
-        for source, kept in zip(sources, found, strict=False)
-    )
-    return TrainingData(name, tuple(training), tuple(validation), reader.truncated, reader.skipped, told)
-
-
-def _held_out(samples: int, share: float) -> int:
-    """Returns how many samples of a set are held out."""
-    return max(0, min(samples - 1, max(1, round(samples * share)))) if share else 0
-
-
-def _of_one(settings: RecoverySettings, reader: "_Reader", progress: Progress) -> list[Sample]:
-    """Reads one set that has an end, all of it or as many samples as were asked for."""
-    samples, (name, records) = settings.samples, read_records(settings.data, option=_OPTION)
-    drawn = random.Random(settings.seed).sample(records, len(records))
-    if samples is not None:
-        if not 1 <= samples <= len(records):
-            raise RecoveryError(f"{name} holds {len(records)} samples, but --samples {samples} were asked for")
-        drawn = drawn[:samples]
-    kept = []
-    with progress("Tokenising", len(drawn)) as advance:
-        for where, record in drawn:
-            kept += reader.read(record, f"{name}, {where}")
-            advance(1)
-    return kept
-
-
-def _of_several(
-    sources: Sequence[TextSource], settings: RecoverySettings, reader: "_Reader", author: Author | None
-) -> list[list[Sample]]:
-    """Reads sets by their weights, so many samples or tokens of all."""
-
-    def draw(one: TextSource, share: float) -> Iterator[Sample]:
-        if one.name == "texts" and not isinstance(settings.data, str | tuple):
-            _, records = read_records(settings.data, option=_OPTION)
-            drawn: Iterable[Record] = random.Random(settings.seed).sample(records, len(records))
-        else:
-            drawn = stream(
-                one, settings.seed, author, share * ((settings.max_length or 1) if settings.samples else 1), _OPTION
-            )
-        for where, record in drawn:
-            yield from reader.read(record, f"{one.name}, {where}")
-
-    if settings.samples is not None:
-        return gather(sources, settings.samples, draw, lambda sample: 1, "samples")
-    if settings.tokens is None and (endless := next((one.name for one in sources if one.endless), None)):
-        raise RecoveryError(f"{endless} has no end; say by --tokens or --samples how much of it is wanted")
-    return gather(sources, settings.tokens, draw, _tokens, "tokens")
-
-
-def _tokens(sample: Sample) -> int:
-    return len(sample["input_ids"])
+    if settings.packing and not settings.responses_only:
+        validation = _packed(validation, length, reader.start)[:_HELD_OUT_ROWS]
+    used = (UsedSource(one.source.shown, one.source.weight, len(one.samples), one.tokens) for one in found)
+    return TrainingData(
+        name, tuple(training), tuple(validation), sum(reader.truncated.values()), sum(reader.skipped.values()),
+        tuple(used),
+    )  # fmt: skip
 
 
 @dataclass
 class _Reader:
-    """Makes samples of records, and counts those that are cut or left out."""
+    """Makes samples of records, and counts by source what is cut and what is left out."""
 
     tokenizer: Any
+    start: int | None
     length: int
     responses_only: bool
     packing: bool
-    start: int | None
-    read_so_far: int = 0
-    truncated: int = 0
-    skipped: int = 0
+    read: Counter[str] = field(default_factory=Counter)
+    truncated: Counter[str] = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)
 
-    def read(self, record: Mapping[str, Any], where: str) -> list[Sample]:
-        """Returns the sample of a record, or none where it has nothing to learn."""
-        sample, cut = _encode(record, self.tokenizer, where, self.length, self.start)
-        if not self.responses_only:
-            first = (
-                sample["input_ids"][0] if self.packing else IGNORED
-            )  # which in a packed row the text before predicts
-            sample["labels"] = [first, *sample["input_ids"][1:]]
-        self.read_so_far += 1
-        self.truncated += cut
+    def encode(self, record: Record, name: str) -> tuple[Sample | None, int]:
+        """Returns a sample and its tokens, or None where nothing of it could be learnt."""
+        place, content = record
+        sample, cut = _encode(content, self.tokenizer, f"{name}, {place}", self.length, self.start)
+        if not self.responses_only:  # of a packed row, the text before predicts the first token of the next
+            first = sample["input_ids"][:1] if self.packing else [IGNORED]
+            sample["labels"] = [*first, *sample["input_ids"][1:]]
         learnt = any(label != IGNORED for label in sample["labels"][1:])
-        self.skipped += not learnt
-        return [sample] if learnt else []
+        self.read[name] += 1
+        self.truncated[name] += cut
+        self.skipped[name] += not learnt
+        return (sample, len(sample["input_ids"])) if learnt else (None, 0)
 
-    def say(self, name: str) -> None:
-        """Says what was cut and left out."""
-        if self.truncated:
-            logger.info("%s: %d of %d samples are cut at %d tokens", name, self.truncated, self.read_so_far,
-                        self.length)  # fmt: skip
-        if self.skipped:
-            logger.warning("%s: %d of %d samples have no response within %d tokens and are left out", name,
-                           self.skipped, self.read_so_far, self.length)  # fmt: skip
+    def tell(self) -> None:
+        """Says what was cut and what was left out."""
+        for name, total in self.read.items():
+            if count := self.truncated[name]:
+                logger.info("%s: %d of %d samples are cut at %d tokens", name, count, total, self.length)
+            if count := self.skipped[name]:
+                logger.warning("%s: %d of %d samples have no response within %d tokens and are left out", name, count,
+                               total, self.length)  # fmt: skip
+
+
+def _split(
+    found: Sequence[Drawn[Sample]], settings: RecoverySettings, length: int, name: str
+) -> tuple[list[Sample], list[Sample]]:
+    """Holds the first samples of each source out; those of several are mixed then."""
+    share, tokens = settings.validation_share or 0.0, sum(one.tokens for one in found)
+    if settings.packing and not settings.responses_only and tokens:
+        share = min(share, _HELD_OUT_ROWS * length / tokens)
+    held = [max(0, min(len(one.samples) - 1, max(1, round(len(one.samples) * share)))) if share else 0 for one in found]
+    training = [one.samples[count:] for one, count in zip(found, held, strict=True)]
+    if not any(training):
+        raise RecoveryError(
+            f"{name} leaves {sum(len(one.samples) for one in found)} samples with a response within {length} tokens; "
+            "training needs one, and one more for the validation loss: give more samples or a larger --max-length"
+        )
+    validation = [one.samples[:count] for one, count in zip(found, held, strict=True)]
+    return mixed(training, settings.seed), mixed(validation, settings.seed)
 
 
 def _encode(
