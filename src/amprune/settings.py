@@ -163,7 +163,7 @@ class Preset:
 class Drawing(Seeded):
     """Which text a model is scored and refitted on, and how much of it."""
 
-    calibration: Text = option(None, f"Calibration set: {_SOURCES} {_PRESET}.", type=list[str])
+    calibration: Text = option(None, f"Calibration set: {_SOURCES} {_PRESET}.", type=list[str], metavar="SET")
     """In Python a list of texts, or token ids as a `CalibrationSet`, too."""
     samples: int | None = option(None, "Calibration samples, drawn at random (default: 50, or by --tokens).")
     tokens: int | None = option(None, "Draw calibration samples until there are as many tokens.")
@@ -331,7 +331,7 @@ class Training(Preset, Seeded):
 class RecoverySettings(Training, Device, Writing, Access):
     """The options of `recover`."""
 
-    data: Text = option(None, f"Data to train on: {_SOURCES} {_PRESET}.", type=list[str])
+    data: Text = option(None, f"Data to train on: {_SOURCES} {_PRESET}.", type=list[str], metavar="SET")
     """In Python a list of texts, too."""
     samples: int | None = option(None, "Samples to draw from the training data (default: all).")
     teacher: PathLike | None = option(

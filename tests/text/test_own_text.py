@@ -4,17 +4,21 @@ import itertools
 import json
 import logging
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from tiny_models import ALL, Tiny, make_model
 from tiny_recovery import TOKENIZER, save_tiny
 from tiny_tokenizer import make_tokenizer
+from typer.testing import CliRunner
 
 from amprune import CalibrationError, CheckpointError, RecoveryError, draw_calibration, load_calibration, write_text
+from amprune.cli import app
 from amprune.errors import AmpruneError
 from amprune.model.reader import read_checkpoint
 from amprune.model.source import cache_folder
@@ -262,6 +266,18 @@ def test_a_killed_write_is_gone_on_with_to_the_same_bytes(
     assert not partial.exists()
 
 
+def test_the_command_says_how_much_was_written_how_fast_and_what_was_dropped(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
+    arguments = ["--tokens", "0.2k", "--batch-size", "4", "--max-length", "60", "--device", "cpu"]
+    found = CliRunner().invoke(app, ["write-text", str(model), "-o", str(tmp_path / "self.jsonl"), *arguments])
+    assert found.exit_code == 0, found.output
+    assert re.search(r"Wrote \d+ tokens in \d texts, \d of them chats, [\d,]+ tokens/s\nDropped: ", found.stdout)
+    found = CliRunner().invoke(app, ["write-text", str(model), "-o", str(tmp_path / "two.jsonl"), "--json", *arguments])
+    assert json.loads(found.stdout)["tokens"] == sum(text["tokens"] for text in lines(tmp_path / "self.jsonl"))
+
+
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
@@ -327,6 +343,8 @@ def test_own_text_is_kept_extended_and_read_from_its_beginning(model: Path, cach
     assert written(100) == first
     assert file.stat().st_mtime_ns == state
     assert len(own_records(dense, TOKENIZER, Amount(samples=3), seed=0, where=where, max_length=60)) == 3
+    with FileLock(file.with_name(f"{file.name}.lock")), pytest.raises(CheckpointError, match="by another run"):
+        written(10_000)
     file.write_bytes(content[:10])
     with pytest.raises(CheckpointError, match=r"is missing or shorter than .* says; remove it"):
         written(100)
