@@ -154,8 +154,8 @@ class Preset:
 
     preset: str = option(
         "best",
-        "best: what does least damage (refits kept weights, shares out the budget by measuring); paper: AMP as "
-        "published.",
+        "best: what does least damage (shares out the budget by measuring, refits kept weights, distils); paper: AMP "
+        "as published.",
     )
 
 

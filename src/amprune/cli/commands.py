@@ -9,7 +9,9 @@ import typer
 from amprune.cli import display
 from amprune.cli.display import plan_summary, progress, result_summary, show_result, stderr
 from amprune.cli.options import Model, Out, Result, command
+from amprune.errors import required
 from amprune.settings import (
+    MEASURED_BY,
     ApplySettings,
     EvaluationSettings,
     ExperimentSettings,
@@ -19,11 +21,14 @@ from amprune.settings import (
     PruneSettings,
     PushSettings,
     QuantizeSettings,
+    RecoverCommandSettings,
+    RecoverySettings,
     ReportSettings,
     RunSettings,
     ScoreSettings,
     VerifySettings,
     WritingTextSettings,
+    part,
 )
 
 
@@ -157,6 +162,23 @@ def write_text_command(
 
     written = write_text(model, output, settings, progress=progress)
     return {"out": str(output), **written.to_dict()}, lambda: display.show_written(written, output)
+
+
+@command("recover", recipe=True, kept=lambda out: out.with_name(f"{out.name}.training"), again="--resume")
+def recover_command(model: Model, out: Out, settings: RecoverCommandSettings) -> Result | None:
+    """Bring a pruned model back: taught by the dense model, or fine-tuned as in the paper; write a checkpoint."""
+    from amprune import recover
+    from amprune.pipeline import measure_epochs
+
+    if settings.evaluate_each_epoch:
+        required("--evaluate-each-epoch", *MEASURED_BY["zero_shot"])
+    keep = settings.keep_epochs or settings.evaluate_each_epoch
+    result = recover(model, out, part(RecoverySettings, settings), keep_epochs=keep, progress=progress)
+    if result is None:  # one of the processes that do not write
+        return None
+    if settings.evaluate_each_epoch:
+        measure_epochs(model, result, settings, progress=progress)
+    return {"out": str(result.folder), **result.record}, lambda: display.show_recovery(result)
 
 
 @command("evaluate", recipe=True, kept=lambda output: output)
