@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from fake_datasets import served
-from tiny_recovery import training_data
+from tiny_recovery import save_tiny, training_data
 from tiny_tokenizer import make_tokenizer
 from typer.testing import CliRunner
 
@@ -92,6 +92,16 @@ def test_the_command_line_gives_one_source_as_text_and_several_as_a_tuple(monkey
     for arguments in ([], ["--calibration", "builtin"], ["--calibration", "builtin", "--calibration", "a,b.txt:2"]):
         CliRunner().invoke(options.app, ["prune", "model", "out", "--ratio", "0.2", *arguments])
     assert [settings.calibration for settings in seen] == [None, "builtin", ("builtin", "a,b.txt:2")]
+
+
+def test_a_weight_that_is_none_is_told_on_the_terminal_as_it_was_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
+    arguments = ["prune", str(save_tiny(tmp_path / "model")), str(tmp_path / "out"), "--ratio", "0.2"]
+    found = CliRunner().invoke(options.app, [*arguments, "--calibration", "self:x"])
+    assert found.exit_code == 1
+    assert "amprune: --calibration self:x: the weight of self is 'x'" in found.output
 
 
 def test_recipes_hold_several_sources_as_a_list(tmp_path: Path) -> None:

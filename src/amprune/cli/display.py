@@ -59,8 +59,8 @@ class _AllPrintable(RenderHook):
 
 
 stdout, stderr = (
-    Console(highlight=False, markup=False, soft_wrap=True),
-    Console(stderr=True, highlight=False, markup=False),
+    Console(highlight=False, markup=False, emoji=False, soft_wrap=True),
+    Console(stderr=True, highlight=False, markup=False, emoji=False),
 )
 for console in (stdout, stderr):
     console.push_render_hook(_AllPrintable())

@@ -53,9 +53,9 @@ def is_blank(record: Mapping[str, Any]) -> bool:
     return isinstance(text := record.get("text"), str) and not text.strip()
 
 
-def file_of(value: object) -> tuple[Path, ...]:
+def file_of(value: object, *, option: str = "--calibration") -> tuple[Path, ...]:
     """Returns the files that the sources of an option are read from, of those that are files."""
-    return tuple(file for source in parse_sources(value, "the text") for file in source.files)
+    return tuple(file for source in parse_sources(value, option) for file in source.files)
 
 
 def _alpaca(option: str) -> Iterable[Record]:
