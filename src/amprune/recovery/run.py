@@ -187,7 +187,7 @@ def _check_data(
 def _other_sources(teacher: Source | None, asked: RecoverySettings) -> Iterator[Path]:
     """Yields what is read beside the model, which no output may replace either."""
     yield from () if teacher is None else teacher.protected
-    yield from file_of(asked.data)
+    yield from file_of(asked.data, option="--data")
 
 
 def _check_early(folder: Path, source: Source, asked: RecoverySettings) -> None:
