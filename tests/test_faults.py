@@ -21,7 +21,7 @@ from amprune.settings import PruneSettings, read_recipe
 
 PAPER = ("--preset", "paper", "--calibration", "chats.jsonl", "--samples", 4)
 MEASURED = ("--measure", "perplexity", "--text", "text.txt", "--sequence-length", 32, "--device", "cpu")
-TRAINED = ("--data", "chats.jsonl", "--device", "cpu", "--max-steps", 1)
+TRAINED = ("--preset", "paper", "--data", "chats.jsonl", "--device", "cpu", "--max-steps", 1)
 
 
 @pytest.fixture(scope="module")
