@@ -6,8 +6,8 @@
 #   benchmarks/gpu/recover.sh unpack FOLDER        on the GPU machine, once for each part that has come: FOLDER/a, ...
 #   benchmarks/gpu/recover.sh run OUT [RATIO...]   there, when all have come: OUT/recover.json; by default 0.2 and 0.3
 #
-# TOKENS (2,600,000), LIMIT (400 items of each task), WINDOWS (all) and DEVICE (cuda) make it smaller. DATA_DIR is a
-# folder with wikitext2/, tasks/, text/ and alpaca/ (docs/evaluation.md); `pack` carries it.
+# MODEL (smollm2-135m), TOKENS (2,600,000), LIMIT (400 items of each task), WINDOWS (all) and DEVICE (cuda) may be given.
+# DATA_DIR is a folder with wikitext2/, tasks/, text/ and alpaca/ (docs/evaluation.md); `pack` carries it.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
 site=${AMPRUNE_GPU_SITE:-/tmp/amprune-gpu}
@@ -47,17 +47,18 @@ unpack() {
 
 run() {
     local out=$1 && shift
-    local ratios=("${@:-0.2}")
+    local ratios=("$@")
     [ $# -gt 0 ] || ratios=(0.2 0.3)
     local data=${DATA_DIR:-$site/data} tokens=${TOKENS:-2600000} device=${DEVICE:-cuda}
+    local model=${MODEL:-smollm2-135m}
     export PYTHONPATH="$root/src:$site${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1
     local amprune=("${PYTHON:-python3}" -m amprune)
     local text=(--data "$data/text/web.txt" --data "$data/text/wikipedia.txt"
         --data "$data/alpaca/alpaca_cleaned_first5000.jsonl" --data self)
-    local work="$out/models" models=(dense=smollm2-135m)
+    local work="$out/models" models=("dense=$model")
     mkdir -p "$work"
     for ratio in "${ratios[@]}"; do
-        "${amprune[@]}" prune smollm2-135m "$work/best-$ratio" --ratio "$ratio" --device "$device" --overwrite --json \
+        "${amprune[@]}" prune "$model" "$work/best-$ratio" --ratio "$ratio" --device "$device" --overwrite --json \
             >"$out/prune-$ratio.json"
         "${amprune[@]}" recover "$work/best-$ratio" "$work/best-$ratio-recovered" --device "$device" "${text[@]}" \
             --tokens "$tokens" --overwrite --json >"$out/recover-$ratio.json"

@@ -2,6 +2,9 @@
 
 import json
 import logging
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -297,3 +300,57 @@ def test_the_learning_rate_falls_with_the_width_and_adapters_have_a_larger_one(f
     assert fitted(asked(full=False), base, None).learning_rate == pytest.approx(fitting.RATE * fitting.ADAPTER_RATE)
     base.architecture.__dict__["shape"] = replace(base.shape, hidden_size=4096)
     assert fitted(asked(full=True), base, None).learning_rate == pytest.approx(fitting.RATE * 576 / 4096, rel=0.05)
+
+
+# Several processes, and what is killed.
+
+
+def started(folder: Path, out: Path, *more: object, processes: int = 1) -> list[str]:
+    launch = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "amprune"]
+    asked = [
+        "recover", folder / "pruned", out, "--data", folder / "chats.jsonl", "--data", "self", "--tokens", 4000,
+        "--batch-size", 1, "--batch-tokens", 256, "--learning-rate", 3e-3, "--logging-steps", 1, "--device", "cpu",
+        "--dtype", "float32", "--save-steps", 2, *more,
+    ]  # fmt: skip
+    return [sys.executable, "-m", *(launch if processes > 1 else ["amprune"]), *map(str, asked)]
+
+
+@pytest.mark.process
+def test_two_processes_distil_as_one_and_the_first_writes_the_text(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AMPRUNE_CACHE", str(tmp_path / "cache"))
+    for name, processes in (("two", 2), ("one", 1)):
+        done = subprocess.run(
+            started(folder, tmp_path / name, processes=processes), capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    two, one = (json.loads((tmp_path / name / "amprune/recovery.json").read_text()) for name in ("two", "one"))
+    assert (two["processes"], one["processes"]) == (2, 1)
+    assert two["data"] == one["data"]
+    assert [source["name"] for source in one["data"]["sources"]] == ["chats.jsonl", "self"]
+    assert two["validation_after"] == pytest.approx(one["validation_after"], abs=2e-4)
+    assert one["validation_after"] < one["validation_before"]
+    ours, theirs, before = (weights(place) for place in (tmp_path / "two", tmp_path / "one", folder / "pruned"))
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], atol=2e-4, rtol=0)
+    assert max(float((theirs[name] - before[name]).abs().max()) for name in theirs) > 2e-3
+
+
+@pytest.mark.process
+def test_a_killed_distillation_is_gone_on_with_bit_by_bit(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AMPRUNE_CACHE", str(tmp_path / "cache"))
+    assert subprocess.run(started(folder, tmp_path / "whole"), capture_output=True, check=False).returncode == 0
+    process = subprocess.Popen(started(folder, tmp_path / "out"), stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list((tmp_path / "out.training").glob("checkpoint-*/trainer_state.json")):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "out").exists()
+    done = subprocess.run(started(folder, tmp_path / "out", "--resume"), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "going on from checkpoint-" in done.stderr
+    ours, theirs = weights(tmp_path / "out"), weights(tmp_path / "whole")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
