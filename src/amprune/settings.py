@@ -285,7 +285,7 @@ class Training(Preset, Seeded):
         False, "QLoRA: hold the frozen weights in four bits while training; needs CUDA and bitsandbytes."
     )
     learning_rate: float | None = option(
-        None, "Peak learning rate of AdamW (default: the preset's; best: by the model's width)."
+        None, "Peak learning rate of AdamW (default: the preset's; best: by the model's width and the batch)."
     )
     schedule: Schedule | None = option(
         None, f"After the warm-up the learning rate falls to 0 (linear) or to a twentieth (cosine) {_PRESET}."
@@ -298,7 +298,9 @@ class Training(Preset, Seeded):
     epochs: float | None = option(None, f"Passes over the training data {_PRESET}.")
     max_steps: int | None = option(None, "Stop after this many optimizer steps, instead of --epochs.")
     batch_tokens: int | None = option(
-        None, f"Tokens an optimizer step on all devices together, instead of --gradient-accumulation {_PRESET}."
+        None,
+        "Tokens an optimizer step on all devices together, instead of --gradient-accumulation (default: the preset's; "
+        "best: 8192, down to 2048 where that leaves fewer than 100 steps).",
     )
     batch_size: int | None = option(
         None, "Training samples a forward pass, on each device (default: the preset's; best: what fits)."
@@ -614,7 +616,7 @@ PRESETS: Mapping[str, PresetValues] = {
         # The dense model teaches every token, and nothing else does (docs/recovery.md has the figures).
         TrainingValues(
             data=("mixed", "self"), full=None, lora_rank=64, lora_alpha=64, lora_dropout=0.0, learning_rate=None,
-            schedule="cosine", warmup_share=0.05, adam_beta2=0.95, epochs=1.0, batch_tokens=8192, batch_size=None,
+            schedule="cosine", warmup_share=0.05, adam_beta2=0.95, epochs=1.0, batch_tokens=None, batch_size=None,
             gradient_accumulation=None, max_length=512, packing=True, responses_only=False, validation_share=0.05,
             patience=3, teacher_weight=1.0, gradient_checkpointing=None,
         ),

@@ -5,7 +5,6 @@ import logging
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from amprune.model.recovered import read_recovery
 from amprune.model.shape import ModelShape
 from amprune.recovery import fitting
 from amprune.recovery import training as module
-from amprune.recovery.fitting import Need, adapter_parameters, fitted, need
+from amprune.recovery.fitting import Need, adapter_parameters, batched, fitted, need
 from amprune.recovery.models import with_adapters
 from amprune.recovery.run import RecoveredModel
 from amprune.settings import RecoverySettings, with_preset
@@ -275,6 +274,7 @@ def test_what_fits_is_trained_and_said(
     assert "teacher" in caplog.text
     assert ("this may be more than the device has" in caplog.text) == (free == 0)
     given = fitted(asked(full=True, batch_size=3, gradient_checkpointing=False, learning_rate=0.5), base, dense)
+    given = batched(given, hidden_size=48, tokens=10_000)
     assert (given.full, given.batch_size, given.gradient_checkpointing, given.learning_rate) == (True, 3, False, 0.5)
 
 
@@ -293,13 +293,28 @@ def test_a_need_is_the_sum_of_its_items() -> None:
     assert Need(1, 2, 3, 4, 5, 6).total == 21
 
 
-def test_the_learning_rate_falls_with_the_width_and_adapters_have_a_larger_one(folder: Path) -> None:
-    base = read_checkpoint(folder / "pruned")
-    narrow = fitted(asked(full=True), base, None).learning_rate
-    assert narrow == fitting.RATE
-    assert fitted(asked(full=False), base, None).learning_rate == pytest.approx(fitting.RATE * fitting.ADAPTER_RATE)
-    base.architecture.__dict__["shape"] = replace(base.shape, hidden_size=4096)
-    assert fitted(asked(full=True), base, None).learning_rate == pytest.approx(fitting.RATE * 576 / 4096, rel=0.05)
+@pytest.mark.parametrize(
+    ("tokens", "epochs", "batch", "share"),
+    [
+        (2_600_000, 1.0, 8192, 1.0),
+        (200_000, 1.0, 2048, 0.5),
+        (400_000, 1.5, 6000, (6000 / 8192) ** 0.5),
+        (10, 1.0, 2048, 0.5),
+    ],
+)
+def test_batch_and_learning_rate_follow_the_text_and_the_width(
+    tokens: int, epochs: float, batch: int, share: float
+) -> None:
+    full, adapters, wide = (
+        batched(asked(full=full, epochs=epochs), hidden_size=width, tokens=tokens)
+        for full, width in ((True, 576), (False, 48), (True, 4096))
+    )
+    assert full.batch_tokens == adapters.batch_tokens == batch
+    assert full.learning_rate == pytest.approx(fitting.RATE * share, rel=0.02)
+    assert adapters.learning_rate == pytest.approx(fitting.RATE * fitting.ADAPTER_RATE * share, rel=0.02)
+    assert wide.learning_rate == pytest.approx(fitting.RATE * share * 576 / 4096, rel=0.05)
+    by_samples = batched(asked(full=True, gradient_accumulation=4, batch_size=1), hidden_size=48, tokens=tokens)
+    assert by_samples.batch_tokens is None
 
 
 # Several processes, and what is killed.

@@ -5,6 +5,7 @@ the learning rate, the tokens. What was given by hand stays.
 """
 
 import logging
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -24,15 +25,19 @@ from amprune.text.sources import parse_sources
 
 logger = logging.getLogger(__name__)
 
-RATE, WIDTH = 6e-4, 576
-"""Learning rate of every weight that won at this hidden size (docs/recovery.md); it falls with the width, as the scale
-of AdamW's steps has to (Yang et al., 2022, arXiv 2203.03466)."""
+RATE, WIDTH, BATCH, LEAST_BATCH = 6e-4, 576, 8192, 2048
+"""Learning rate of every weight that won at this hidden size and so many tokens a step (docs/recovery.md).
+
+It falls with the width, as the scale of AdamW's steps has to (Yang et al., 2022, arXiv 2203.03466), and with the root
+of the batch (Malladi et al., 2022, arXiv 2205.10287)."""
+STEPS = 100
+"""Where there is too little text for so many steps of a whole batch, batches are smaller, down to the least."""
 ADAPTER_RATE = 3.0
 """By how much the best learning rate of adapters is larger."""
 TOKENS_ON_CPU, TOKENS = 200_000, 2_600_000
 """Of text that has no end."""
 MOST_ROWS_ON_CPU, MOST_ROWS = 4, 16
-_OPEN = ("full", "batch_size", "gradient_checkpointing", "learning_rate")
+_OPEN = ("full", "batch_size", "batch_tokens", "gradient_checkpointing", "learning_rate")
 _SHARE = 0.9
 """Of the memory that is free; what else a library takes is not counted."""
 
@@ -111,7 +116,7 @@ def adapter_parameters(shape: ModelShape, rank: int) -> int:
 def fitted(
     settings: RecoverySettings, base: Checkpoint, dense: Checkpoint | None, *, before: Mapping[str, Any] | None = None
 ) -> RecoverySettings:
-    """Returns the settings with everything settled that the preset leaves open, and says what was chosen.
+    """Returns the settings with what the preset leaves open settled, but for batch and learning rate; says what fits.
 
     Args:
         settings: with the values of their preset.
@@ -122,12 +127,23 @@ def fitted(
     known = {name: value for name, value in (before or {}).items() if name in _OPEN and getattr(settings, name) is None}
     settings = replace(settings, **known)
     full, rows, checkpointing = _what_fits(settings, base, dense)
-    rate = RATE * min(1.0, WIDTH / base.shape.hidden_size) * (1 if full else ADAPTER_RATE)
-    return replace(
-        settings, full=full, batch_size=rows, gradient_checkpointing=checkpointing,
-        learning_rate=float(f"{rate:.2g}") if settings.learning_rate is None else settings.learning_rate,
-        tokens=_tokens(settings),
-    )  # fmt: skip
+    return replace(settings, full=full, batch_size=rows, gradient_checkpointing=checkpointing, tokens=_tokens(settings))
+
+
+def batched(settings: RecoverySettings, *, hidden_size: int, tokens: int) -> RecoverySettings:
+    """Returns the settings with a batch and a learning rate for so many tokens of text, where they are open.
+
+    A batch that is given in samples is as large as these are long at most.
+    """
+    batch = settings.batch_tokens
+    if batch is None and settings.gradient_accumulation is None:
+        batch = min(BATCH, max(LEAST_BATCH, round(tokens * (settings.epochs or 1) / STEPS)))
+    rate = settings.learning_rate
+    if rate is None:
+        rate = RATE * min(1.0, WIDTH / hidden_size) * (1 if settings.full else ADAPTER_RATE)
+        given = (settings.batch_size or 1) * (settings.gradient_accumulation or 1) * (settings.max_length or 1)
+        rate = float(f"{rate * math.sqrt(min(1.0, (batch or given) / BATCH)):.2g}")
+    return replace(settings, batch_tokens=batch, learning_rate=rate)
 
 
 def _tokens(settings: RecoverySettings) -> int | None:

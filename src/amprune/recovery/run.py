@@ -28,7 +28,7 @@ from amprune.model.writer import RECORDS, check_output, parse_size, staged_folde
 from amprune.plan.artefact import PruningPlan
 from amprune.prove.card import write_card
 from amprune.records import alone, write
-from amprune.recovery.fitting import fitted
+from amprune.recovery.fitting import batched, fitted
 from amprune.recovery.merging import write_recovered
 from amprune.recovery.models import (
     check_device,
@@ -165,7 +165,7 @@ def _check_data(
 ) -> RecoverySettings:
     """Refuses fewer samples than a batch, unless batches were not asked for, and tokens that the model does not know.
 
-    Returns the settings with a batch that there are enough samples for.
+    Returns the settings with a batch that there are enough samples for, and a learning rate for it.
     """
     known, rows = int(make_config(base.config, where=source.name).vocab_size), settled.batch_size or 1
     if with_preset(asked).batch_size is None:
@@ -181,7 +181,8 @@ def _check_data(
             f"{found.name} holds token id {largest:,}, but {source.name} embeds the ids 0 to {known - 1:,}; use the "
             "tokenizer of this very model"
         )
-    return replace(settled, batch_size=rows)
+    tokens = sum(len(sample["input_ids"]) for sample in found.training)
+    return batched(replace(settled, batch_size=rows), hidden_size=base.shape.hidden_size, tokens=tokens)
 
 
 def _other_sources(teacher: Source | None, asked: RecoverySettings) -> Iterator[Path]:
