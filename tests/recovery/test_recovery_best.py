@@ -311,7 +311,7 @@ def test_batch_and_learning_rate_follow_the_text_and_the_width(
     )
     assert full.batch_tokens == adapters.batch_tokens == batch
     assert full.learning_rate == pytest.approx(fitting.RATE * share, rel=0.02)
-    assert adapters.learning_rate == pytest.approx(fitting.RATE * fitting.ADAPTER_RATE * share, rel=0.02)
+    assert adapters.learning_rate == pytest.approx(fitting.RATE * fitting.ADAPTER_RATE * share, rel=0.05)
     assert wide.learning_rate == pytest.approx(fitting.RATE * share * 576 / 4096, rel=0.05)
     by_samples = batched(asked(full=True, gradient_accumulation=4, batch_size=1), hidden_size=48, tokens=tokens)
     assert by_samples.batch_tokens is None
