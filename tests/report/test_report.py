@@ -1021,10 +1021,12 @@ def test_a_damaged_record_excuses_no_comparison(recovered: Path, tiny: tuple[Pat
 
 def test_what_recover_writes_has_a_card_a_proof_and_a_report(tiny: tuple[Path, Path], tmp_path: Path) -> None:
     texts = [f"Cat number {index} sat on the mat." for index in range(12)]
-    settings = amprune.RecoverySettings(max_steps=2, gradient_accumulation=1, logging_steps=1, learning_rate=1e-2)
+    settings = amprune.RecoverySettings(
+        preset="paper", max_steps=2, gradient_accumulation=1, logging_steps=1, learning_rate=1e-2
+    )
     amprune.recover(tiny[1], tmp_path / "out", data=texts, settings=settings, teacher=tiny[0], device="cpu")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "Trained from pruned by LoRA (rank 8, alpha 16) on 11 samples of texts" in card
+    assert "Trained by LoRA (rank 8, alpha 16) on 11 samples of texts" in card
     assert "Taught by dense" in card
     assert "(1 sample held out)" in card
     front = metadata_load(tmp_path / "out" / "README.md")
@@ -1033,7 +1035,7 @@ def test_what_recover_writes_has_a_card_a_proof_and_a_report(tiny: tuple[Path, P
     assert amprune.verify(tmp_path / "out", dense=tiny[0]).passed
     files = write_report(tmp_path / "out")
     assert "training" in {path.stem for path in files.figures}
-    assert "Trained from pruned by LoRA" in files.markdown.read_text()
+    assert "Trained by LoRA" in files.markdown.read_text()
 
 
 @pytest.mark.parametrize(("criterion", "shift", "said"), [("flap", 1.0, "by the criterion flap"),

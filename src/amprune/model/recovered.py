@@ -17,6 +17,7 @@ RECORD, LOG = "recovery.json", "training.jsonl"
 _LICENCES = {
     "alpaca": "the original Alpaca data is CC BY-NC 4.0, not for commercial use; its cleaned copy names CC BY 4.0",
     "builtin": "it ships with amprune, under Apache 2.0",
+    "self": "what the dense model wrote itself, under that model's licence",
 }
 _AGAIN = "the record is damaged: recover the model again"
 
@@ -172,8 +173,9 @@ def recipe(recovery: Recovery) -> tuple[str, ...]:
         f"{settings['batch_size']} x {settings['gradient_accumulation'] or 1} on each device"
         if tokens is None else f"about {tokens:,} tokens"
     )  # fmt: skip
+    origin = "" if recovery.dense else f" from {recovery.source}"  # else the card says it, and what lay between is gone
     trained = (
-        f"Trained by {method(recovery)} on {data['training']:,} {samples} of {data['name']} "
+        f"Trained{origin} by {method(recovery)} on {data['training']:,} {samples} of {data['name']} "
         f"({data['tokens']:,} tokens, at most {settings['max_length']:,} in one): {steps} of "
         f"{batch}{passes}, at a learning rate of {settings['learning_rate']:g} that falls to {falls}."
     )
@@ -213,6 +215,6 @@ def method(recovery: Recovery) -> str:
 
 def data_sentence(recovery: Recovery) -> str:
     """Says that the licence of the training data holds for the model as well."""
-    name = str(recovery.data["name"])
-    known = f" ({_LICENCES[name]})" if name in _LICENCES else ""
-    return f"It was trained on {name}, whose licence applies to it as well{known}."
+    names = str(recovery.data["name"]).split(", ")
+    told = " and ".join(f"{name} ({_LICENCES[name]})" if name in _LICENCES else name for name in names)
+    return f"It was trained on {told}, whose licence applies to it as well."

@@ -83,13 +83,15 @@ def need(
     trained = shape.parameters if full else adapter_parameters(shape, settings.lora_rank or 1)
     item = 0.5 if settings.load_in_4bit else dtype.itemsize
     frozen = 0 if full else shape.parameters * item
-    computed = 2 if full and on_accelerator(settings.device) else dtype.itemsize  # of autocast, where there is one
+    autocast = full and on_accelerator(settings.device)  # which keeps 16-bit copies of the weights
+    computed = 2 if autocast else dtype.itemsize
     tokens = rows * (settings.max_length or 1)
     block = activations(shape, adapters=not full) * computed
     blocks = shape.num_layers * (shape.hidden_size * computed if checkpointing else block)
     return Need(
-        weights=round(frozen + 4 * trained), gradients=4 * trained, optimizer=8 * trained, teacher=teacher,
-        activations=tokens * (blocks + block * checkpointing), logits=tokens * vocabulary * computed + 4 * CHUNK_BYTES,
+        weights=round(frozen + (6 if autocast else 4) * trained), gradients=4 * trained, optimizer=8 * trained,
+        teacher=teacher, activations=tokens * (blocks + block * checkpointing),
+        logits=tokens * vocabulary * computed + 4 * CHUNK_BYTES,
     )  # fmt: skip
 
 
