@@ -79,7 +79,10 @@ def test_words_of_a_table_are_wrapped_where_its_figures_fit() -> None:
     ]
 
 
-CELLS = st.text(st.characters(exclude_categories=["C", "Z"], exclude_characters="│…"), min_size=1, max_size=30)
+CELLS = st.text(
+    st.characters(exclude_categories=["C", "Z", "M"], exclude_characters="│…🏻🏼🏽🏾🏿"), min_size=1, max_size=30
+)
+"""Without signs of no width of their own, which alone are nowhere."""
 
 
 @settings(max_examples=50, deadline=None)

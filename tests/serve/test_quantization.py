@@ -439,7 +439,7 @@ def test_the_records_of_pruning_and_training_go_along(recovered: Path, tmp_path:
         assert "# model, " in card
         assert " % pruned and recovered, quantised to int4\n" in card
         assert "\n- pruned\n- amprune\n- recovered\n- quantized\n- int4\n- bitsandbytes\n" in card
-        assert "Trained from pruned by LoRA" in card
+        assert "Trained by LoRA" in card
         assert "Quantised from smaller to int4 (nf4, a scale for every 64 weights" in card
         assert "license: apache-2.0" in card
         write_report(out)  # draws the card anew

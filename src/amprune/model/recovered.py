@@ -216,5 +216,7 @@ def method(recovery: Recovery) -> str:
 def data_sentence(recovery: Recovery) -> str:
     """Says that the licence of the training data holds for the model as well."""
     names = str(recovery.data["name"]).split(", ")
-    told = " and ".join(f"{name} ({_LICENCES[name]})" if name in _LICENCES else name for name in names)
-    return f"It was trained on {told}, whose licence applies to it as well."
+    notes = [f"{name}: {_LICENCES[name]}" if names[1:] else _LICENCES[name] for name in names if name in _LICENCES]
+    told, apply = " and ".join(names), "licences apply" if names[1:] else "licence applies"
+    known = f" ({'; '.join(notes)})" if notes else ""
+    return f"It was trained on {told}, whose {apply} to it as well{known}."
