@@ -14,7 +14,7 @@ from tiny_models import find, make_model
 from tiny_recovery import TOKENIZER, load, losses, save_chats, save_tiny, weights
 from torch.nn.functional import kl_div, log_softmax
 
-from amprune import RecoveryError, prune, recover
+from amprune import AmpruneError, RecoveryError, prune, recover
 from amprune.model.loading import vocabulary_size
 from amprune.model.reader import read_checkpoint
 from amprune.model.recovered import read_recovery
@@ -194,6 +194,22 @@ def test_trainings_in_a_row_are_all_told_and_names_between_are_not(folder: Path,
     assert "LoRA (rank 2" in card
     assert "between" not in card
     assert "pruned." not in card.replace("was pruned.", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("tensorbord", "--report-to is 'tensorbord'; did you mean tensorboard. expected tensorboard, wandb, trackio"),
+        ("wandb", "--report-to wandb needs wandb, which is not installed: `pip install wandb`"),
+    ],
+)
+def test_what_cannot_be_reported_to_is_refused_first(
+    name: str, message: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("amprune.recovery.models.find_spec", lambda name: None)
+    with pytest.raises(AmpruneError, match=message):
+        best(folder, tmp_path / "out", report_to=(name,))
+    assert not list(tmp_path.iterdir())
 
 
 # What fits.

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from amprune.cut.slicing import check_plan_fits
-from amprune.errors import AmpruneError, PlanError, RecoveryError, required
+from amprune.errors import AmpruneError, MissingDependencyError, PlanError, RecoveryError, guess, required
 from amprune.model.architecture import make_config, quiet_transformers
 from amprune.model.loading import has_tokenizer, is_emulated, load_tokenizer, loaded_model
 from amprune.model.reader import Checkpoint, open_model, read_checkpoint
@@ -26,6 +27,7 @@ from amprune.records import read_object
 from amprune.settings import RecoverySettings, Training
 
 logger = logging.getLogger(__name__)
+_REPORTERS = ("tensorboard", "wandb", "trackio")
 
 
 @contextmanager
@@ -97,7 +99,7 @@ def bfloat16_works(device: str | None) -> bool:
 
 
 def check_device(settings: RecoverySettings) -> None:
-    """Refuses what this machine cannot train on."""
+    """Refuses what this machine cannot train on, or tell of."""
     device = settings.device
     if device not in (None, "cpu", "cuda", "cuda:0"):
         raise RecoveryError(
@@ -110,6 +112,13 @@ def check_device(settings: RecoverySettings) -> None:
         raise RecoveryError("--load-in-4bit needs a CUDA device, and there is none here; leave it out")
     if settings.load_in_4bit:
         required("--load-in-4bit", "bitsandbytes")
+    for name in settings.report_to:
+        if name not in _REPORTERS:
+            raise RecoveryError(f"--report-to is {name!r}; {guess(name, _REPORTERS)}expected {', '.join(_REPORTERS)}")
+        if find_spec(name) is None:
+            raise MissingDependencyError(
+                f"--report-to {name} needs {name}, which is not installed: `pip install {name}`"
+            )
 
 
 def _in_four_bits(folder: Path) -> Any:

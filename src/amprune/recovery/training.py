@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import shutil
 import sys
 import time
@@ -49,6 +50,9 @@ def train(
     Where epochs are kept, the weights of each are in `folder/epochs`. Where a loss is not finite, or the disk is full,
     the error says where the last good checkpoint is.
     """
+    if "tensorboard" in settings.report_to:  # else its files lay in the folder of the run, which is removed
+        place = folder.with_name(f"{folder.name.removesuffix('.training')}.runs")
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(place))
     training, validation = (
         [{**sample, "attention_mask": [1] * len(sample["input_ids"])} for sample in samples]
         for samples in (data.training, data.validation)
