@@ -613,7 +613,7 @@ PRESETS: Mapping[str, PresetValues] = {
             criterion="activation-l2", calibration="mixed", samples=None, tokens=32_768, max_length=1024,
             allocate=True, reconstruct=True, neuron_multiple="hardware",
         ),
-        # The dense model teaches every token, and nothing else does (docs/recovery.md has the figures).
+        # The dense model teaches every token, and nothing else does (docs/recovery.md says why).
         TrainingValues(
             data=("mixed", "self"), full=None, lora_rank=64, lora_alpha=64, lora_dropout=0.0, learning_rate=None,
             schedule="cosine", warmup_share=0.05, adam_beta2=0.95, epochs=1.0, batch_tokens=None, batch_size=None,

@@ -26,7 +26,7 @@ from amprune.text.sources import parse_sources
 logger = logging.getLogger(__name__)
 
 RATE, WIDTH, BATCH, LEAST_BATCH = 6e-4, 576, 8192, 2048
-"""Learning rate of every weight that won at this hidden size and so many tokens a step (docs/recovery.md).
+"""Learning rate of every weight at this hidden size and so many tokens a step; docs/recovery.md says whence.
 
 It falls with the width, as the scale of AdamW's steps has to (Yang et al., 2022, arXiv 2203.03466), and with the root
 of the batch (Malladi et al., 2022, arXiv 2205.10287)."""
