@@ -6,15 +6,14 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from huggingface_hub import CommitInfo, CommitOperationAdd
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from local_server import Answering, running
 
 ADDRESS = "https://hub.test"
 USER = "ann"
@@ -127,44 +126,35 @@ class FakeHub:
 @contextmanager
 def served(hub: FakeHub, *, token: str) -> Iterator[str]:
     """Serves a hub on this machine; yields its address."""
-    handler = type("Handler", (_Handler,), {"hub": hub, "token": token})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
+    with running(_Handler, hub=hub, token=token) as address:
+        yield address
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Answering):
     """Answers as the hub does, for models whose files are all small."""
 
     hub: FakeHub
     token: str
 
-    def log_message(self, *_: Any) -> None:
-        """Keeps the tests' output clean."""
-
     def do_GET(self) -> None:
         path = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
         if self.headers["Authorization"] != f"Bearer {self.token}":
-            return self._answer(401, {"error": "Invalid user token."})
+            return self.answer(401, {"error": "Invalid user token."})
         try:
             if path == ["api", "whoami-v2"]:
-                return self._answer(200, self.hub.whoami())
+                return self.answer(200, self.hub.whoami())
             if path[:2] == ["api", "models"]:
                 info = self.hub.model_info("/".join(path[2:4]), revision=path[5] if len(path) > 4 else None)
                 siblings = [{"rfilename": file.rfilename} for file in info.siblings]
-                return self._answer(200, {**vars(info), "siblings": siblings})
+                return self.answer(200, {**vars(info), "siblings": siblings})
             commit, name = path[3], "/".join(path[4:])  # owner/name/resolve/commit/file
             content = self.hub.at("/".join(path[:2]), commit)[name]
         except RevisionNotFoundError:
-            return self._answer(404, {}, {"X-Error-Code": "RevisionNotFound"})
+            return self.answer(404, {}, {"X-Error-Code": "RevisionNotFound"})
         except RepositoryNotFoundError:
-            return self._answer(404, {}, {"X-Error-Code": "RepoNotFound"})
+            return self.answer(404, {}, {"X-Error-Code": "RepoNotFound"})
         tag = hashlib.sha1(content).hexdigest()
-        return self._answer(200, content, {"X-Repo-Commit": commit, "ETag": f'"{tag}"'})
+        return self.answer(200, content, {"X-Repo-Commit": commit, "ETag": f'"{tag}"'})
 
     do_HEAD = do_GET
 
@@ -172,22 +162,22 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         path = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")][1:]
         if self.headers["Authorization"] != f"Bearer {self.token}":
-            return self._answer(401, {"error": "Invalid user token."})
+            return self.answer(401, {"error": "Invalid user token."})
         if path == ["validate-yaml"]:
-            return self._answer(200, {"errors": [], "warnings": []})
+            return self.answer(200, {"errors": [], "warnings": []})
         if path == ["repos", "create"]:
             asked = json.loads(body)
             name = f"{asked['organization']}/{asked['name']}"
             self.hub.create_repo(name, private=asked.get("visibility") == "private" or asked.get("private"))
-            return self._answer(200, {"url": f"{self._address}/{name}"})
+            return self.answer(200, {"url": f"{self._address}/{name}"})
         name, action, branch = "/".join(path[1:3]), path[3], path[4]
         if action == "branch":
             self.hub.create_branch(name, branch=branch, exist_ok=True)
-            return self._answer(200, {})
+            return self.answer(200, {})
         if action == "preupload":
             files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
                      for file in json.loads(body)["files"]]  # fmt: skip
-            return self._answer(200, {"files": files})
+            return self.answer(200, {"files": files})
         return self._commit(name, branch, [json.loads(line) for line in body.splitlines()])
 
     def _commit(self, name: str, branch: str, lines: list[dict[str, Any]]) -> None:
@@ -197,18 +187,8 @@ class _Handler(BaseHTTPRequestHandler):
             value = line["value"]
             changes[value["path"]] = base64.b64decode(value["content"]) if line["key"] == "file" else None
         oid = self.hub.change(name, changes, header["summary"], branch, header.get("parentCommit"))
-        self._answer(200, {"commitUrl": f"{self._address}/{name}/commit/{oid}", "commitOid": oid})
+        self.answer(200, {"commitUrl": f"{self._address}/{name}/commit/{oid}", "commitOid": oid})
 
     @property
     def _address(self) -> str:
         return f"http://{self.headers['Host']}"
-
-    def _answer(self, status: int, content: Any, headers: dict[str, str] | None = None) -> None:
-        body = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.send_response(status)
-        for name, value in (headers or {}).items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)

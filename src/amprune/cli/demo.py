@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
 
+from amprune.evaluation.perplexity import window_loss
 from amprune.model.loading import load_tokenizer, loaded_model
 from amprune.model.source import open_source
 from amprune.running import Progress, no_progress
@@ -68,7 +68,6 @@ def _perplexity(model: Any, tokenizer: Any) -> float:
     before, total, count = 0, 0.0, 0
     for sample in drawn:
         if (before := before + len(sample)) > SEEN:
-            ids = torch.tensor([sample])
-            total += float(cross_entropy(model(ids).logits[0, :-1].float(), ids[0, 1:], reduction="sum"))
+            total += window_loss(model, torch.tensor([sample])) * (len(sample) - 1)
             count += len(sample) - 1
     return math.exp(total / count)

@@ -73,7 +73,7 @@ def measure_perplexity(given: Loaded, *, text: Text, asked: EvaluationSettings) 
     losses: list[float] = []
     with given.progress(text.name, len(windows)) as advance, memory_told(text.name):
         for window in windows:
-            losses.append(_window_loss(model, window[None]))
+            losses.append(window_loss(model, window[None]))
             advance(1)
     mean = statistics.fmean(losses)
     if not mean < _LARGEST_LOSS:
@@ -139,7 +139,7 @@ def _tokens(row: tuple[list[int], slice]) -> int:
 
 
 @torch.inference_mode()
-def _window_loss(model: PreTrainedModel, window: torch.Tensor) -> float:
+def window_loss(model: PreTrainedModel, window: torch.Tensor) -> float:
     """Returns a window's mean loss, in float32; the losses are taken a few hundred tokens at a time."""
     logits: Any = model(input_ids=window.to(input_device(model)), use_cache=False).logits[0, :-1]
     target: Any = window[0, 1:].to(logits.device)

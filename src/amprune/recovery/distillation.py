@@ -25,6 +25,10 @@ class Teaching:
     """Of the divergence from the teacher; the rest is the data's loss."""
     temperature: float = 1.0
 
+    def at(self, where: slice | torch.Tensor) -> "Teaching":
+        """Returns the same on some of the tokens."""
+        return replace(self, hidden=self.hidden[where])
+
 
 def summed_loss(
     logits: torch.Tensor, targets: torch.Tensor, teaching: Teaching | None = None, counted: torch.Tensor | None = None
@@ -61,7 +65,7 @@ class _Loss(torch.autograd.Function):
         values = logits.detach()  # shares what tells autograd of changes: who had kept the logits would be refused
         for start in range(0, len(values), size):
             part = slice(start, start + size)
-            loss, slope = _chunk(values[part], targets[part], _part(teaching, part), ctx.needs_input_grad[0])
+            loss, slope = _chunk(values[part], targets[part], teaching and teaching.at(part), ctx.needs_input_grad[0])
             if counted is not None:
                 loss = torch.where(counted[part], loss, 0)
                 slope = None if slope is None else slope.mul_(counted[part, None])
@@ -75,10 +79,6 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         gradient, ctx.gradient = ctx.gradient, None
         return gradient.mul_(float(upstream)), None, None, None  # a tensor would be rounded to the logits' dtype first
-
-
-def _part(teaching: Teaching | None, part: slice) -> Teaching | None:
-    return None if teaching is None else replace(teaching, hidden=teaching.hidden[part])
 
 
 def _chunk(

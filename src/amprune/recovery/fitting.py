@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from psutil import virtual_memory
 
 from amprune.model.architecture import make_config
 from amprune.model.reader import Checkpoint
@@ -22,6 +21,7 @@ from amprune.recovery.models import on_accelerator, training_dtype
 from amprune.running import binary, free_memory
 from amprune.settings import RecoverySettings
 from amprune.text.sources import parse_sources
+from amprune.text.training import ENDLESS_TOKENS
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +34,8 @@ STEPS = 100
 """Where there is too little text for so many steps of a whole batch, batches are smaller, down to the least."""
 ADAPTER_RATE = 3.0
 """By how much the best learning rate of adapters is larger."""
-TOKENS_ON_CPU, TOKENS = 200_000, 2_600_000
-"""Of text that has no end."""
+TOKENS = 2_600_000
+"""Of text that has no end, on an accelerator."""
 MOST_ROWS_ON_CPU, MOST_ROWS = 4, 16
 _OPEN = ("full", "batch_size", "batch_tokens", "gradient_checkpointing", "learning_rate")
 _SHARE = 0.9
@@ -153,7 +153,7 @@ def _tokens(settings: RecoverySettings) -> int | None:
     if settings.tokens is not None or settings.samples is not None:
         return settings.tokens
     endless = any(one.is_endless for one in parse_sources(settings.data, "--data"))
-    return (TOKENS if on_accelerator(settings.device) else TOKENS_ON_CPU) if endless else None
+    return (TOKENS if on_accelerator(settings.device) else ENDLESS_TOKENS) if endless else None
 
 
 def _what_fits(settings: RecoverySettings, base: Checkpoint, dense: Checkpoint | None) -> tuple[bool, int, bool]:
@@ -199,4 +199,4 @@ def _free(device: str | None) -> int:
     """Returns the bytes that each process of this machine may take."""
     if on_accelerator(device):
         return free_memory(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))
-    return int(virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return free_memory("cpu") // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

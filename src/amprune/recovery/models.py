@@ -17,7 +17,7 @@ from amprune.cut.slicing import check_plan_fits
 from amprune.errors import AmpruneError, MissingDependencyError, PlanError, RecoveryError, guess, required
 from amprune.model.architecture import make_config, quiet_transformers
 from amprune.model.loading import has_tokenizer, is_emulated, load_tokenizer, loaded_model
-from amprune.model.reader import Checkpoint, open_model, read_checkpoint
+from amprune.model.reader import Checkpoint, open_model
 from amprune.model.recovered import RECORD
 from amprune.model.source import Source
 from amprune.model.writer import RECORDS
@@ -31,16 +31,15 @@ _REPORTERS = ("tensorboard", "wandb", "trackio")
 
 
 @contextmanager
-def trainable_model(folder: Path, settings: RecoverySettings) -> Iterator[Any]:
+def trainable_model(base: Checkpoint, settings: RecoverySettings) -> Iterator[Any]:
     """Loads the model to train, with its adapter unless it is trained in full."""
     if settings.load_in_4bit:
-        yield with_adapters(_in_four_bits(folder), settings)
+        yield with_adapters(_in_four_bits(base.folder), settings)
         return
-    checkpoint = read_checkpoint(folder)
-    kind = training_dtype(checkpoint, settings)
-    if not settings.full and kind != checkpoint.computed_in(settings.dtype):
-        logger.info("training in %s in place of %s", name_of(kind), name_of(checkpoint.computed_in(settings.dtype)))
-    with loaded_model(folder, dtype=name_of(kind), device="cpu") as model:
+    kind, asked = training_dtype(base, settings), base.computed_in(settings.dtype)
+    if not settings.full and kind != asked:
+        logger.info("training in %s in place of %s", _name_of(kind), _name_of(asked))
+    with loaded_model(base, dtype=_name_of(kind), device="cpu") as model:
         model.config.use_cache = False
         if settings.gradient_checkpointing:
             # transformers 5.23 gave the method another name.
@@ -192,16 +191,16 @@ def check_teacher(teacher: Source | None, student: Checkpoint, tokenizer: Any) -
 
 
 @contextmanager
-def teaching_model(source: Source | None, settings: RecoverySettings) -> Iterator[PreTrainedModel | None]:
+def teaching_model(dense: Checkpoint | None, settings: RecoverySettings) -> Iterator[PreTrainedModel | None]:
     """Loads the dense model that teaches, where there is one."""
-    if source is None:
+    if dense is None:
         yield None
         return
-    kind = training_dtype(read_checkpoint(source.folder), replace(settings, full=False))
-    with loaded_model(source.folder, dtype=name_of(kind), device="cpu") as teacher:
+    kind = training_dtype(dense, replace(settings, full=False))
+    with loaded_model(dense, dtype=_name_of(kind), device="cpu") as teacher:
         yield teacher.requires_grad_(False)
 
 
-def name_of(kind: torch.dtype) -> str:
+def _name_of(kind: torch.dtype) -> str:
     """Returns what a dtype is called in settings."""
     return str(kind).removeprefix("torch.")

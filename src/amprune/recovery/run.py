@@ -77,16 +77,16 @@ def recover(
     model: PathLike, out: PathLike, settings: RecoverySettings | None = None, *, progress: Progress = no_progress,
     **options: Any,
 ) -> RecoveredModel | None:  # fmt: skip
-    """Recovers a pruned model by fine-tuning (Algorithm 1, line 9) and writes an ordinary checkpoint.
+    """Recovers a pruned model by training (Algorithm 1, line 9) and writes an ordinary checkpoint.
 
-    Runs unchanged under `accelerate launch`; then the first process writes OUT, and the others return None. Training
-    keeps its checkpoints and log in `OUT.training`, which is removed once OUT is there.
+    Runs unchanged under `torchrun` or `accelerate launch`; then the first process writes OUT, and the others return
+    None. Training keeps its checkpoints and log in `OUT.training`, which is removed once OUT is there.
 
     Args:
         model: a pruned checkpoint; a dense one is allowed.
         out: the folder to write; it appears whole or not at all.
-        settings: the paper's recipe unless told otherwise. Weights that are frozen while training are of `dtype`: auto
-            is the checkpoint's, but never float16.
+        settings: what is left open, the preset says: `best`, distillation, or `paper`. Weights that are frozen while
+            training are of `dtype`: auto is the checkpoint's, but never float16.
         progress: told how far it is.
         options: of `RecoverySettings`, such as `epochs=1` or `data="builtin"`; they count before `settings`.
 
@@ -102,17 +102,18 @@ def recover(
     # Of the processes that `torchrun` or `accelerate launch` started, the first writes.
     first, folder = os.environ.get("RANK", "0") == "0", Path(out).expanduser()
     training = folder.with_name(f"{folder.name}.training")
-    teacher, dense = find_teacher(with_preset(asked), source)
-    source = replace(source, protected=(*source.protected, *_other_sources(teacher, with_preset(asked))))
+    whole = with_preset(asked)
+    teacher, dense = find_teacher(whole, source)
+    source = replace(source, protected=(*source.protected, *_other_sources(teacher, whole)))
     if first:
-        _check_early(folder, source, with_preset(asked))
+        _check_early(folder, source, whole)
     tokenizer = _tokenizer(source, trust_remote_code=asked.trust_remote_code)
     check_teacher(teacher, base, tokenizer)
     watch = progress if first else no_progress
-    settled = fitted(with_preset(asked), base, dense, before=settings_before(training) if asked.resume else {})
+    settled = fitted(whole, base, dense, before=settings_before(training) if asked.resume else {})
     with PartialState(cpu=not on_accelerator(asked.device)).main_process_first() if processes() > 1 else nullcontext():
         found = _data(settled, tokenizer, base, dense, progress=watch)
-    settled = _check_data(found, base, source, asked, settled)
+    settled = _check_data(found, base, source, settled, batch_given=whole.batch_size is not None)
     if first and not (source.folder / RECORDS / "plan.json").is_file():
         logger.info("%s was not pruned by amprune; it is trained as it is", source.name)
     request = {
@@ -127,7 +128,7 @@ def recover(
         if processes() > 1:  # none looks into the folder of the run before the first has put it in order
             PartialState(cpu=not on_accelerator(asked.device)).wait_for_everyone()
         with nothing_left(training) if first else nullcontext():
-            trained = _trained(source, teacher, tokenizer, found, settled, training, progress=watch)
+            trained = _trained(base, dense, tokenizer, found, settled, training, progress=watch)
         if not first:
             return None
         of_what = dense_of(source) or (teacher and teacher.again)
@@ -161,14 +162,14 @@ def _data(
 
 
 def _check_data(
-    found: TrainingData, base: Checkpoint, source: Source, asked: RecoverySettings, settled: RecoverySettings
+    found: TrainingData, base: Checkpoint, source: Source, settled: RecoverySettings, *, batch_given: bool
 ) -> RecoverySettings:
     """Refuses fewer samples than a batch, unless batches were not asked for, and tokens that the model does not know.
 
     Returns the settings with a batch that there are enough samples for, and a learning rate for it.
     """
     known, rows = int(make_config(base.config, where=source.name).vocab_size), settled.batch_size or 1
-    if with_preset(asked).batch_size is None:
+    if not batch_given:
         rows = max(1, min(rows, len(found.training) // processes()))
     if len(found.training) < (batch := rows * processes()):
         raise RecoveryError(
@@ -212,7 +213,7 @@ def _tokenizer(source: Source, *, trust_remote_code: bool) -> Any:
 
 
 def _trained(
-    source: Source, dense: Source | None, tokenizer: Any, data: TrainingData, settings: RecoverySettings,
+    base: Checkpoint, dense: Checkpoint | None, tokenizer: Any, data: TrainingData, settings: RecoverySettings,
     training: Path, *, progress: Progress,
 ) -> Path:  # fmt: skip
     """Trains, unless an interrupted run had come to its end; returns the checkpoint of the last or the best step."""
@@ -221,7 +222,7 @@ def _trained(
         return best_checkpoint(training, chosen=chosen) or start
     transformers.set_seed(settings.seed)
     with (
-        trainable_model(source.folder, settings) as model,
+        trainable_model(base, settings) as model,
         teaching_model(dense, settings) as teacher,
         progress("Training", total_steps(data, settings)) as advance,
     ):

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -174,7 +173,7 @@ def validated(settings: Training, *, taught: bool) -> Validated:
 
 
 class _Recovery(Trainer):
-    """The Trainer with our loss: response tokens alone, optionally with the divergence from a teacher."""
+    """The Trainer with our loss: that of the tokens with a label, the divergence from a teacher, or both."""
 
     def __init__(self, *, settings: RecoverySettings, teacher: PreTrainedModel | None, **options: Any) -> None:
         super().__init__(**options)
@@ -190,17 +189,16 @@ class _Recovery(Trainer):
     ) -> Any:
         """Returns the mean loss over the tokens that count; in evaluation see `validated`."""
         ids, mask, labels = inputs["input_ids"], inputs["attention_mask"], inputs["labels"]
-        teaching = self._teaching(ids, mask, training=model.training)
+        teaching = self._teaching(ids, mask, training=model.training)  # of all tokens, in one row
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         counted = torch.cat([labels[:, 1:] != IGNORED, torch.zeros_like(labels[:, :1], dtype=torch.bool)], dim=1)
         targets = torch.cat([labels[:, 1:].clamp(min=0), torch.zeros_like(labels[:, :1])], dim=1)
         number = int(counted.sum())
         if 2 * number < counted.numel():  # gathering costs less than what is computed for nothing
             logits, targets, where = logits[counted], targets[counted], None
-            teaching = teaching and replace(teaching, hidden=teaching.hidden[counted])
+            teaching = teaching and teaching.at(counted.flatten())
         else:
             logits, targets, where = logits.flatten(0, 1), targets.flatten(), counted.flatten()
-            teaching = teaching and replace(teaching, hidden=teaching.hidden.flatten(0, 1))
         total = summed_loss(logits, targets, teaching, where)
         if model.training:
             self.tokens += int(mask.sum())
@@ -218,7 +216,7 @@ class _Recovery(Trainer):
         """Asks the teacher; a validation does so where nothing but the teacher is learnt from."""
         if self.teacher is None or not (training or validated(self.settings, taught=True) == "divergence"):
             return None
-        hidden = teacher_hidden(self.teacher, ids, mask)
+        hidden = teacher_hidden(self.teacher, ids, mask).flatten(0, 1)
         return Teaching(self.teacher, hidden, self.settings.teacher_weight or 0.0, self.settings.temperature)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:

@@ -68,7 +68,7 @@ class TrainingData:
 
 def load_training_data(
     settings: RecoverySettings, tokenizer: Any, *, max_length: int | None = None, author: Checkpoint | None = None,
-    endless_tokens: int = ENDLESS_TOKENS, progress: Progress = no_progress,
+    progress: Progress = no_progress,
 ) -> TrainingData:  # fmt: skip
     """Reads, draws, tokenises and splits a set, or several by their weights.
 
@@ -81,7 +81,6 @@ def load_training_data(
         tokenizer: the model's own.
         max_length: counts instead of the settings' where the model has fewer positions.
         author: the dense model, which writes the source `self`.
-        endless_tokens: taken of `self` and of sets of the hub where neither samples nor tokens are asked for.
         progress: told how far it is.
 
     At least one sample of each source is held out for validation, unless the share is 0.
@@ -107,7 +106,7 @@ def load_training_data(
 
     found = draw_text(
         settings.data, Amount(settings.samples, settings.tokens), reader.encode, pick, own, seed=settings.seed,
-        option="--data", endless=endless_tokens, progress=progress,
+        option="--data", endless=ENDLESS_TOKENS, progress=progress,
     )  # fmt: skip
     reader.tell()
     name = ", ".join(one.source.shown for one in found)
